@@ -1,0 +1,99 @@
+"""Conditioning augmentation: what is done to the low-resolution image before a super-resolution stage sees it.
+
+Each kind has a strength per image: the level s of the Gaussian kind, the sigma of the blur. Strength 0 is the identity.
+Training draws a strength per image; sampling chooses s, and leaves the blur out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from cdm_lightning import InputError
+from cdm_lightning.diffusion import Diffusion, Schedule
+from cdm_lightning.randomness import rand, randn
+
+
+class Augmentation(Protocol):
+    """Corrupts clean low-resolution images (B, C, h, w) in [-1, 1] with a strength (B,) per image."""
+
+    takes_level: bool  # whether the network is told the strength
+
+    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor: ...
+
+    def __call__(
+        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
+    ) -> torch.Tensor: ...
+
+
+class NoAugmentation:
+    """z, as it is."""
+
+    takes_level = False
+
+    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        return torch.zeros(len(generator), device=generator[0].device)
+
+    def __call__(
+        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        return low_res
+
+
+class GaussianAugmentation:
+    """z_s ~ q(z_s|z_0) = N(sqrt(abar_s) z_0, (1 - abar_s) I) at low resolution, on the low-resolution model's clock.
+
+    The level s is uniform on 0 ... max_level (None: all of T), drawn independently of t and per image, and enters the
+    network as a second time embedding, so that s can be chosen after training (CDM, section 4.2).
+    """
+
+    takes_level = True
+
+    def __init__(self, timesteps: int, schedule: Schedule, max_level: int | None = None) -> None:
+        self.max_level = timesteps if max_level is None else max_level
+        if not 0 <= self.max_level <= timesteps:
+            raise InputError(f"max_level {max_level} lies outside 0 ... low_res_timesteps = {timesteps}")
+        self.diffusion = Diffusion(timesteps, schedule)
+
+    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        return (rand(generator) * (self.max_level + 1)).floor().float()
+
+    def __call__(
+        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        return self.diffusion.diffuse(low_res, strength, randn(low_res.shape[1:], generator))
+
+
+class BlurAugmentation:
+    """A Gaussian blur of 3x3 pixels with sigma ~ U(sigma) on a share `probability` of the images (CDM, section 4.1).
+
+    Sigma and the decision are drawn per image; the network is not told.
+    """
+
+    takes_level = False
+
+    def __init__(self, sigma: Sequence[float], probability: float) -> None:
+        if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1]:
+            raise InputError(f"blur_sigma {list(sigma)} is not a range: two numbers, 0 < lowest <= highest")
+        if not 0 <= probability <= 1:
+            raise InputError(f"blur_probability {probability} lies outside 0 ... 1")
+        self.sigma, self.probability = tuple(sigma), probability
+
+    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        lowest, highest = self.sigma
+        blurred = rand(generator) < self.probability
+        return (blurred * (lowest + (highest - lowest) * rand(generator))).float()
+
+    def __call__(
+        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        side = torch.exp(-0.5 / strength.square()).view(-1, 1, 1, 1)  # exp(-inf) = 0: sigma 0 leaves every bit alone
+        centre = 1 / (1 + 2 * side)
+        side = side * centre
+        padded = F.pad(low_res, (1, 1, 0, 0), mode="reflect")
+        rows = centre * low_res + side * (padded[..., :-2] + padded[..., 2:])
+        padded = F.pad(rows, (0, 0, 1, 1), mode="reflect")
+        return centre * rows + side * (padded[..., :-2, :] + padded[..., 2:, :])

@@ -1,0 +1,84 @@
+"""A trained cascade as one folder: weights as safetensors, everything else in bundle.json, each file with its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from cdm_lightning import InputError
+from cdm_lightning.shards import write_atomically
+from cdm_lightning.stages import KINDS, DiffusionStage, build_stage
+
+FORMAT = 1
+
+
+def write_bundle(folder: Path, stages: Sequence[DiffusionStage], about: dict[str, Any]) -> None:
+    """Write stages, low to high, and what is known `about` them (steps, classes, levels, ...) as the bundle `folder`.
+
+    The folder appears whole, under its name, or not at all; an existing bundle of that name is replaced.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        entries = []
+        for stage in stages:
+            weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in stage.state_dict().items()})
+            file = f"{stage.name}.safetensors"
+            write_atomically(partial / file, weights)
+            digest = hashlib.sha256(weights).hexdigest()
+            arguments = dict(stage.hparams)
+            entries.append({"kind": type(stage).__name__, "weights": file, "sha256": digest, "arguments": arguments})
+        text = json.dumps({"format": FORMAT, "stages": entries, **about}, indent=1) + "\n"
+        write_atomically(partial / "bundle.json", text.encode())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():
+        folder.replace(replaced)
+    partial.replace(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """bundle.json as a dictionary; refuses a folder that is not a bundle."""
+    path = Path(folder) / "bundle.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is not a bundle: it holds no bundle.json, which `cdm bundle` writes")
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("stages"), list):
+        raise InputError(f"{path} is not a bundle of format {FORMAT}")
+    return about
+
+
+def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
+    """The stages, frozen and in eval mode, and bundle.json; a file that changed since the bundle was written is refused."""
+    about, stages = read_about(folder), []
+    for entry in about["stages"]:
+        if not isinstance(entry, dict) or entry.get("kind") not in KINDS or not isinstance(entry.get("arguments"), dict):
+            raise InputError(f"{folder}/bundle.json lists a stage that is none of {sorted(KINDS)}")
+        name = str(entry.get("weights"))
+        path = Path(folder) / name
+        if Path(name).name != name or not path.is_file():
+            raise InputError(f"{path} is missing: bundle.json lists it")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+            raise InputError(f"{path} was changed after the bundle was written: its SHA-256 differs from bundle.json")
+        try:
+            state = load_safetensors(data)
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a safetensors file: {error}") from error
+        stages.append(build_stage(entry["kind"], entry["arguments"], state, str(path)))
+    return stages, about

@@ -1,0 +1,189 @@
+"""The cascade: trained stages, folded into one sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from cdm_lightning import InputError
+from cdm_lightning.bundle import read_bundle
+from cdm_lightning.diffusion import Sampler
+from cdm_lightning.images import quantize, to_uint8
+from cdm_lightning.randomness import generators
+from cdm_lightning.stages import Batch, BaseStage, DiffusionStage, SuperResolutionStage, load_stage
+
+
+class CascadeModule(L.LightningModule):
+    """p(x_0|c) = integral of p(x_0|z_s, c) p(z_s|c): a base stage and any number of super-resolution stages.
+
+    Args:
+        bundle: A folder written by `cdm bundle`.
+        checkpoints: Instead of a bundle: one checkpoint per stage, from low to high resolution.
+        levels: The level s of each super-resolution stage, on the clock of the stage before it; null takes the
+            bundle's choice, or 0. A stage without Gaussian augmentation takes 0 alone.
+        truncated: Hand over z_s from the reverse process stopped at s, instead of running it to z_0 and adding noise.
+        sampler: ddpm, ddim or dpm++ in all stages; null leaves each stage its own.
+        sampling_steps: Network calls of each stage; null leaves each stage its own.
+        seed: Keys every random draw together with an image's index.
+    """
+
+    def __init__(
+        self,
+        bundle: Path | None = None,
+        checkpoints: list[Path] | None = None,
+        levels: list[int] | None = None,
+        truncated: bool | None = None,
+        sampler: Sampler | None = None,
+        sampling_steps: list[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (bundle is None) == (checkpoints is None):
+            raise InputError("a cascade is built from a bundle or from checkpoints: give one of the two")
+        chosen: dict[str, Any] = {}
+        if bundle is not None:
+            stages, chosen = read_bundle(bundle)
+        else:
+            stages = [load_stage(path) for path in checkpoints or []]
+        self.assemble(stages, levels or chosen.get("levels"), chosen.get("truncated", False) if truncated is None else truncated)
+        self.seed = seed
+        self.set_sampler(sampler, sampling_steps)
+
+    def assemble(self, stages: Sequence[DiffusionStage], levels: Sequence[int] | None, truncated: bool) -> None:
+        check_stages(stages)
+        self.stages = nn.ModuleList(stages)
+        self.set_levels([0] * (len(stages) - 1) if levels is None else levels, truncated)
+
+    @classmethod
+    def of(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
+        """A cascade of stages that are in memory already."""
+        cascade = cls.__new__(cls)
+        L.LightningModule.__init__(cascade)
+        cascade.seed = seed
+        cascade.assemble(stages, None, False)
+        return cascade
+
+    def set_levels(self, levels: Sequence[int], truncated: bool) -> None:
+        """Choose s per super-resolution stage, and how it is reached; refuses what a stage cannot take."""
+        upsamplers = list(self.stages)[1:]
+        if len(levels) != len(upsamplers):
+            raise InputError(f"levels {list(levels)} has {len(levels)} entries for {len(upsamplers)} super-resolution stages")
+        for stage, level in zip(upsamplers, levels, strict=True):
+            check_level(stage, level)
+        self.levels, self.truncated = list(levels), truncated
+
+    def set_sampler(self, sampler: Sampler | None, sampling_steps: Sequence[int] | None) -> None:
+        """Override every stage's sampler and numbers of steps, where given; refuses what has no grid."""
+        if sampling_steps is not None and len(sampling_steps) != len(self.stages):
+            raise InputError(f"sampling_steps {list(sampling_steps)} has {len(sampling_steps)} entries for {len(self.stages)} stages")
+        stops = [*self.levels, 0] if self.truncated else [0] * len(self.stages)
+        for number, stage in enumerate(self.stages):
+            if sampler is not None:
+                stage.diffusion.sampler = sampler
+            if sampling_steps is not None:
+                stage.diffusion.sampling_steps = sampling_steps[number]
+            stage.diffusion.sampling_grid(stops[number])
+
+    @property
+    def resolution(self) -> int:
+        return self.stages[-1].resolution
+
+    @property
+    def image_channels(self) -> int:
+        return self.stages[-1].image_channels
+
+    @property
+    def num_classes(self) -> int | None:
+        return next((s.num_classes for s in self.stages if s.num_classes is not None), None)
+
+    @torch.no_grad()
+    def sample(self, label: torch.Tensor, index: torch.Tensor, image: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Images of every resolution, float32 (B, C, R, R), from the base's to the last (CDM, algorithm 2).
+
+        label, index: int64 (B,). Image i is a function of (seed, index[i], label[i]), whatever its company in the batch
+        (up to the float error of another batch size). image: clean images (real ones, or stored samples) of one of the
+        stages' resolutions; the cascade goes on from there. In truncated mode the intermediate entries are the z_s.
+        """
+        self.check_labels(label)
+        base, *upsamplers = self.stages
+        stops = [*self.levels, 0] if self.truncated else [0] * len(self.stages)
+        images = []
+        if image is None:
+            image = hand_over(base.sample(label, stops[0], self.generators(index, 0)), stops[0])
+            images.append(image)
+        for number, (stage, level, stop_at) in enumerate(zip(upsamplers, self.levels, stops[1:], strict=True), 1):
+            if not images and stage.low_resolution != image.shape[-1]:
+                continue  # these stages lie before the image that was given
+            generator = self.generators(index, number)
+            arrived = self.truncated and images  # it is z_s already; what was given is clean in either mode
+            strength = torch.full((len(label),), float(level), device=self.device)
+            low_res = image if arrived else stage.augment(image, strength, generator)
+            image = hand_over(stage.sample(label, low_res, level, stop_at, generator), stop_at)
+            images.append(image)
+        return images
+
+    def generators(self, index: torch.Tensor, stage: int) -> list[torch.Generator]:
+        return generators(index.tolist(), self.device, self.seed, "sample", stage)
+
+    def check_labels(self, label: torch.Tensor) -> None:
+        if self.num_classes is not None and len(label):
+            lowest, highest = int(label.min()), int(label.max())
+            if lowest < 0 or highest >= self.num_classes:
+                wrong = lowest if lowest < 0 else highest
+                raise InputError(f"class {wrong} lies outside 0 ... {self.num_classes - 1}, the classes of this cascade")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        """uint8 (B, C, R, R): real images, and samples of the same classes for a callback to compare with them."""
+        image, label, index = batch
+        return {"real": to_uint8(image), "generated": to_uint8(self.sample(label, index)[-1])}
+
+    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> list[torch.Tensor]:
+        """uint8 images of every resolution for one block of a sampling manifest."""
+        return [to_uint8(image) for image in self.sample(batch["label"], batch["index"])]
+
+
+def hand_over(image: torch.Tensor, stop_at: int) -> torch.Tensor:
+    """A finished image as 8 bits can hold it, a z_s untouched: the same whether it is kept in memory or in a file."""
+    return image if stop_at else quantize(image)
+
+
+def check_level(stage: SuperResolutionStage, level: int) -> None:
+    if not stage.augmentation.takes_level:
+        if level:
+            raise InputError(f"level {level} given to stage {stage.name}, whose augmentation has no level: it takes 0 alone")
+        return
+    highest = stage.augmentation.max_level
+    if not 0 <= level <= highest or level == stage.augmentation.diffusion.timesteps:
+        raise InputError(f"level {level} of stage {stage.name} lies outside 0 <= s <= {highest}, s < T: it was not trained there")
+
+
+def check_stages(stages: Sequence[DiffusionStage]) -> None:
+    """Refuse stages that do not follow one another: kinds, resolutions, channels, classes, and the clock of s."""
+    if not stages or not isinstance(stages[0], BaseStage):
+        raise InputError("a cascade starts with a base stage")
+    classes = {s.name: s.num_classes for s in stages if s.num_classes is not None}
+    if len(set(classes.values())) > 1:
+        raise InputError(f"the stages disagree about the number of classes: {classes}")
+    for before, stage in zip(stages, stages[1:]):
+        if not isinstance(stage, SuperResolutionStage):
+            raise InputError(f"stage {stage.name} after {before.name} is not a super-resolution stage")
+        for what, mine, theirs in (
+            ("resolution", stage.low_resolution, before.resolution),
+            ("image_channels", stage.image_channels, before.image_channels),
+        ):
+            if mine != theirs:
+                raise InputError(f"stage {stage.name} starts from {what} {mine}, and {before.name} makes {theirs}")
+        if stage.augmentation.takes_level:
+            clock = stage.augmentation.diffusion
+            mine = (clock.timesteps, clock.schedule)
+            theirs = (before.diffusion.timesteps, before.diffusion.schedule)
+            if mine != theirs:
+                raise InputError(
+                    f"the clocks disagree: stage {stage.name} was trained with s on {mine[0]} steps of the {mine[1]} "
+                    f"schedule, and {before.name} runs {theirs[0]} of the {theirs[1]} one"
+                )

@@ -1,0 +1,260 @@
+"""The diffusion process: q(x_t|x_0), the losses, and the reverse process on diffusers' schedulers.
+
+Time is the paper's: t in (0, T], and 0 is the clean image. diffusers counts 0 ... T-1; its index is t - 1 and never
+leaves this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from cdm_lightning import InputError
+
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> (B, C or 2C, H, W)
+Schedule = Literal["cosine", "linear"]
+Variance = Literal["learned", "fixed_small", "fixed_large"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+Sampler = Literal["ddpm", "ddim", "dpm++"]
+
+
+def schedule_settings(schedule: Schedule, timesteps: int) -> dict[str, Any]:
+    """diffusers' names for a schedule: Improved DDPM's cosine, or DDPM's linear beta range scaled by 1000 / T."""
+    settings = {"num_train_timesteps": timesteps}
+    if schedule == "cosine":
+        return {**settings, "beta_schedule": "squaredcos_cap_v2"}
+    scale = 1000 / timesteps
+    return {**settings, "beta_schedule": "linear", "beta_start": 1e-4 * scale, "beta_end": 2e-2 * scale}
+
+
+class Diffusion:
+    """q(x_t|x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), its training loss, and its reverse process.
+
+    timesteps: T. variance: "learned" trains with the hybrid loss of Improved DDPM (the network returns 2C channels),
+    "fixed_small" and "fixed_large" with the simple one. continuous: t is any real in (0, T], abar linear between grid
+    points, so that a sampling schedule may be chosen after training (as SR3 and WaveGrad).
+    sampler, sampling_steps (None: all T), sampling_schedule (None: the training schedule) and clip (x_0 to [-1, 1] at
+    each step) concern sampling alone and may be assigned at any time.
+    """
+
+    def __init__(
+        self,
+        timesteps: int = 4000,
+        schedule: Schedule = "cosine",
+        variance: Variance = "learned",
+        prediction: Prediction = "epsilon",
+        continuous: bool = False,
+        sampler: Sampler = "ddpm",
+        sampling_steps: int | None = None,
+        sampling_schedule: Schedule | None = None,
+        clip: bool = True,
+    ) -> None:
+        if continuous and variance == "learned":
+            raise InputError("continuous time takes a fixed variance: the hybrid loss needs the grid's neighbours of t")
+        if sampling_schedule not in (None, schedule) and not continuous:
+            raise InputError(
+                f"sampling_schedule {sampling_schedule!r} differs from schedule {schedule!r}, "
+                "which only a stage trained in continuous time can follow"
+            )
+        self.timesteps, self.schedule, self.variance = timesteps, schedule, variance
+        self.prediction, self.continuous, self.clip = prediction, continuous, clip
+        self.sampler, self.sampling_steps, self.sampling_schedule = sampler, sampling_steps, sampling_schedule
+        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    # -- the forward process
+
+    def table(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One of `abar`, `log_beta`, `log_posterior`, float64 (T + 1,), indexed by t; entry 0 of the logs is unused."""
+        device = torch.device(device)
+        if (name, device) not in self._tables:
+            beta = DDPMScheduler(**schedule_settings(self.schedule, self.timesteps)).betas.double()
+            abar = torch.cat([beta.new_ones(1), torch.cumprod(1 - beta, 0)])
+            posterior = beta * (1 - abar[:-1]) / (1 - abar[1:])
+            posterior[0] = posterior[1] if self.timesteps > 1 else beta[0]  # 0 at t = 1, whose log the loss never uses
+            tables = {"abar": abar, "log_beta": _from_one(beta.log()), "log_posterior": _from_one(posterior.log())}
+            self._tables |= {(key, device): value.to(device) for key, value in tables.items()}
+        return self._tables[name, device]
+
+    def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
+        """abar at real t in [0, T], float64, linear between grid points."""
+        abar = self.table("abar", t.device)
+        below = t.double().floor().long().clamp(max=self.timesteps - 1)
+        return torch.lerp(abar[below], abar[below + 1], t.double() - below)
+
+    def time_of(self, alpha_bar: torch.Tensor) -> torch.Tensor:
+        """The real t with abar(t) = alpha_bar, float64; noise beyond the schedule's end maps to T."""
+        abar = self.table("abar", alpha_bar.device)
+        value = alpha_bar.double().clamp(float(abar[-1]), 1.0)
+        above = torch.searchsorted(-abar, -value).clamp(1, self.timesteps)
+        return above - 1 + (abar[above - 1] - value) / (abar[above - 1] - abar[above])
+
+    def time_from_uniform(self, u: torch.Tensor) -> torch.Tensor:
+        """u in [0, 1) to the t of a training example, float32: uniform on 1 ... T, or on (0, T] in continuous time."""
+        t = (1 - u) * self.timesteps if self.continuous else (u * self.timesteps).floor() + 1
+        return t.float()
+
+    def diffuse(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (DDPM, eq. 4). t: (B,), 0 leaves x as it is."""
+        abar = _per_image(self.alpha_bar(t), x)
+        return abar.sqrt().to(x.dtype) * x + (1 - abar).sqrt().to(x.dtype) * eps
+
+    # -- training
+
+    def loss(self, predict: Predict, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Per image (B,): `simple` = mean (target - prediction)^2, `vlb` = L_t in bits/dim, `loss` = what to minimise.
+
+        The hybrid loss is simple + (T / 1000) L_t: with t drawn uniformly that is lambda = 0.001 times the sum over all
+        T terms (Improved DDPM, section 3.1), so no other lambda multiplies it. x: float32 (B, C, H, W) in [-1, 1].
+        """
+        x_t = self.diffuse(x, t, eps)
+        output = predict(x_t, t).float()
+        prediction, v = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        abar = _per_image(self.alpha_bar(t), x).float()
+        velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x
+        target = {"epsilon": eps, "sample": x, "v_prediction": velocity}[self.prediction]
+        simple = (prediction - target).square().flatten(1).mean(1)
+        if self.variance != "learned":
+            return {"loss": simple, "simple": simple}
+        vlb = self.vlb(self.eps_of(prediction.detach(), x_t, t), v, x, x_t, t)
+        return {"loss": simple + self.timesteps / 1000 * vlb, "simple": simple, "vlb": vlb}
+
+    def eps_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The epsilon that a prediction of any kind stands for."""
+        abar = _per_image(self.alpha_bar(t), x_t)
+        signal, noise = abar.sqrt().to(x_t.dtype), (1 - abar).sqrt().to(x_t.dtype)
+        if self.prediction == "epsilon":
+            return prediction
+        if self.prediction == "sample":
+            return (x_t - signal * prediction) / noise
+        return signal * prediction + noise * x_t
+
+    def vlb(
+        self, eps: torch.Tensor, v: torch.Tensor, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """L_{t-1} of the variational bound in bits per dimension, (B,): a KL for t > 1, at t = 1 the likelihood of x.
+
+        log Sigma = f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2 (Improved DDPM, eq. 15). The caller passes
+        eps without its graph: the bound trains the variance and leaves the mean alone.
+        """
+        step = t.long()
+        abar, previous = (self.table("abar", t.device)[i] for i in (step, step - 1))
+        beta = 1 - abar / previous
+        log_beta, log_posterior = (
+            _per_image(self.table(name, t.device)[step], x).float() for name in ("log_beta", "log_posterior")
+        )
+        of_x = _per_image(previous.sqrt() * beta / (1 - abar), x).to(x.dtype)
+        of_x_t = _per_image((1 - previous) * (1 - beta).sqrt() / (1 - abar), x).to(x.dtype)
+        signal, noise = (_per_image(a, x).to(x.dtype) for a in (abar.sqrt(), (1 - abar).sqrt()))
+        log_variance = (v + 1) / 2 * log_beta + (1 - v) / 2 * log_posterior
+        mean = of_x * (x_t - noise * eps) / signal + of_x_t * x_t
+        true_mean = of_x * x + of_x_t * x_t
+        difference = log_posterior - log_variance
+        kl = 0.5 * (difference.exp() - 1 - difference + (true_mean - mean).square() * (-log_variance).exp())
+        likelihood = discretized_gaussian_log_likelihood(x, mean, 0.5 * log_variance)
+        nats = torch.where(t <= 1, -likelihood.flatten(1).mean(1), kl.flatten(1).mean(1))
+        return nats / math.log(2)
+
+    # -- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        predict: Predict,
+        noise: torch.Tensor,
+        stop_at: int = 0,
+        generator: Sequence[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Run the reverse process from x_T = noise down to x_s, s = stop_at; 0 gives the image.
+
+        noise: float32 (B, C, H, W). generator: one per image, for the ancestral noise. Calls predict(x_t, t) once per
+        step with t of shape (B,).
+        """
+        scheduler, indices = self.sampling_grid(stop_at)
+        clock = Diffusion(self.timesteps, self.sampling_schedule or self.schedule, "fixed_small")
+        x = noise
+        for index in indices:
+            t = torch.tensor(float(index + 1), dtype=torch.float64)
+            if clock.schedule != self.schedule:
+                t = self.time_of(clock.alpha_bar(t))
+            output = predict(x, torch.full((len(x),), float(t), device=x.device)).to(x.dtype)
+            if not isinstance(scheduler, DDPMScheduler):
+                output = output[:, : x.shape[1]]  # only the ancestral sampler uses a learned variance
+            randomness = {} if generator is None else {"generator": list(generator)}
+            x = scheduler.step(output, index, x, **randomness).prev_sample
+        return x
+
+    def sampling_grid(self, stop_at: int = 0) -> tuple[Any, list[int]]:
+        """The scheduler and the descending indices t - 1 at which the network is called on the way from T to s.
+
+        s itself is put into the grid, so that the state after the last call is x_s exactly and not a neighbour of it.
+        """
+        if not 0 <= stop_at < self.timesteps:
+            raise InputError(f"stop_at {stop_at} lies outside 0 <= s < T = {self.timesteps}")
+        if stop_at and self.sampling_schedule not in (None, self.schedule):
+            raise InputError(f"stop_at {stop_at} has no place on the other clock of sampling_schedule {self.sampling_schedule!r}")
+        steps = self.timesteps if self.sampling_steps is None else self.sampling_steps
+        if not 1 <= steps <= self.timesteps:
+            raise InputError(f"sampling_steps {steps} lies outside 1 ... T = {self.timesteps}")
+        scheduler = self._scheduler()
+        if self.sampler == "ddim":
+            self._check_ddim(steps, stop_at)
+        scheduler.set_timesteps(steps)
+        indices = [int(i) for i in scheduler.timesteps]
+        if stop_at and self.sampler != "ddim" and stop_at - 1 not in indices:
+            indices = sorted({*indices, stop_at - 1}, reverse=True)
+            scheduler.set_timesteps(timesteps=indices)
+        return scheduler, [i for i in indices if i >= stop_at]
+
+    def _scheduler(self) -> Any:
+        settings = schedule_settings(self.sampling_schedule or self.schedule, self.timesteps)
+        settings["prediction_type"] = self.prediction
+        if self.sampler == "ddpm":
+            variance = "learned_range" if self.variance == "learned" else self.variance
+            return DDPMScheduler(
+                **settings, variance_type=variance, clip_sample=self.clip, timestep_spacing="linspace"
+            )
+        if self.sampler == "ddim":
+            return DDIMScheduler(**settings, clip_sample=self.clip, timestep_spacing="trailing")
+        return DPMSolverMultistepScheduler(
+            **settings,
+            timestep_spacing="linspace",
+            thresholding=self.clip,  # with sample_max_value 1 the dynamic threshold is the plain clamp to [-1, 1]
+            sample_max_value=1.0,
+            lambda_min_clipped=-5.1,  # a log-SNR below this says nothing; the cosine schedule ends far below it
+        )
+
+    def _check_ddim(self, steps: int, stop_at: int) -> None:
+        if self.timesteps % steps:
+            raise InputError(f"sampling_steps {steps} does not divide T = {self.timesteps}, as the DDIM sampler needs")
+        stride = self.timesteps // steps
+        if stop_at % stride:
+            below = stop_at // stride * stride
+            raise InputError(
+                f"stop_at {stop_at} is not on DDIM's grid of {steps} steps (multiples of {stride}): "
+                f"the nearest are {below} and {below + stride}"
+            )
+
+
+def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """log of N(mean, scale^2)'s mass on the 8-bit bin around x, open at -1 and 1 (DDPM, eq. 13). In nats, like x."""
+    scale = (-log_scale).exp()
+    upper = torch.special.ndtr((x - mean + 1 / 255) * scale)
+    lower = torch.special.ndtr((x - mean - 1 / 255) * scale)
+    inside = (upper - lower).clamp(min=1e-12).log()
+    at_most = upper.clamp(min=1e-12).log()
+    at_least = (1 - lower).clamp(min=1e-12).log()
+    return torch.where(x < -0.999, at_most, torch.where(x > 0.999, at_least, inside))
+
+
+
+def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return value.view(-1, *[1] * (like.ndim - 1))
+
+
+def _from_one(table: torch.Tensor) -> torch.Tensor:
+    """Prepend an entry for t = 0, so that a table over t = 1 ... T is indexed by t."""
+    return torch.cat([table[:1], table])

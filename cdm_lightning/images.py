@@ -1,0 +1,82 @@
+"""Images at the border: uint8 in files, float32 in [-1, 1] inside, and the exact mean between resolutions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cdm_lightning import InputError
+
+
+def to_float(image: torch.Tensor) -> torch.Tensor:
+    """u / 127.5 - 1: uint8 of any shape to float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """round((x + 1) * 127.5), clamped: float of any shape to uint8, the inverse of `to_float`."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def quantize(image: torch.Tensor) -> torch.Tensor:
+    """The nearest float that an 8-bit image can hold: what a stage hands to the next one, in memory and from files."""
+    return to_float(to_uint8(image))
+
+
+def downscale(image: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Means over 2x2, each rounded half to even to 8 bits, until the image is `resolution` pixels wide.
+
+    image: uint8 (..., H, W) with H = W = resolution * 2^k. Halving step by step, rather than by one larger mean, makes
+    every path between two resolutions end in the same bits, so that 256 -> 64 and 256 -> 128 -> 64 agree.
+    """
+    check_power_of_two(image.shape[-1], resolution)
+    leading = image.shape[:-2]
+    image = image.reshape(-1, 1, *image.shape[-2:])
+    while image.shape[-1] > resolution:
+        image = F.avg_pool2d(image.float(), 2).round().to(torch.uint8)  # sums of four bytes are exact in float32
+    return image.reshape(*leading, resolution, resolution)
+
+
+def check_power_of_two(high: int, low: int) -> None:
+    """Refuse two resolutions whose ratio is not a power of two."""
+    ratio = high // low if low > 0 else 0
+    if ratio < 1 or ratio * low != high or ratio & (ratio - 1):
+        raise InputError(f"resolution {low} cannot be reached from {high}: their ratio must be a power of two")
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Lossless PNG bytes of one uint8 image (H, W, C), C = 1 or 3."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """uint8 (H, W, C) of one encoded image, C = 1 for grey and 3 for colour."""
+    array = np.array(Image.open(io.BytesIO(data)))
+    return array[..., None] if array.ndim == 2 else array
+
+
+def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: str | Path, cell: int, gap: int = 2) -> None:
+    """Save rows of images as one PNG, each image enlarged to `cell` pixels by nearest neighbour.
+
+    rows: uint8 (C, H, W) images; rows may differ in length and images in size.
+    """
+    columns = max(len(row) for row in rows)
+    size = (columns * (cell + gap) - gap, len(rows) * (cell + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            array = image.cpu().permute(1, 2, 0).numpy()
+            picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert("RGB")
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x * (cell + gap), y * (cell + gap)))
+    partial = Path(path).with_suffix(".partial.png")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(partial)
+    partial.replace(path)

@@ -1,0 +1,320 @@
+"""`cdm prepare`: raw images -> <out>/<split>/<resolution>/ of shards, each image decoded once for all resolutions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from tqdm import tqdm
+
+from cdm_lightning import InputError
+from cdm_lightning.images import check_power_of_two, downscale, encode_png
+from cdm_lightning.raw_images import FILTERS, Crop, Listing, RawImage, Split, cut_square, decode, list_folder, list_imagenet
+from cdm_lightning.shards import Manifest, Shard, read_manifest, write_atomically, write_manifest, write_shard
+
+
+def prepare_imagenet(
+    source: Path,
+    out: Path,
+    split: Split = "train",
+    resolutions: Sequence[int] = (256, 128, 64, 32),
+    devkit: Path | None = None,
+    crop: Crop = "adm",
+    seed: int = 0,
+    images_per_shard: int = 1000,
+    workers: int | None = None,
+    max_corrupt: float = 0.001,
+    limit: int | None = None,
+) -> None:
+    """Make shards from the ImageNet archives as downloaded, without unpacking them.
+
+    Killed or stopped, the same command goes on where it was. The result is the same to the byte for any number of
+    workers. A class index is the rank of its WNID (n01440764 is 0).
+
+    Args:
+        source: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or a folder of WNID/*.JPEG.
+        out: folder to make; the shards go to OUT/SPLIT/RESOLUTION.
+        split: which part of the data set the source is.
+        resolutions: widths to store. The largest is cut from the raw image, each lower one is the mean over 2x2 pixels
+            of the one above, so two widths must differ by a power of two.
+        devkit: ILSVRC2012_devkit_t12.tar.gz, which labels the validation archive. Default: beside the source.
+        crop: how a raw image becomes the largest square. adm: scale by box halvings and bicubic, then cut the centre,
+            as guided-diffusion does. area: cut the centre square, then take the mean over each pixel's area.
+        seed: of the random order in which all images are dealt out to the shards.
+        images_per_shard: images in one tar file.
+        workers: processes to use, each with about 0.5 GB of memory at 256 pixels. Default: one per core.
+        max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
+        limit: take only this many images, drawn at random.
+    """
+    list_images = partial(list_imagenet, source, split, devkit)
+    prepare(list_images, source, out, split, resolutions, crop, False, seed, images_per_shard, workers, max_corrupt, limit)
+
+
+def prepare_folder(
+    source: Path,
+    out: Path,
+    split: Split = "train",
+    resolutions: Sequence[int] = (64, 32),
+    grey: bool = False,
+    crop: Crop = "adm",
+    seed: int = 0,
+    images_per_shard: int = 1000,
+    workers: int | None = None,
+    max_corrupt: float = 0.001,
+    limit: int | None = None,
+) -> None:
+    """Make shards from a folder of images with one subfolder per class.
+
+    Killed or stopped, the same command goes on where it was. The result is the same to the byte for any number of
+    workers. A class index is the rank of the subfolder's name.
+
+    Args:
+        source: folder with one subfolder per class, images inside (jpg, png, bmp, gif, webp, tif).
+        out: folder to make; the shards go to OUT/SPLIT/RESOLUTION.
+        split: which part of the data set the source is.
+        resolutions: widths to store. The largest is cut from the raw image, each lower one is the mean over 2x2 pixels
+            of the one above, so two widths must differ by a power of two.
+        grey: store one grey channel instead of red, green and blue.
+        crop: how a raw image becomes the largest square. adm: scale by box halvings and bicubic, then cut the centre,
+            as guided-diffusion does. area: cut the centre square, then take the mean over each pixel's area.
+        seed: of the random order in which all images are dealt out to the shards.
+        images_per_shard: images in one tar file.
+        workers: processes to use, each with about 0.5 GB of memory at 256 pixels. Default: one per core.
+        max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
+        limit: take only this many images, drawn at random.
+    """
+    list_images = partial(list_folder, source)
+    prepare(list_images, source, out, split, resolutions, crop, grey, seed, images_per_shard, workers, max_corrupt, limit)
+
+
+def prepare(
+    list_images: Callable[[], Listing],
+    source: Path,
+    out: Path,
+    split: Split,
+    resolutions: Sequence[int],
+    crop: Crop,
+    grey: bool,
+    seed: int,
+    images_per_shard: int,
+    workers: int | None,
+    max_corrupt: float,
+    limit: int | None,
+) -> None:
+    """Deal all images out in one random order, make the shards that are not there yet, write the manifests last."""
+    workers = os.cpu_count() or 1 if workers is None else workers
+    check_numbers(resolutions, images_per_shard, workers, max_corrupt, limit)
+    resolutions, folder = sorted(resolutions, reverse=True), Path(out) / split
+    if not Path(source).exists():
+        raise InputError(f"{source} does not exist: it should be the archive or folder of raw images")
+    classes, images = list_images()
+    check_classes(Path(out), split, classes)
+    images = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(f"{seed}/{image.name}")).digest())[:limit]
+    sizes = hashlib.sha256(b"".join(os.fsencode(f"{i.name} {i.label} {i.size}\n") for i in images)).hexdigest()
+    arguments = dict(seed=seed, resolutions=resolutions, crop=crop, grey=grey, images_per_shard=images_per_shard)
+    arguments |= dict(limit=limit, images=len(images), listing=sizes[:16], pillow=PIL.__version__)  # all that fixes the bytes
+
+    if not already_made(folder, arguments):
+        tasks = [
+            Task(number, start, images[start : start + images_per_shard], folder, resolutions, crop, grey)
+            for number, start in enumerate(range(0, len(images), images_per_shard))
+        ]
+        records = make_shards(tasks, workers, max_corrupt)
+        counts = sum((Counter(record["labels"]) for record in records), Counter())
+        skipped = [entry for record in records for entry in record["skipped"]]
+        for resolution in resolutions:
+            manifest = Manifest(
+                resolution, 1 if grey else 3, split, classes, [counts[label] for label in range(len(classes))],
+                [Shard(**record["shards"][str(resolution)]) for record in records],
+                seed, crop, FILTERS[crop], Path(source).resolve().name, len(skipped),
+                {"arguments": arguments, "skipped": skipped},
+            )  # fmt: skip
+            write_manifest(folder / str(resolution), manifest)
+        (folder / PROGRESS / "arguments.json").unlink()  # from here on the manifests say what was made
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    print_summary(folder, resolutions)
+
+
+def check_numbers(
+    resolutions: Sequence[int], images_per_shard: int, workers: int, max_corrupt: float, limit: int | None
+) -> None:
+    """Refuse numbers that no preparation can use."""
+    if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
+        raise InputError(f"resolutions are {list(resolutions)}: at least one is needed, each positive and named once")
+    for resolution in resolutions:
+        check_power_of_two(max(resolutions), resolution)
+    for name, number in dict(images_per_shard=images_per_shard, workers=workers, limit=limit).items():
+        if number is not None and number < 1:
+            raise InputError(f"{name} is {number}: it must be at least 1")
+    if not 0 <= max_corrupt <= 1:
+        raise InputError(f"max_corrupt is {max_corrupt}: it is a share and must lie between 0 and 1")
+
+
+def check_classes(out: Path, split: str, classes: list[str]) -> None:
+    """Refuse classes that differ from another split's: the same label would mean two things."""
+    for path in sorted(out.glob("*/*/manifest.json")):
+        other = path.parent.parent.name
+        if other != split and (known := read_manifest(path.parent).classes) != classes:
+            odd = min(set(known) ^ set(classes))
+            raise InputError(
+                f"the source has {len(classes)} classes and {out / other} has {len(known)}, {odd} is in one only: "
+                "the splits under one folder must have the same classes"
+            )
+
+
+def already_made(folder: Path, arguments: dict[str, Any]) -> bool:
+    """Whether `folder` is finished; if not, it is left ready to go on. Work of other arguments is refused."""
+    started, manifests = folder / PROGRESS / "arguments.json", sorted(folder.glob("*/manifest.json"))
+    earlier: dict[str, Any] = {}
+    if started.is_file():
+        earlier = json.loads(started.read_text())
+    elif manifests:
+        earlier = read_manifest(manifests[0].parent).extra.get("arguments", {})
+    elif not any(folder.glob("*/*.tar*")):
+        write_atomically(started, json.dumps(arguments).encode())
+        return False
+    changed = [f"{name} {earlier.get(name)} (now {value})" for name, value in arguments.items() if earlier.get(name) != value]
+    if changed:
+        made = f"holds shards made with {', '.join(changed)}" if earlier else "holds shards that no `cdm prepare` made"
+        raise InputError(f"{folder} {made}: give another output folder or remove it")
+    return not started.is_file()
+
+
+PROGRESS = ".progress"  # in the folder of a split, from the start of a preparation to its end
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to make, in every resolution: consecutive images of the global order, the first at `start`."""
+
+    number: int
+    start: int
+    images: list[RawImage]
+    folder: Path
+    resolutions: list[int]
+    crop: Crop
+    grey: bool
+
+    @property
+    def record(self) -> Path:
+        """Written after the shard's tars, so that where it lies the shard is finished."""
+        return self.folder / PROGRESS / f"{self.number:06d}.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of an earlier run, if all its tars are still there."""
+        if not self.record.is_file():
+            return None
+        record = json.loads(self.record.read_text())
+        tars = {self.folder / resolution / shard["name"]: shard["bytes"] for resolution, shard in record["shards"].items()}
+        return record if all(tar.is_file() and tar.stat().st_size == size for tar, size in tars.items()) else None
+
+
+def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dict[str, Any]]:
+    """Records of all shards in order: those found finished and those made now; too many corrupt images are an error."""
+    total = sum(len(task.images) for task in tasks)
+    records, skipped = {task.number: task.finished() for task in tasks}, []
+    todo = [task for task in tasks if records[task.number] is None]
+    found, begun = [record for record in records.values() if record], time.monotonic()
+    with tqdm(total=total, desc="preparing", unit="image") as bar, closing(run(todo, workers)) as made:
+        for record in chain(found, made):
+            records[record["number"]] = record
+            bar.update(len(tasks[record["number"]].images))
+            for entry in record["skipped"]:
+                bar.write(f"skipped {entry['name']}: {entry['reason']}", file=sys.stderr)
+            skipped += record["skipped"]
+            if len(skipped) > max_corrupt * total:
+                first = skipped[0]
+                raise InputError(
+                    f"{len(skipped)} of {total} images ({len(skipped) / total:.2%}) cannot be read, the first is "
+                    f"{first['name']} ({first['reason']}): more than max_corrupt = {max_corrupt:.2%} is an error"
+                )
+    count, seconds = sum(len(task.images) for task in todo), time.monotonic() - begun
+    print(f"{count:,} images read in {seconds:.0f} s by {workers} workers: {count / seconds:.0f} images/s")
+    return list(records.values())
+
+
+def run(tasks: list[Task], workers: int) -> Iterator[dict[str, Any]]:
+    """Records of the tasks as they end, made in this process or in several."""
+    if workers == 1 or len(tasks) < 2:
+        yield from map(make_shard, tasks)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=start_worker)
+    try:
+        for future in as_completed([pool.submit(make_shard, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"one of {workers} workers was ended from outside, as happens when memory runs out: "
+            "give the same command with fewer --workers, it goes on from here"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """End with the parent, even if that was killed: a worker left alone would write beside the next run's."""
+    torch.set_num_threads(1)
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def make_shard(task: Task) -> dict[str, Any]:
+    """Decode each image once, write its shard in every resolution, then the record, which is also returned."""
+    samples: dict[int, list[tuple[str, bytes, int]]] = {resolution: [] for resolution in task.resolutions}
+    skipped = []
+    for position, raw in enumerate(task.images, task.start):
+        try:
+            picture = decode(raw.read(), task.grey)
+        except OSError as error:
+            raise InputError(f"{raw.file} can no longer be read: {error.strerror or error}") from error
+        except ValueError as error:
+            skipped.append({"name": raw.name, "reason": str(error)})
+            continue
+        image = torch.from_numpy(cut_square(picture, task.resolutions[0], task.crop).copy()).permute(2, 0, 1)
+        for resolution in task.resolutions:
+            image = downscale(image, resolution)
+            samples[resolution].append((f"{position:08d}", encode_png(image.permute(1, 2, 0).numpy()), raw.label))
+    name = f"{task.number:06d}.tar"
+    record = {
+        "number": task.number,
+        "shards": {str(r): asdict(write_shard(task.folder / str(r) / name, samples[r])) for r in task.resolutions},
+        "labels": [label for _, _, label in samples[task.resolutions[0]]],
+        "skipped": skipped,
+    }
+    write_atomically(task.record, json.dumps(record).encode())
+    return record
+
+
+def print_summary(folder: Path, resolutions: list[int]) -> None:
+    """State what lies in `folder` now."""
+    for resolution in resolutions:
+        manifest = read_manifest(folder / str(resolution))
+        print(
+            f"{folder / str(resolution)}: {manifest.count:,} images of {len(manifest.classes)} classes in "
+            f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards):,} bytes, "
+            f"{manifest.skipped} unreadable images left out"
+        )

@@ -1,0 +1,204 @@
+"""The network: ADM's U-Net (Dhariwal and Nichol, 2021) with a second time embedding for the augmentation level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cdm_lightning import InputError
+
+
+def sinusoidal_embedding(t: torch.Tensor, channels: int) -> torch.Tensor:
+    """(cos(t w_k), sin(t w_k)), w_k = 10000^(-k / (channels / 2)): (B,) to float32 (B, channels)."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """Set a layer's parameters to zero, so that the block it closes starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    if channels % groups:
+        raise InputError(f"norm_groups {groups} does not divide the {channels} channels of a layer")
+    return nn.GroupNorm(groups, channels)
+
+
+class TimeEmbedding(nn.Sequential):
+    """Sinusoids of a time through a two-layer MLP: (B,) to (B, 4 * channels)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return super().forward(sinusoidal_embedding(t, self[0].in_features).to(self[0].weight.dtype))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu((1 + scale) norm(conv(silu(norm(x)))) + shift)), scale and shift from the embedding.
+
+    scale_factor 0.5 or 2 resamples both branches (BigGAN's up and down blocks); 1 keeps the size.
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, embedding: int, dropout: float, groups: int, scale_factor: float = 1
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels_in, groups)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * channels)
+        self.norm2 = group_norm(channels, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.skip = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
+        self.scale_factor = scale_factor
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = self.resample(F.silu(self.norm1(x)))
+        h = self.conv1(h)  # (B, channels, H', W')
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
+
+    def resample(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale_factor < 1:
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.scale_factor > 1 else x
+
+
+class SelfAttention(nn.Module):
+    """x + project(softmax(q k^T / sqrt(d)) v) over all positions, in `heads` heads."""
+
+    def __init__(self, channels: int, heads: int, groups: int) -> None:
+        super().__init__()
+        if channels % heads:
+            raise InputError(f"num_heads {heads} does not divide the {channels} channels of an attention layer")
+        self.norm = group_norm(channels, groups)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = zero(nn.Linear(channels, channels))
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C), no copy in channels_last
+        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, d)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        return x + self.project(attended).transpose(1, 2).reshape(b, c, h, w)
+
+
+class Level(nn.ModuleList):
+    """Residual blocks, each followed by attention where the level has it."""
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """eps(x_t, t, label, low_res, level): a U-Net whose stages are conditioned by adding their embeddings.
+
+    in_channels: of x_t, plus those of low_res where the stage has one. attention_resolutions: the sizes of feature maps
+    with attention; the middle block always has it. num_classes None: no class embedding. level_embedding: a second time
+    embedding for the augmentation level s.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        num_heads: int,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        level_embedding: bool = False,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        smallest = 2 ** (len(channel_mult) - 1)
+        if resolution % smallest:
+            raise InputError(
+                f"resolution {resolution} cannot be halved {len(channel_mult) - 1} times, as the {len(channel_mult)} "
+                f"entries of channel_mult ask: it must be a multiple of {smallest}"
+            )
+        if channels % 2:
+            raise InputError(f"channels {channels} is odd, and the time embedding takes pairs of sine and cosine")
+        embedding = 4 * channels
+        self.num_classes, self.resolution = num_classes, resolution
+        self.time_embedding = TimeEmbedding(channels)
+        self.level_embedding = TimeEmbedding(channels) if level_embedding else None
+        self.label_embedding = nn.Embedding(num_classes, embedding) if num_classes is not None else None
+
+        def residual(channels_in: int, channels_out: int, scale_factor: float = 1) -> ResidualBlock:
+            return ResidualBlock(channels_in, channels_out, embedding, dropout, norm_groups, scale_factor)
+
+        def level(channels_in: int, channels_out: int, size: int) -> list[nn.Module]:
+            attends = size in attention_resolutions
+            layers: list[nn.Module] = [residual(channels_in, channels_out)]
+            return [*layers, SelfAttention(channels_out, num_heads, norm_groups)] if attends else layers
+
+        widths = [channels * m for m in channel_mult]
+        width, size, skips = channels, resolution, [channels]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for depth, wide in enumerate(widths):
+            for _ in range(num_res_blocks):
+                self.down.append(Level(level(width, wide, size)))
+                width = wide
+                skips.append(width)
+            if depth < len(widths) - 1:
+                self.down.append(Level([residual(width, width, 0.5)]))
+                skips.append(width)
+                size //= 2
+        self.middle = Level(
+            [residual(width, width), SelfAttention(width, num_heads, norm_groups), residual(width, width)]
+        )
+        self.up = nn.ModuleList()
+        for depth, wide in reversed(list(enumerate(widths))):
+            for block in range(num_res_blocks + 1):
+                layers = level(width + skips.pop(), wide, size)
+                width = wide
+                if depth > 0 and block == num_res_blocks:
+                    layers.append(residual(width, width, 2))
+                    size *= 2
+                self.up.append(Level(layers))
+        self.norm_out = group_norm(width, norm_groups)
+        self.conv_out = zero(nn.Conv2d(width, out_channels, 3, padding=1))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        label: torch.Tensor | None = None,
+        low_res: torch.Tensor | None = None,
+        level: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: (B, C, H, W). t, level: (B,) in (0, T] and [0, T]. label: int64 (B,). low_res: already H x W, or None."""
+        embedding = self.time_embedding(t - 1)  # ADM's networks count from 0, where the paper's clean image has no index
+        if self.level_embedding is not None:
+            embedding = embedding + self.level_embedding(level - 1)
+        if self.label_embedding is not None:
+            embedding = embedding + self.label_embedding(label)
+        embedding = F.silu(embedding)
+        h = self.conv_in(x if low_res is None else torch.cat([x, low_res], dim=1))
+        skips = [h]
+        for block in self.down:
+            h = block(h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for block in self.up:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.conv_out(F.silu(self.norm_out(h)))
