@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,17 @@ from tqdm import tqdm
 
 from cdm_lightning import InputError
 from cdm_lightning.images import check_power_of_two, downscale, encode_png
-from cdm_lightning.raw_images import FILTERS, Crop, Listing, RawImage, Split, cut_square, decode, list_folder, list_imagenet
+from cdm_lightning.raw_images import (
+    FILTERS,
+    Crop,
+    Listing,
+    RawImage,
+    Split,
+    cut_square,
+    decode,
+    list_folder,
+    list_imagenet,
+)
 from cdm_lightning.shards import Manifest, Shard, read_manifest, write_atomically, write_manifest, write_shard
 
 
@@ -60,12 +69,12 @@ def prepare_imagenet(
             as guided-diffusion does. area: cut the centre square, then take the mean over each pixel's area.
         seed: of the random order in which all images are dealt out to the shards.
         images_per_shard: images in one tar file.
-        workers: processes to use, each with about 0.5 GB of memory at 256 pixels. Default: one per core.
+        workers: processes to use, each with about 0.7 GB of memory at 256 pixels. Default: one per core.
         max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
         limit: take only this many images, drawn at random.
     """
-    list_images = partial(list_imagenet, source, split, devkit)
-    prepare(list_images, source, out, split, resolutions, crop, False, seed, images_per_shard, workers, max_corrupt, limit)
+    find = partial(list_imagenet, source, split, devkit)
+    prepare(find, source, out, split, resolutions, crop, False, seed, images_per_shard, workers, max_corrupt, limit)
 
 
 def prepare_folder(
@@ -97,16 +106,16 @@ def prepare_folder(
             as guided-diffusion does. area: cut the centre square, then take the mean over each pixel's area.
         seed: of the random order in which all images are dealt out to the shards.
         images_per_shard: images in one tar file.
-        workers: processes to use, each with about 0.5 GB of memory at 256 pixels. Default: one per core.
+        workers: processes to use, each with about 0.7 GB of memory at 256 pixels. Default: one per core.
         max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
         limit: take only this many images, drawn at random.
     """
-    list_images = partial(list_folder, source)
-    prepare(list_images, source, out, split, resolutions, crop, grey, seed, images_per_shard, workers, max_corrupt, limit)
+    find = partial(list_folder, source)
+    prepare(find, source, out, split, resolutions, crop, grey, seed, images_per_shard, workers, max_corrupt, limit)
 
 
 def prepare(
-    list_images: Callable[[], Listing],
+    find: Callable[[], Listing],
     source: Path,
     out: Path,
     split: Split,
@@ -121,16 +130,21 @@ def prepare(
 ) -> None:
     """Deal all images out in one random order, make the shards that are not there yet, write the manifests last."""
     workers = os.cpu_count() or 1 if workers is None else workers
-    check_numbers(resolutions, images_per_shard, workers, max_corrupt, limit)
+    check_arguments(resolutions, crop, images_per_shard, workers, max_corrupt, limit)
     resolutions, folder = sorted(resolutions, reverse=True), Path(out) / split
     if not Path(source).exists():
         raise InputError(f"{source} does not exist: it should be the archive or folder of raw images")
-    classes, images = list_images()
+    classes, images = find()
+    if not images:
+        raise InputError(f"{source} holds no images")
     check_classes(Path(out), split, classes)
+    lines = sorted(os.fsencode(f"{image.name} {image.label} {image.size}\n") for image in images)
+    arguments = {  # all that the bytes depend on
+        "seed": seed, "resolutions": resolutions, "crop": crop, "grey": grey, "images_per_shard": images_per_shard,
+        "limit": limit, "images": len(images), "listing": hashlib.sha256(b"".join(lines)).hexdigest()[:16],
+        "pillow": PIL.__version__,
+    }  # fmt: skip
     images = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(f"{seed}/{image.name}")).digest())[:limit]
-    sizes = hashlib.sha256(b"".join(os.fsencode(f"{i.name} {i.label} {i.size}\n") for i in images)).hexdigest()
-    arguments = dict(seed=seed, resolutions=resolutions, crop=crop, grey=grey, images_per_shard=images_per_shard)
-    arguments |= dict(limit=limit, images=len(images), listing=sizes[:16], pillow=PIL.__version__)  # all that fixes the bytes
 
     if not already_made(folder, arguments):
         tasks = [
@@ -153,15 +167,17 @@ def prepare(
     print_summary(folder, resolutions)
 
 
-def check_numbers(
-    resolutions: Sequence[int], images_per_shard: int, workers: int, max_corrupt: float, limit: int | None
+def check_arguments(
+    resolutions: Sequence[int], crop: str, images_per_shard: int, workers: int, max_corrupt: float, limit: int | None
 ) -> None:
-    """Refuse numbers that no preparation can use."""
+    """Refuse what no preparation can use, before hours are spent on it."""
+    if crop not in FILTERS:
+        raise InputError(f"crop is {crop}: it must be one of {', '.join(FILTERS)}")
     if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
         raise InputError(f"resolutions are {list(resolutions)}: at least one is needed, each positive and named once")
     for resolution in resolutions:
         check_power_of_two(max(resolutions), resolution)
-    for name, number in dict(images_per_shard=images_per_shard, workers=workers, limit=limit).items():
+    for name, number in [("images_per_shard", images_per_shard), ("workers", workers), ("limit", limit)]:
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}: it must be at least 1")
     if not 0 <= max_corrupt <= 1:
@@ -173,10 +189,10 @@ def check_classes(out: Path, split: str, classes: list[str]) -> None:
     for path in sorted(out.glob("*/*/manifest.json")):
         other = path.parent.parent.name
         if other != split and (known := read_manifest(path.parent).classes) != classes:
-            odd = min(set(known) ^ set(classes))
+            label = next(k for k in range(len(known) + 1) if known[k : k + 1] != classes[k : k + 1])
             raise InputError(
-                f"the source has {len(classes)} classes and {out / other} has {len(known)}, {odd} is in one only: "
-                "the splits under one folder must have the same classes"
+                f"the source has {len(classes)} classes, {out / other} has {len(known)}, and label {label} is "
+                f"{classes[label : label + 1]} here and {known[label : label + 1]} there: the splits must agree"
             )
 
 
@@ -191,10 +207,11 @@ def already_made(folder: Path, arguments: dict[str, Any]) -> bool:
     elif not any(folder.glob("*/*.tar*")):
         write_atomically(started, json.dumps(arguments).encode())
         return False
-    changed = [f"{name} {earlier.get(name)} (now {value})" for name, value in arguments.items() if earlier.get(name) != value]
+    if not earlier:
+        raise InputError(f"{folder} holds shards that no `cdm prepare` made: give another output folder or remove it")
+    changed = [f"{key} {earlier.get(key)} (now {new})" for key, new in arguments.items() if earlier.get(key) != new]
     if changed:
-        made = f"holds shards made with {', '.join(changed)}" if earlier else "holds shards that no `cdm prepare` made"
-        raise InputError(f"{folder} {made}: give another output folder or remove it")
+        raise InputError(f"{folder} was prepared with {', '.join(changed)}: give another output folder or remove it")
     return not started.is_file()
 
 
@@ -223,38 +240,55 @@ class Task:
         if not self.record.is_file():
             return None
         record = json.loads(self.record.read_text())
-        tars = {self.folder / resolution / shard["name"]: shard["bytes"] for resolution, shard in record["shards"].items()}
-        return record if all(tar.is_file() and tar.stat().st_size == size for tar, size in tars.items()) else None
+        for resolution, shard in record["shards"].items():
+            tar = self.folder / resolution / shard["name"]
+            if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
+                return None
+        return record
 
 
 def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dict[str, Any]]:
-    """Records of all shards in order: those found finished and those made now; too many corrupt images are an error."""
-    total = sum(len(task.images) for task in tasks)
-    records, skipped = {task.number: task.finished() for task in tasks}, []
-    todo = [task for task in tasks if records[task.number] is None]
-    found, begun = [record for record in records.values() if record], time.monotonic()
-    with tqdm(total=total, desc="preparing", unit="image") as bar, closing(run(todo, workers)) as made:
-        for record in chain(found, made):
+    """Records of all shards in order: those found finished and those made now."""
+    found = [task.finished() for task in tasks]
+    todo = [task for task, record in zip(tasks, found, strict=True) if record is None]
+    records = {record["number"]: record for record in found if record is not None}
+    total, count = sum(len(task.images) for task in tasks), sum(len(task.images) for task in todo)
+    check_skipped(records, total, max_corrupt)
+    begun = time.monotonic()
+    with (
+        tqdm(total=total, initial=total - count, desc="preparing", unit="image") as bar,
+        closing(run(todo, workers)) as made,
+    ):
+        for record in made:
             records[record["number"]] = record
             bar.update(len(tasks[record["number"]].images))
             for entry in record["skipped"]:
                 bar.write(f"skipped {entry['name']}: {entry['reason']}", file=sys.stderr)
-            skipped += record["skipped"]
-            if len(skipped) > max_corrupt * total:
-                first = skipped[0]
-                raise InputError(
-                    f"{len(skipped)} of {total} images ({len(skipped) / total:.2%}) cannot be read, the first is "
-                    f"{first['name']} ({first['reason']}): more than max_corrupt = {max_corrupt:.2%} is an error"
-                )
-    count, seconds = sum(len(task.images) for task in todo), time.monotonic() - begun
+            check_skipped(records, total, max_corrupt)
+    seconds = time.monotonic() - begun
     print(f"{count:,} images read in {seconds:.0f} s by {workers} workers: {count / seconds:.0f} images/s")
-    return list(records.values())
+    return [records[task.number] for task in tasks]
 
 
-def run(tasks: list[Task], workers: int) -> Iterator[dict[str, Any]]:
+def check_skipped(records: dict[int, dict[str, Any]], total: int, max_corrupt: float) -> None:
+    """Refuse a source of which more than the share `max_corrupt` is unreadable."""
+    skipped = [entry for record in records.values() for entry in record["skipped"]]
+    if len(skipped) > max_corrupt * total:
+        raise InputError(
+            f"{len(skipped)} of {total} images ({len(skipped) / total:.2%}) cannot be read, the first is "
+            f"{skipped[0]['name']} ({skipped[0]['reason']}): more than max_corrupt = {max_corrupt:.2%} is an error"
+        )
+
+
+def run(tasks: list[Task], workers: int) -> Generator[dict[str, Any]]:
     """Records of the tasks as they end, made in this process or in several."""
     if workers == 1 or len(tasks) < 2:
-        yield from map(make_shard, tasks)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # on single images the threads cost more than they give
+        try:
+            yield from map(make_shard, tasks)
+        finally:
+            torch.set_num_threads(threads)
         return
     pool = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=start_worker)
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -25,7 +26,7 @@ FILTERS: dict[Crop, str] = {"adm": "box halvings, then bicubic", "area": "box"}
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """One encoded image: `size` bytes at `offset` of `file`. `name` is class/file, the same in an archive and a folder."""
+    """One encoded image: `size` bytes at `offset` of `file`; `name` is class/file, in an archive as in a folder."""
 
     name: str
     label: int
@@ -47,12 +48,14 @@ Listing = tuple[list[str], list[RawImage]]  # class names in label order, images
 
 def list_imagenet(source: Path, split: Split, devkit: Path | None) -> Listing:
     """Images of an ILSVRC2012 archive or of a folder of WNID/*.JPEG."""
+    if source.is_file() and split == "train":
+        return list_train_archive(source)
     if source.is_file():
-        return list_train_archive(source) if split == "train" else list_val_archive(source, devkit or source.with_name(DEVKIT))
+        return list_val_archive(source, devkit or source.with_name(DEVKIT))
     classes, images = list_folder(source)
     for name in classes:
         if not is_wnid(name):
-            raise InputError(f"{source} holds a folder {name}: ImageNet's are named nXXXXXXXX, see `cdm prepare folder`")
+            raise InputError(f"{source} holds a folder {name}: ImageNet has nXXXXXXXX, try `cdm prepare folder`")
     return classes, images
 
 
@@ -103,7 +106,7 @@ def list_val_archive(source: Path, devkit: Path) -> Listing:
     for name, _, _ in files:
         if not name.startswith("ILSVRC2012_val_"):
             raise InputError(
-                f"{source} is not the validation archive: it holds {name} where ILSVRC2012_val_XXXXXXXX.JPEG is expected"
+                f"{source} is not the validation archive: it holds {name}, not ILSVRC2012_val_XXXXXXXX.JPEG"
             )
     wnid_of, truth = read_devkit(devkit)
     if len(truth) != len(files):
@@ -124,9 +127,9 @@ def read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
     import scipy.io
 
     if not devkit.is_file():
-        raise InputError(f"{devkit} does not exist: the validation archive has no labels without {DEVKIT}, see --devkit")
+        raise InputError(f"{devkit} does not exist: without {DEVKIT} the validation archive has no labels")
     try:
-        with tarfile.open(devkit) as tar:
+        with tarfile.open(devkit, mode="r:gz") as tar:
             contents = {PurePosixPath(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
         synsets = scipy.io.loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True)["synsets"]
         wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in np.atleast_1d(synsets) if s["num_children"] == 0}
@@ -169,35 +172,31 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def decode(data: bytes, grey: bool = False) -> Image.Image:
-    """The whole picture as a viewer shows it: upright by its EXIF tag, on white where transparent, RGB or grey.
-
-    Raises ValueError with the reason where the bytes are no complete image.
-    """
-    try:
-        image: Any = Image.open(io.BytesIO(data))
-        image.load()
-        image = upright(image)
-        if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("L" if grey else "RGB")
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError("no known image format") from error  # Pillow's own sentence holds a memory address
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise ValueError(str(error) or type(error).__name__) from error
+    """The picture of an encoded image, RGB or grey. Raises ValueError with the reason where it is not complete."""
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken EXIF beside good pixels
+        try:
+            image: Any = Image.open(io.BytesIO(data))
+            image.load()
+            return as_shown(image).convert("L" if grey else "RGB")
+        except MemoryError:
+            raise
+        except UnidentifiedImageError as error:
+            raise ValueError("no known image format") from error  # Pillow's own sentence holds a memory address
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+            raise ValueError(str(error) or type(error).__name__) from error
 
 
-def upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block beside good pixels, as in a few ImageNet files
-        return image
+def as_shown(image: Any) -> Any:
+    """The image as a viewer shows it: upright by its EXIF tag, of 8 bits, on white where it is transparent."""
+    with suppress(Exception):  # the EXIF block may be broken
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
 
 
 def cut_square(image: Image.Image, size: int, crop: Crop) -> np.ndarray:

@@ -1,0 +1,134 @@
+"""What happens beside training: averaged weights, grids of samples, and a picture of the loss."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import matplotlib
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import WandbLogger
+
+from cdm_lightning import InputError
+from cdm_lightning.images import downscale, save_grid, to_float, to_uint8
+from cdm_lightning.randomness import generators
+from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402, after the choice of a backend that needs no screen
+
+
+class EMA(WeightAveraging):
+    """Averaged weights: ema <- d ema + (1 - d) w after every optimizer step, d = min(decay, (1 + n) / (10 + n)).
+
+    n counts the updates. The rise of d lets a short run forget its start; a long one is at `decay` soon. Validation,
+    sample grids and the checkpoint's state_dict use the averaged weights.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"decay {decay} of the averaged weights lies outside 0 <= decay < 1")
+        self.decay = decay
+        super().__init__(use_buffers=False, multi_avg_fn=self.average)
+
+    def decay_after(self, updates: int) -> float:
+        """The decay in force for the update after `updates` earlier ones."""
+        return min(self.decay, (1 + updates) / (10 + updates))
+
+    def average(self, averaged: Any, current: Any, updates: torch.Tensor | int) -> None:
+        torch._foreach_lerp_(averaged, current, 1 - self.decay_after(int(updates)))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        pl_module.log("train/ema_decay", self.decay_after(max(0, trainer.global_step - 1)))
+
+
+class SampleGrid(Callback):
+    """At every validation, a picture of samples drawn with the averaged weights, on disk and in W&B where it logs.
+
+    A base stage: one class a row. A super-resolution stage: the real low-resolution input, samples given it, and the
+    truth, side by side.
+
+    Args:
+        rows: Rows of the picture.
+        columns: Samples a row.
+        sampling_steps: Network calls per sample; few, since this is a look and not a measurement.
+    """
+
+    def __init__(self, rows: int = 10, columns: int = 6, sampling_steps: int = 25) -> None:
+        self.rows, self.columns, self.sampling_steps = rows, columns, sampling_steps
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        diffusion, steps = pl_module.diffusion, pl_module.diffusion.sampling_steps
+        diffusion.sampling_steps = min(self.sampling_steps, diffusion.timesteps)
+        try:
+            pictures = self.draw(pl_module, batch)
+        finally:
+            diffusion.sampling_steps = steps
+        path = Path(trainer.default_root_dir) / "grids" / f"step_{trainer.global_step:07d}.png"
+        save_grid(pictures, path, cell=max(64, pl_module.resolution))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(path)], step=trainer.global_step)
+
+    @torch.no_grad()
+    def draw(self, stage: DiffusionStage, batch: Any) -> list[list[torch.Tensor]]:
+        image, label, index = (part[: self.rows] for part in batch)
+        columns = self.columns
+        if isinstance(stage, SuperResolutionStage):
+            generator = generators(range(len(image) * columns), image.device, stage.seed, "grid")
+            low_res = to_float(downscale(to_uint8(image), stage.low_resolution))
+            samples = stage.sample(
+                label.repeat_interleave(columns), low_res.repeat_interleave(columns, 0), 0, 0, generator
+            )
+            around = zip(low_res, image, strict=True)
+        else:
+            label = torch.arange(min(self.rows, stage.num_classes or self.rows), device=image.device)
+            generator = generators(range(len(label) * columns), image.device, stage.seed, "grid")
+            samples = stage.sample(label.repeat_interleave(columns), 0, generator)
+            around = None
+        rows = [list(row) for row in to_uint8(samples).split(columns)]
+        if around is not None:
+            rows = [[to_uint8(z), *row, to_uint8(x)] for (z, x), row in zip(around, rows, strict=True)]
+        return rows
+
+
+class LossCurve(Callback):
+    """loss.png in the run's folder: training and validation loss against the optimizer step, from the CSV logs."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self.plot(Path(trainer.default_root_dir))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.plot(Path(trainer.default_root_dir))
+
+    def plot(self, folder: Path) -> None:
+        curves: dict[str, dict[int, float]] = defaultdict(dict)
+        for file in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda f: f.stat().st_mtime):
+            with file.open() as lines:
+                for row in csv.DictReader(lines):
+                    for name, value in row.items():
+                        if value and name in ("train/loss", "train/simple", "train/loss_step", "val/loss", "val/simple"):
+                            curves[name][int(row["step"])] = float(value)
+        if not curves:
+            return
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        for name, points in sorted(curves.items()):
+            steps = sorted(points)
+            style = "o-" if name.startswith("val") else "-"
+            axes.plot(steps, [points[s] for s in steps], style, label=name, linewidth=1, markersize=3)
+        axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=folder.name)
+        axes.legend()
+        figure.savefig(folder / "loss.partial.png", dpi=120, bbox_inches="tight")
+        pyplot.close(figure)
+        (folder / "loss.partial.png").replace(folder / "loss.png")

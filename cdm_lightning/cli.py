@@ -1,0 +1,129 @@
+"""`cdm COMMAND`: Lightning's fit, validate, test and predict, and the commands around them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import lightning.pytorch as L
+from jsonargparse import auto_cli, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from cdm_lightning import InputError, __version__
+from cdm_lightning.bundle import write_bundle
+from cdm_lightning.cascade import CascadeModule, check_stages
+from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.sampling import sample
+from cdm_lightning.stages import load_stage
+
+LIGHTNING = {
+    "fit": "Train one stage.",
+    "validate": "Loss of a stage on the validation images.",
+    "test": "Run a stage or a cascade over the validation images, with the callbacks that measure it.",
+    "predict": "Run a module's predict_step over the data.",
+}
+
+
+class CLI(LightningCLI):
+    """Lightning's command line with one seed for everything that draws."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+
+def bundle(checkpoints: list[Path], out: Path, levels: list[int] | None = None, truncated: bool = False) -> None:
+    """Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.
+
+    Args:
+        checkpoints: One checkpoint or run folder per stage, from low to high resolution; a run folder stands for its
+            checkpoints/last.ckpt.
+        out: The folder to write.
+        levels: The level s of each super-resolution stage that sampling shall use when told none; null for 0.
+        truncated: Whether that sampling is truncated.
+    """
+    files = [path / "checkpoints" / "last.ckpt" if path.is_dir() else path for path in map(Path, checkpoints)]
+    stages = [load_stage(path) for path in files]
+    check_stages(stages)
+    cascade = CascadeModule.of(stages)
+    cascade.set_levels(levels or cascade.levels, truncated)
+    about = {"levels": cascade.levels, "truncated": truncated}
+    write_bundle(out, stages, about)
+    total = sum(p.numel() for stage in stages for p in stage.parameters())
+    print(f"{out}: {' -> '.join(stage.name for stage in stages)}, {total / 1e6:.2f} M parameters")
+
+
+COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {"bundle": bundle, "sample": sample}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; bad input ends in one sentence and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return
+    if arguments[0] == "--version":
+        print(f"cdm_lightning {__version__}")
+        return
+    sys.argv[1:] = arguments  # where Lightning looks, and what the processes it starts repeat
+    try:
+        run(arguments)
+    except InputError as error:
+        sys.exit(fail(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        sys.exit(fail(error))
+
+
+def run(arguments: list[str]) -> None:
+    command, rest = arguments[0], arguments[1:]
+    if command in LIGHTNING:
+        if not logged_in():
+            os.environ.setdefault("WANDB_MODE", "offline")
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        CLI(
+            L.LightningModule,
+            ShardDataModule,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},
+        )
+    elif command in COMMANDS:
+        auto_cli(COMMANDS[command], args=rest, prog=f"cdm {command}", as_positional=False)
+    else:
+        known = [*LIGHTNING, *COMMANDS]
+        raise InputError(f"{command!r} is no command of cdm: known are {', '.join(known)}")
+
+
+def logged_in() -> bool:
+    """Whether `wandb login` has left a key for the server in use; asks the files, since wandb itself asks once and keeps it."""
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc().authenticators(server or ""))
+    except (OSError, NetrcParseError):
+        return False
+
+
+def fail(error: Exception) -> int:
+    """Print the sentence of an error, which a worker process wraps in its own traceback, and give the exit code."""
+    sentence = str(error).strip().splitlines()[-1].removeprefix("cdm_lightning.InputError: ")
+    print(f"cdm: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def overview() -> str:
+    lines = ["usage: cdm COMMAND [options], and cdm COMMAND --help", "", "Cascaded diffusion models.", ""]
+    about: dict[str, Any] = {**LIGHTNING}
+    for name, command in COMMANDS.items():
+        first = next(iter(command.values())) if isinstance(command, dict) else command
+        about[name] = (inspect.getdoc(first) or "").splitlines()[0]
+    return "\n".join([*lines, *(f"  {name:10s}{text}" for name, text in about.items())])

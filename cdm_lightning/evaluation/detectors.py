@@ -1,0 +1,107 @@
+"""Detectors: frozen networks that turn uint8 images into the features on which a distance is measured."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from cdm_lightning import InputError
+from cdm_lightning.images import to_float
+
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "detectors"
+PINNED = {"fashion-cnn-64": "3879de52aba2fe34b71dc06bad9620a06dd8523e1baf53e4a498ba42d7099938"}
+
+
+class Detector(nn.Module):
+    """What every detector has; its forward maps uint8 (B, C, H, W) to features, float32 (B, num_features)."""
+
+    name: str
+    sha256: str  # of its weights
+    num_features: int
+
+
+class FashionCNN(Detector):
+    """A classifier of Fashion-MNIST, whose 64 numbers before the last layer, max(0, a (W h) + b), are the features.
+
+    image: uint8 (B, 1, H, W), H, W >= 8, of any size: resized bilinearly without antialiasing to the 32x32 it was
+    trained on, there on true 32x32 images and on ones reduced to 16x16 alike. Colour or float images are refused.
+    """
+
+    name = "fashion-cnn-64"
+    sha256 = ""  # until weights are loaded
+    num_features, num_classes, resolution = 64, 10, 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            *convolution(1, 24),
+            nn.MaxPool2d(2),  # (B, 24, 16, 16)
+            *convolution(24, 48),
+            nn.MaxPool2d(2),  # (B, 48, 8, 8)
+            *convolution(48, 96),
+            nn.MaxPool2d(2),  # (B, 96, 4, 4)
+            nn.Flatten(),
+        )
+        self.penultimate = nn.Sequential(
+            nn.Linear(96 * 4 * 4, self.num_features, bias=False),
+            nn.BatchNorm1d(self.num_features),  # keeps every feature alive
+            nn.ReLU(),
+        )
+        self.last = nn.Linear(self.num_features, self.num_classes)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Features, float32 (B, 64), of uint8 (B, 1, H, W)."""
+        return self.features(self.prepare(image))
+
+    def classify(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits of the ten classes, float32 (B, 10), of uint8 (B, 1, H, W)."""
+        return self.last(self(image))
+
+    def prepare(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 1, H, W) to float32 (B, 1, 32, 32) in [-1, 1]."""
+        fits = image.dtype == torch.uint8 and image.ndim == 4 and image.shape[1] == 1 and min(image.shape[2:]) >= 8
+        if not fits:
+            raise InputError(
+                f"detector {self.name} takes uint8 images (B, 1, H, W) of 8 pixels or more, "
+                f"not {image.dtype} {tuple(image.shape)}"
+            )
+        size = (self.resolution, self.resolution)
+        return F.interpolate(to_float(image), size, mode="bilinear", align_corners=False, antialias=False)
+
+    def features(self, prepared: torch.Tensor) -> torch.Tensor:
+        return self.penultimate(self.convolutions(prepared))
+
+
+def convolution(channels: int, out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+
+def load_detector(name_or_path: str | Path) -> Detector:
+    """The detector of that name, hash-pinned, or a FashionCNN from a .safetensors file; in eval mode, frozen.
+
+    A detector from a file carries the file's stem as its name. Raises InputError for an unknown name, a missing file,
+    or weights that are not what they should be; nothing is unpickled.
+    """
+    name = str(name_or_path)
+    path = FOLDER / f"{name}.safetensors" if name in PINNED else Path(name)
+    if path.suffix != ".safetensors":
+        raise InputError(f"detector {name!r} is unknown: known are {sorted(PINNED)}, or a path to .safetensors")
+    if not path.is_file():
+        raise InputError(f"{path} is missing: it holds the weights of detector {path.stem}")
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if name in PINNED and digest != PINNED[name]:
+        raise InputError(f"{path} is not the detector {name}: its SHA-256 is {digest}, and {PINNED[name]} is expected")
+    detector = FashionCNN()
+    try:
+        detector.load_state_dict(load_safetensors(data))
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path} does not hold the weights of a FashionCNN: {str(error).splitlines()[0]}") from error
+    detector.name, detector.sha256 = path.stem, digest
+    return detector.eval().requires_grad_(False)
