@@ -204,8 +204,9 @@ class Diffusion:
             self._check_ddim(steps, stop_at)
         scheduler.set_timesteps(steps)
         indices = [int(i) for i in scheduler.timesteps]
-        if stop_at and self.sampler != "ddim" and stop_at - 1 not in indices:
-            indices = sorted({*indices, stop_at - 1}, reverse=True)
+        wanted = sorted({*indices, stop_at - 1} if stop_at else set(indices), reverse=True)
+        if wanted != indices:  # never with DDIM; DPM-Solver's own grid repeats itself where steps come close to T
+            indices = wanted
             scheduler.set_timesteps(timesteps=indices)
         return scheduler, [i for i in indices if i >= stop_at]
 
