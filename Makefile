@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-stage
+.PHONY: help setup demo test lint train-stage clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,6 +19,33 @@ setup: .venv/ready ## Make .venv with everything that is needed
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# The demo, as a person would type it: three stages, each trained alone, then put together, sampled and measured.
+RUN := runs/demo
+STAGES := base8 sr16 sr32
+
+demo: $(RUN)/samples.png $(RUN)/results.json ## Train a small cascade on the images that ship, look at it, measure it
+	@echo
+	@echo "$(RUN)/samples.png    classes by rows, the three resolutions side by side"
+	@echo "$(RUN)/results.json   the distances above; $(RUN)/fd_levels.png draws them"
+	@echo "$(RUN)/*/loss.png     loss curves, with sample grids in $(RUN)/*/grids"
+	@echo "$(RUN)/bundle         the cascade: cdm sample --bundle $(RUN)/bundle --out samples --per_class 4"
+	@.venv/bin/python -c 'import json; print("\n" + json.load(open("$(RUN)/results.json"))["conclusion"])'
+
+$(STAGES:%=$(RUN)/%/done): $(RUN)/%/done: | setup
+	$(CDM) fit --config experiments/defaults.yaml --config experiments/fashion/defaults.yaml --config experiments/fashion/$*.yaml --trainer.default_root_dir $(RUN)/$* $(ARGS)
+	@touch $@
+
+$(RUN)/bundle/bundle.json: $(STAGES:%=$(RUN)/%/done)
+	$(CDM) bundle --checkpoints [$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32] --out $(RUN)/bundle
+
+$(RUN)/results.json: $(RUN)/bundle/bundle.json
+	$(CDM) evaluate --bundle $(RUN)/bundle --shards data/fashion --out $(RUN) --levels [501] --n 500 --sampling_steps [25,25,25]
+
+$(RUN)/samples.png: $(RUN)/bundle/bundle.json
+	rm -rf $(RUN)/samples
+	$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4 --sampling_steps [50,50,25] --levels [501,0]
+	cp $(RUN)/samples/samples.png $@
+
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
 
@@ -29,3 +56,6 @@ lint: setup ## Check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+clean: ## Remove the runs (not .venv)
+	rm -rf runs

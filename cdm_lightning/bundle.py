@@ -35,8 +35,8 @@ def write_bundle(folder: Path, stages: Sequence[DiffusionStage], about: dict[str
             file = f"{stage.name}.safetensors"
             write_atomically(partial / file, weights)
             digest = hashlib.sha256(weights).hexdigest()
-            arguments = dict(stage.hparams)
-            entries.append({"kind": type(stage).__name__, "weights": file, "sha256": digest, "arguments": arguments})
+            entry = {"kind": type(stage).__name__, "weights": file, "sha256": digest}
+            entries.append({**entry, "trained": stage.trained, "arguments": dict(stage.hparams)})
         text = json.dumps({"format": FORMAT, "stages": entries, **about}, indent=1) + "\n"
         write_atomically(partial / "bundle.json", text.encode())
     except BaseException:
@@ -81,4 +81,5 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
         except SafetensorError as error:
             raise InputError(f"{path} is not a safetensors file: {error}") from error
         stages.append(build_stage(entry["kind"], entry["arguments"], state, str(path)))
+        stages[-1].trained = entry.get("trained", {})
     return stages, about

@@ -120,7 +120,7 @@ class CascadeModule(L.LightningModule):
             if not images and stage.low_resolution != image.shape[-1]:
                 continue  # these stages lie before the image that was given
             generator = self.generators(index, number)
-            arrived = self.truncated and images  # it is z_s already; what was given is clean in either mode
+            arrived = self.truncated and images and level > 0  # z_s already; what was given, and z_0, are clean
             strength = torch.full((len(label),), float(level), device=self.device)
             low_res = image if arrived else stage.augment(image, strength, generator)
             image = hand_over(stage.sample(label, low_res, level, stop_at, generator), stop_at)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
 from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.evaluation.levels import evaluate
+from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.sampling import sample
 from cdm_lightning.stages import load_stage
 
@@ -53,13 +57,28 @@ def bundle(checkpoints: list[Path], out: Path, levels: list[int] | None = None, 
     check_stages(stages)
     cascade = CascadeModule.of(stages)
     cascade.set_levels(levels or cascade.levels, truncated)
-    about = {"levels": cascade.levels, "truncated": truncated}
-    write_bundle(out, stages, about)
+    classes = next((stage.trained["classes"] for stage in stages if "classes" in stage.trained), None)
+    write_bundle(out, stages, {"levels": cascade.levels, "truncated": truncated, "classes": classes})
     total = sum(p.numel() for stage in stages for p in stage.parameters())
-    print(f"{out}: {' -> '.join(stage.name for stage in stages)}, {total / 1e6:.2f} M parameters")
+    steps = " -> ".join(f"{stage.name} ({stage.trained.get('steps', '?')} steps)" for stage in stages)
+    print(f"{out}: {steps}, {total / 1e6:.2f} M parameters")
 
 
-COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {"bundle": bundle, "sample": sample}
+COMMANDS: dict[str, Any] = {
+    "prepare": {"imagenet": prepare_imagenet, "folder": prepare_folder},
+    "bundle": bundle,
+    "sample": sample,
+    "evaluate": evaluate,
+}
+
+HARMLESS = (  # said by libraries about each other, or about what is so on purpose
+    ".*`IterableDataset` has `__len__` defined.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*there is no last checkpoint available.*",
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*__array__ implementation doesn't accept a copy keyword.*",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> None:
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     command, rest = arguments[0], arguments[1:]
     if command in LIGHTNING:
         if not logged_in():

@@ -1,4 +1,4 @@
-"""Shards in, batches of (image, label, index) out: one deterministic sequence of images, dealt out to ranks and workers."""
+"""Shards in, batches of (image, label, index) out: one sequence of images, dealt out to ranks and workers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from cdm_lightning import InputError
-from cdm_lightning.images import decode_png, downscale, to_float
+from cdm_lightning.images import downscale, to_float
 from cdm_lightning.randomness import key
-from cdm_lightning.shards import Manifest, find_folder, read_manifest, read_shard
+from cdm_lightning.shards import Manifest, Shard, decode_sample, find_folder, read_manifest, read_places
 
 
 class ShardStream(IterableDataset):
@@ -55,7 +55,10 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         batch = []
         for place, sample in self.samples():
-            batch.append((place, *self.decode(place, sample)))
+            image, label = decode_sample(sample, self.manifest)
+            if self.flip and key(self.seed, "flip", place) % 2:
+                image = image[:, ::-1]
+            batch.append((place, image, label))
             if len(batch) == self.batch_size:
                 yield self.collate(batch)
                 batch = []
@@ -74,13 +77,13 @@ class ShardStream(IterableDataset):
             batch = (places - self.start) // self.world_size // self.batch_size
             places = places[batch % workers == number]
             if len(places):
-                wanted = order[places - first]
-                yield from zip(places.tolist(), self.fetch(shards, wanted), strict=True)
+                samples = read_places(self.folder, shards, order[places - first].tolist())
+                yield from zip(places.tolist(), samples, strict=True)
             if self.end is not None and stop == self.end:
                 return
 
-    def windows(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first place, shard numbers, permutation of all their images) from the window that holds `start` on."""
+    def windows(self) -> Iterator[tuple[int, list[Shard], np.ndarray]]:
+        """(first place, shards, permutation of all their images) from the window that holds `start` on."""
         counts = np.array([shard.count for shard in self.manifest.shards])
         epoch = self.start // self.manifest.count
         first = epoch * self.manifest.count
@@ -93,49 +96,15 @@ class ShardStream(IterableDataset):
                 size = int(counts[group].sum())
                 if first + size > self.start:
                     random = np.random.default_rng(key(self.seed, "window", epoch, number))
-                    yield first, group, random.permutation(size) if self.shuffle else np.arange(size)
+                    order = random.permutation(size) if self.shuffle else np.arange(size)
+                    yield first, [self.manifest.shards[shard] for shard in group], order
                 first += size
             epoch += 1
 
-    def fetch(self, shards: np.ndarray, wanted: np.ndarray) -> list[dict[str, Any]]:
-        """The undecoded samples at places `wanted` of the concatenated shards; keeps no others in memory."""
-        found: dict[int, dict[str, Any]] = {}
-        needed, first = set(wanted.tolist()), 0
-        for shard in (self.manifest.shards[s] for s in shards):
-            if any(first <= place < first + shard.count for place in needed):
-                path, seen = self.folder / shard.name, 0
-                try:
-                    for place, sample in enumerate(read_shard(path), first):
-                        seen += 1
-                        if place in needed:
-                            found[place] = {**sample, "shard": shard.name}
-                except Exception as error:  # whatever a torn archive makes tarfile, gzip or webdataset raise
-                    raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-                if seen != shard.count:
-                    raise InputError(f"{path} holds {seen} images where its manifest says {shard.count}")
-            first += shard.count
-        return [found[place] for place in wanted.tolist()]
-
-    def decode(self, place: int, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """uint8 image as stored, and the label of one sample, checked."""
-        name = f"image {sample['__key__']} of {self.folder / sample['shard']}"
-        try:
-            image = torch.from_numpy(decode_png(sample["png"])).permute(2, 0, 1)
-            label = int(sample["cls"])
-        except Exception as error:  # whatever a corrupt file makes Pillow raise
-            raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
-        stored = (self.manifest.channels, self.manifest.resolution, self.manifest.resolution)
-        if tuple(image.shape) != stored:
-            raise InputError(f"{name} has shape {tuple(image.shape)} where its manifest says {stored}")
-        if not 0 <= label < len(self.manifest.classes):
-            raise InputError(f"{name} has label {label}, outside 0 ... {len(self.manifest.classes) - 1}")
-        if self.flip and key(self.seed, "flip", place) % 2:
-            image = image.flip(-1)
-        return image, label
-
-    def collate(self, batch: list[tuple[int, torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def collate(self, batch: list[tuple[int, np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         places, images, labels = zip(*batch, strict=True)
-        return downscale(torch.stack(images), self.resolution), torch.tensor(labels), torch.tensor(places)
+        image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return downscale(image.contiguous(), self.resolution), torch.tensor(labels), torch.tensor(places)
 
 
 class ContinuingLoader(DataLoader):
@@ -147,6 +116,13 @@ class ContinuingLoader(DataLoader):
         if self.where is not None:
             self.dataset.start = self.where()  # type: ignore[attr-defined]  # a ShardStream
         return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module saves the place. To have both methods tells Lightning that a run can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -163,21 +139,21 @@ class ShardDataModule(L.LightningDataModule):
         seed: Keys order and flips.
     """
 
+    trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
+
     def __init__(
-        self,
-        root: Path,
-        batch_size: int = 64,
-        num_workers: int = 2,
-        flip: bool = False,
-        window: int = 4,
-        seed: int = 0,
+        self, root: Path, batch_size: int = 64, num_workers: int = 2, flip: bool = False, window: int = 4, seed: int = 0
     ) -> None:
         super().__init__()
+        if window < 1 or num_workers < 0:
+            raise InputError(f"window {window} must be at least 1, and num_workers {num_workers} at least 0")
         self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
         self.flip, self.window, self.seed = flip, window, seed
         self.seen, self.batches_before = 0, 0
 
     def setup(self, stage: str) -> None:
+        if not self.batches():  # a new run, be it after another one with the same data module
+            self.seen, self.batches_before = 0, 0
         for split in ["train", "val"] if stage == "fit" else ["val"]:
             self.manifest(split)
 
@@ -186,12 +162,15 @@ class ShardDataModule(L.LightningDataModule):
         module: Any = self.trainer.lightning_module
         folder = find_folder(self.root, split, module.resolution)
         manifest = read_manifest(folder)
+        if manifest.resolution != int(folder.name):
+            raise InputError(f"{folder} holds images of resolution {manifest.resolution}, its name says {folder.name}")
         if manifest.channels != module.image_channels:
-            raise InputError(f"{folder} holds images of {manifest.channels} channels, the model takes {module.image_channels}")
+            raise InputError(f"{folder} has {manifest.channels} channels, the model takes {module.image_channels}")
         if module.num_classes is not None and len(manifest.classes) != module.num_classes:
-            raise InputError(f"{folder} has {len(manifest.classes)} classes, the model num_classes {module.num_classes}")
-        if manifest.count < self.trainer.world_size:
-            raise InputError(f"{folder} holds {manifest.count} images for {self.trainer.world_size} processes: each needs one")
+            raise InputError(f"{folder} has {len(manifest.classes)} classes, the model takes {module.num_classes}")
+        processes = self.trainer.world_size
+        if manifest.count < processes:
+            raise InputError(f"{folder} holds {manifest.count} images for {processes} processes: each needs one")
         return folder, manifest
 
     def micro_batch(self) -> int:
@@ -204,12 +183,12 @@ class ShardDataModule(L.LightningDataModule):
             )
         return self.batch_size // parts
 
-    def loader(self, split: str, **options: Any) -> ContinuingLoader:
+    def loader(self, split: str, batch_size: int, **options: Any) -> ContinuingLoader:
         folder, manifest = self.manifest(split)
         module: Any = self.trainer.lightning_module
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         stream = ShardStream(
-            folder, manifest, module.resolution, self.micro_batch(), rank, world_size, self.seed, self.window, **options
+            folder, manifest, module.resolution, batch_size, rank, world_size, self.seed, self.window, **options
         )
         return ContinuingLoader(
             stream,
@@ -220,22 +199,28 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> ContinuingLoader:
-        """An endless stream; its length, for the progress bar, is the whole run where max_steps is given, else a pass."""
+        """An endless stream; its length, for the progress bar, is the run where max_steps is given, else a pass."""
         _, manifest = self.manifest("train")
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         if steps < 0:
             steps = manifest.count // self.batch_size * self.trainer.accumulate_grad_batches
             if not steps:
                 raise InputError(f"batch_size {self.batch_size} is larger than the {manifest.count} training images")
-        loader = self.loader("train", flip=self.flip, length=steps)
-        self.batches_before = self.batches()
+        loader = self.loader("train", self.micro_batch(), flip=self.flip, length=steps)
         loader.where = self.images_seen
         return loader
 
     def val_dataloader(self) -> ContinuingLoader:
+        """Every image once. Processes differ by one image at most, and where possible not in their number of batches.
+
+        DDP brings a module's buffers into line at every forward pass, so unequal numbers would leave it waiting.
+        """
         _, manifest = self.manifest("val")
-        own = len(range(self.trainer.global_rank, manifest.count, self.trainer.world_size))
-        return self.loader("val", shuffle=False, end=manifest.count, length=-(-own // self.micro_batch()))
+        world_size, largest = self.trainer.world_size, self.micro_batch()
+        least, most = manifest.count // world_size, -(-manifest.count // world_size)
+        batch_size = next((b for b in range(largest, 1, -1) if -(-least // b) == -(-most // b)), largest)
+        own = len(range(self.trainer.global_rank, manifest.count, world_size))
+        return self.loader("val", batch_size, shuffle=False, end=manifest.count, length=-(-own // batch_size))
 
     test_dataloader = val_dataloader
 
@@ -246,14 +231,15 @@ class ShardDataModule(L.LightningDataModule):
     # -- the place in the sequence, saved with every checkpoint
 
     def batches(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        """Batches of this run whose training step has ended; one that an exception cut short is repeated on resume."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
     def images_seen(self) -> int:
         """Places of the sequence that all processes together have trained on."""
         return self.seen + (self.batches() - self.batches_before) * self.micro_batch() * self.trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images_seen": self.images_seen()}
+        return {"images_seen": self.images_seen(), "batches": self.batches()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seen = state_dict["images_seen"]
+        self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]

@@ -58,8 +58,11 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """uint8 (H, W, C) of one encoded image, C = 1 for grey and 3 for colour."""
-    array = np.array(Image.open(io.BytesIO(data)))
+    """uint8 (H, W, C) of one encoded image, C = 1 for grey and 3 for colour; no palette, 16 bits or alpha."""
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
+    if image.mode not in ("L", "RGB"):
+        raise InputError(f"an image of mode {image.mode} is neither 8-bit grey nor 8-bit RGB")
+    array = np.array(image)
     return array[..., None] if array.ndim == 2 else array
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,7 +11,8 @@ import torch
 
 def key(*parts: int | str) -> int:
     """A 63-bit integer that is a function of `parts` alone: equal parts, equal number, on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in parts)  # numpy's ints too
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -6,14 +6,17 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import webdataset as wds
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cdm_lightning import InputError
+from cdm_lightning.images import decode_png
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> Shard:
-    """Write (key, png, label) samples as one tar, or as a gzipped one where the name ends in .gz; same bytes each time."""
+    """Write (key, png, label) samples as one tar, gzipped where the name ends in .gz; the same bytes each time."""
     buffer, count = io.BytesIO(), 0
     with wds.TarWriter(buffer, encoder=False, mtime=0) as writer:
         for key, png, label in samples:
@@ -74,12 +77,49 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> Shard:
     return Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest())
 
 
-def read_shard(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples of one shard in order, undecoded: {"__key__": str, "png": bytes, "cls": bytes}."""
-    dataset = wds.WebDataset(
-        [str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
-    )
-    return iter(dataset)
+def read_shard(path: Path, count: int | None = None) -> Iterator[dict[str, Any]]:
+    """The samples of one shard in order, undecoded: {"__key__": str, "png": bytes, "cls": bytes}; refuses a torn one.
+
+    count: how many there must be, where that is known. Nothing is extracted to disk.
+    """
+    seen = 0
+    try:
+        with open(path, "rb") as stream:  # WebDataset(path) would take some names for addresses or commands
+            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+                seen += 1
+                yield sample
+    except Exception as error:  # whatever a torn archive makes tarfile, gzip or webdataset raise
+        reason = getattr(error, "strerror", None) or str(error.args[0] if error.args else "").split(" @ ")[0]
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
+    if count is not None and seen != count:
+        raise InputError(f"{path} holds {seen} images where its manifest says {count}")
+
+
+def read_places(folder: Path, shards: Sequence[Shard], wanted: Sequence[int]) -> list[dict[str, Any]]:
+    """The undecoded samples at places `wanted` of the concatenated shards; keeps no others in memory."""
+    found: dict[int, dict[str, Any]] = {}
+    needed, first = set(wanted), 0
+    for shard in shards:
+        if any(first <= place < first + shard.count for place in needed):
+            samples = enumerate(read_shard(folder / shard.name, shard.count), first)
+            found |= {place: sample for place, sample in samples if place in needed}
+        first += shard.count
+    return [found[place] for place in wanted]
+
+
+def decode_sample(sample: dict[str, Any], manifest: Manifest) -> tuple[np.ndarray, int]:
+    """uint8 image (H, W, C) as stored, and label, checked against the manifest."""
+    name = f"image {sample['__key__']} of {sample['__url__']}"
+    try:
+        image, label = decode_png(sample["png"]), int(sample["cls"])
+    except Exception as error:  # whatever a corrupt file makes Pillow raise
+        raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
+    stored = (manifest.resolution, manifest.resolution, manifest.channels)
+    if image.shape != stored:
+        raise InputError(f"{name} has shape {image.shape} where its manifest says {stored}")
+    if not 0 <= label < len(manifest.classes):
+        raise InputError(f"{name} has label {label}, outside 0 ... {len(manifest.classes) - 1}")
+    return image, label
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -91,28 +131,44 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json and refuse a folder that is missing, unfinished, or whose shards differ in size from it."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise InputError(f"{folder} holds no manifest.json: a folder of shards is what `cdm prepare` leaves when it ends")
+        raise InputError(f"{folder} holds no manifest.json, which `cdm prepare` writes last: it is no finished folder")
     try:
         fields = json.loads(path.read_text())
         manifest = Manifest(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
+        check_types(manifest)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is not a manifest of shards: {error}") from error
+        raise InputError(f"{path} is not a manifest of shards: {type(error).__name__}: {error}") from error
     if not manifest.count:
         raise InputError(f"{folder} holds no images: its manifest lists {len(manifest.shards)} shards and 0 images")
     for shard in manifest.shards:
         file = Path(folder) / shard.name
-        if Path(shard.name).name != shard.name or not file.is_file():
+        if Path(shard.name).name != shard.name:
+            raise InputError(f"{path} lists a shard {shard.name!r}: it must be the name of a file in its own folder")
+        if not file.is_file():
             raise InputError(f"{file} is missing: the manifest lists it with {shard.count} images")
-        if file.stat().st_size != shard.bytes:
-            raise InputError(f"{file} has {file.stat().st_size} bytes where its manifest says {shard.bytes}: it is cut short or changed")
+        if (size := file.stat().st_size) != shard.bytes:
+            raise InputError(f"{file} has {size} bytes where its manifest says {shard.bytes}: it was cut or changed")
     return manifest
+
+
+def check_types(manifest: Manifest) -> None:
+    """Raise ValueError where a field that others compute with is of another type, which JSON lets pass."""
+    numbers = {"resolution": manifest.resolution, "channels": manifest.channels}
+    for shard in manifest.shards:
+        numbers |= {f"count of {shard.name}": shard.count, f"bytes of {shard.name}": shard.bytes}
+    for name, number in numbers.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{name} is {number!r}, not a natural number")
+    for name in [*manifest.classes, *(shard.name for shard in manifest.shards)]:
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is not a name")
 
 
 def find_folder(root: Path, split: str, resolution: int) -> Path:
     """The folder of `split` stored at `resolution`, else at the smallest larger one from which halving reaches it."""
     if not (Path(root) / split).is_dir():
         raise InputError(f"{Path(root) / split} does not exist: shards are expected in <root>/<split>/<resolution>")
-    stored = sorted(int(f.name) for f in (Path(root) / split).iterdir() if f.is_dir() and f.name.isdigit())
+    stored = sorted(int(f.name) for f in (Path(root) / split).iterdir() if f.is_dir() and f.name.isdecimal())
     for larger in stored:
         ratio = larger // resolution
         if ratio and larger == ratio * resolution and not ratio & (ratio - 1):

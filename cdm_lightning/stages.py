@@ -51,6 +51,10 @@ class DiffusionStage(L.LightningModule):
         seed: Keys every random draw.
     """
 
+    is_super_resolution = False
+    augmentation: Augmentation = NoAugmentation()
+    trained: dict[str, Any] = {}  # noqa: RUF012, replaced and never changed: how the weights came about
+
     def __init__(
         self,
         resolution: int,
@@ -96,9 +100,6 @@ class DiffusionStage(L.LightningModule):
             level_embedding=self.is_super_resolution and self.augmentation.takes_level,
             norm_groups=norm_groups,
         )
-
-    is_super_resolution = False
-    augmentation: Augmentation = NoAugmentation()
 
     @property
     def name(self) -> str:
@@ -259,7 +260,9 @@ def load_stage(path: str | Path) -> DiffusionStage:
     kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
     if kind not in KINDS:
         raise InputError(f"{path} is not a checkpoint of a stage: it says {kind!r}, and known are {sorted(KINDS)}")
-    return build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
+    stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
+    stage.trained = {"steps": checkpoint["global_step"], **checkpoint.get("ShardDataModule", {})}
+    return stage
 
 
 def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:

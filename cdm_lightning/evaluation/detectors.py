@@ -15,7 +15,7 @@ from cdm_lightning import InputError
 from cdm_lightning.images import to_float
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "detectors"
-PINNED = {"fashion-cnn-64": "3879de52aba2fe34b71dc06bad9620a06dd8523e1baf53e4a498ba42d7099938"}
+PINNED = {"fashion-cnn-64": "5d4a02594e8c4e0340531d6149bb5ed5808f39a28b8c2ce78e63220392c034b0"}
 
 
 class Detector(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ class LevelSearch:
             raise InputError(f"{shards}/{SPLIT} holds images of {here} channels, and the cascade makes {made}")
         self.part = CascadeModule.of(self.stages[: self.number + 1], self.seed)
         self.levels = self.grid(levels)
+        self.images: dict[tuple[int, Kind], torch.Tensor] = {}  # what was measured, uint8 (n, C, R, R)
         self.label = torch.arange(n) % (cascade.num_classes or 1)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.whole.to(self.device)
@@ -151,23 +152,26 @@ class LevelSearch:
         rows = []
         sets = 3 * len(self.levels)  # z_0 once; at s = 0 the two generated kinds are one law, and are measured once
         with tqdm(total=sets * -(-self.n // self.batch_size), desc=f"levels of {stage.name}", unit="batch") as bar:
-            generated = torch.cat(list(self.draw(below, None, bar)))
+            generated = self.draw(below, None, bar)
             for level in self.levels:
                 kinds: dict[Kind, torch.Tensor | None] = {"non-truncated": generated, "real low-res": real}
                 for kind, image in ({**kinds, "truncated": None} if level else kinds).items():
                     self.part.set_levels(self.all_levels(level)[: self.number], kind == "truncated")
-                    distance = self.distance(self.draw(self.part, image, bar))
-                    rows.append(self.row(stage, level, kind, distance))
+                    self.images[level, kind] = self.draw(self.part, image, bar)
+                    rows.append(self.row(stage, level, kind, self.distance(self.images[level, kind])))
                 if not level:
                     rows.append(self.row(stage, level, "truncated", rows[0].distance))
         return rows
 
     def final(self, chosen: Row) -> Row:
-        """The row of the whole cascade, run from the base stage on, at its last resolution."""
-        self.whole.set_levels(self.all_levels(chosen.s), chosen.kind == "truncated")
+        """The row of the whole cascade at its last resolution, which goes on from the images of the chosen row."""
+        truncated = chosen.kind == "truncated"
+        self.whole.set_levels(self.all_levels(chosen.s), truncated)
+        stops_again = truncated and any(self.whole.levels[self.number :])  # then the chosen row's are not what goes on
+        image = None if stops_again else self.images[chosen.s, chosen.kind]
         self.read_reference(self.whole.resolution)
         with tqdm(total=-(-self.n // self.batch_size), desc="the whole cascade", unit="batch") as bar:
-            distance = self.distance(self.draw(self.whole, None, bar))
+            distance = self.distance(self.draw(self.whole, image, bar))
         return self.row(self.stages[-1], chosen.s, chosen.kind, distance)
 
     def read_reference(self, resolution: int) -> None:
@@ -176,19 +180,22 @@ class LevelSearch:
         for image, _ in read_images(self.shards, SPLIT, resolution, 500):
             add_images(self.metric, image.to(self.device), real=True)
 
-    def draw(self, cascade: CascadeModule, image: torch.Tensor | None, bar: Any) -> Iterator[torch.Tensor]:
-        """uint8 batches of the cascade's last resolution, n images in all, from `image` (clean, uint8) on if given."""
+    def draw(self, cascade: CascadeModule, image: torch.Tensor | None, bar: Any) -> torch.Tensor:
+        """uint8 (n, C, R, R): the cascade's images of its last resolution, from `image` (clean, uint8) on if given."""
         cascade.to(self.device)
+        drawn = []
         for index in torch.arange(self.n).split(self.batch_size):
             given = None if image is None else to_float(image[index]).to(self.device)
             samples = cascade.sample(self.label[index].to(self.device), index, given)
-            yield to_uint8(samples[-1]).cpu()
+            drawn.append(to_uint8(samples[-1]).cpu())
             bar.update()
+        return torch.cat(drawn)
 
-    def distance(self, batches: Iterable[torch.Tensor]) -> float:
+    def distance(self, image: torch.Tensor) -> float:
+        """From the reference to uint8 (n, C, R, R)."""
         self.metric.reset()
-        for image in batches:
-            add_images(self.metric, image.to(self.device), real=False)
+        for batch in image.split(500):
+            add_images(self.metric, batch.to(self.device), real=False)
         return frechet_distance(self.metric, int(self.metric.real_features_num_samples), self.n)
 
     def row(self, stage: DiffusionStage, s: int, kind: Kind, distance: float) -> Row:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from cdm_lightning import InputError
-from cdm_lightning.images import decode_png, downscale
-from cdm_lightning.shards import find_folder, read_manifest, read_shard
+from cdm_lightning.images import downscale
+from cdm_lightning.shards import decode_sample, find_folder, read_manifest, read_shard
 
 
 def read_images(
@@ -18,15 +18,17 @@ def read_images(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All images of <root>/<split> in stored order: uint8 (B, C, R, R), reduced to R by 2x2 means, and their labels.
 
-    Raises InputError where no stored resolution leads to R, or a folder is unfinished.
+    Raises InputError where no stored resolution leads to R, or a folder is unfinished or holds what cannot be read.
     """
     folder = find_folder(root, split, resolution)
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for shard in read_manifest(folder).shards:
-        for sample in read_shard(folder / shard.name):
-            images.append(decode_png(sample["png"]))
-            labels.append(int(sample["cls"]))
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        for sample in read_shard(folder / shard.name, shard.count):
+            image, label = decode_sample(sample, manifest)
+            images.append(image)
+            labels.append(label)
             if len(images) == batch_size:
                 yield batch_of(images, labels, resolution)
                 images, labels = [], []

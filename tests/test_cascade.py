@@ -1,0 +1,191 @@
+"""The cascade and its bundle: both of the paper's ways of sampling, any s, and every refusal."""
+
+import json
+
+import pytest
+import torch
+from conftest import SMALL, awaken
+
+from cdm_lightning import InputError
+from cdm_lightning.bundle import read_bundle, write_bundle
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.images import quantize, to_uint8
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
+
+LABEL, INDEX = torch.tensor([0, 3, 9]), torch.tensor([0, 1, 2])
+
+
+def test_the_papers_clocks_build_and_sample_both_ways(stages):
+    cascade = CascadeModule.of(stages)
+    assert [s.diffusion.timesteps for s in stages] == [4000, 4000, 2000]
+    for levels, truncated in (([0, 0], False), ([501, 0], False), ([501, 0], True), ([1001, 0], True)):
+        cascade.set_levels(levels, truncated)
+        images = cascade.sample(LABEL, INDEX)
+        assert [tuple(i.shape) for i in images] == [(3, 1, 8, 8), (3, 1, 16, 16), (3, 1, 32, 32)]
+        assert all(torch.isfinite(i).all() for i in images)
+        for image, stop in zip(images, [*levels, 0] if truncated else [0, 0, 0], strict=True):
+            assert torch.equal(image, quantize(image)) == (stop == 0)
+
+
+def test_at_s_0_both_ways_are_the_same_bits(stages):
+    cascade = CascadeModule.of(stages)
+    first = cascade.sample(LABEL, INDEX)
+    cascade.set_levels([0, 0], True)
+    assert all(torch.equal(a, b) for a, b in zip(first, cascade.sample(LABEL, INDEX), strict=True))
+
+
+def test_the_chosen_s_reaches_corruption_and_embedding_alike(stages):
+    cascade = CascadeModule.of(stages)
+    seen = []
+    stages[1].unet.register_forward_pre_hook(lambda _, args: seen.append(args[3:]))
+    cascade.set_levels([501, 0], False)
+    z_0 = cascade.sample(LABEL, INDEX)[0]
+    generator = cascade.generators(INDEX, 1)
+    z_s = stages[1].augmentation(z_0, torch.full((3,), 501.0), generator)
+    expected = torch.nn.functional.interpolate(z_s, (16, 16), mode="bilinear")
+    assert torch.equal(seen[0][0], expected) and seen[0][1].tolist() == [501.0] * 3
+    seen.clear()
+    cascade.set_levels([501, 0], True)
+    z_s = cascade.sample(LABEL, INDEX)[0]
+    assert torch.equal(seen[0][0], torch.nn.functional.interpolate(z_s, (16, 16), mode="bilinear"))
+
+
+def test_going_on_from_stored_images_is_the_run_in_one_go(stages):
+    cascade = CascadeModule.of(stages, seed=3)
+    cascade.set_levels([251, 0], False)
+    whole = cascade.sample(LABEL, INDEX)
+    assert torch.equal(cascade.sample(LABEL, INDEX, image=whole[0])[-1], whole[-1])
+    after = cascade.sample(LABEL, INDEX, image=whole[1])
+    assert len(after) == 1 and torch.equal(after[0], whole[-1])
+
+
+def test_an_image_depends_on_seed_index_and_class_alone(stages):
+    cascade = CascadeModule.of(stages)
+    whole = cascade.sample(LABEL, INDEX)[-1]
+    alone = cascade.sample(LABEL[1:2], INDEX[1:2])[-1]
+    assert int((to_uint8(whole[1]).int() - to_uint8(alone[0]).int()).abs().max()) <= 1
+    assert not torch.equal(cascade.sample(LABEL, INDEX + 1)[-1], whole)
+    cascade.seed = 1
+    assert not torch.equal(cascade.sample(LABEL, INDEX)[-1], whole)
+
+
+def test_any_number_of_stages(stages):
+    assert [i.shape[-1] for i in CascadeModule.of(stages[:1]).sample(LABEL, INDEX)] == [8]
+    again = SuperResolutionStage(resolution=64, low_resolution=32, augmentation="none", **{**SMALL, "num_classes": None})
+    assert [i.shape[-1] for i in CascadeModule.of([*stages, awaken(again)]).sample(LABEL, INDEX)] == [8, 16, 32, 64]
+
+
+def test_samplers_and_steps_are_set_for_all_stages(stages):
+    cascade = CascadeModule.of(stages)
+    for sampler, steps in (("ddim", [5, 10, 4]), ("dpm++", [6, 3, 5]), ("ddpm", [2, 2, 2])):
+        cascade.set_sampler(sampler, steps)
+        assert torch.isfinite(cascade.sample(LABEL, INDEX)[-1]).all()
+    cascade.set_levels([800, 0], True)
+    cascade.set_sampler("ddim", [5, 5, 5])
+    cascade.set_levels([801, 0], True)
+    with pytest.raises(InputError, match="the nearest are 800 and 1600"):
+        cascade.set_sampler("ddim", [5, 5, 5])
+
+
+# -- the bundle
+
+
+def test_a_bundle_comes_back_to_the_bit(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {"levels": [501, 0], "truncated": True, "classes": list("abcdefghij")})
+    cascade = CascadeModule(bundle=tmp_path / "b")
+    assert cascade.levels == [501, 0] and cascade.truncated
+    direct = CascadeModule.of(stages)
+    direct.set_levels([501, 0], True)
+    for a, b in zip(cascade.stages, stages, strict=True):
+        assert type(a) is type(b) and dict(a.hparams) == dict(b.hparams)
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert torch.equal(cascade.sample(LABEL, INDEX)[-1], direct.sample(LABEL, INDEX)[-1])
+    assert CascadeModule(bundle=tmp_path / "b", levels=[0, 0], truncated=False).levels == [0, 0]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "base8.safetensors", "bundle.json", "sr16.safetensors", "sr32.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_bundle_that_was_changed_is_refused(stages, tmp_path):
+    bundle = tmp_path / "b"
+
+    def refused(sentence):
+        with pytest.raises(InputError, match=sentence):
+            read_bundle(bundle)
+        write_bundle(bundle, stages, {})
+        read_bundle(bundle)
+
+    write_bundle(bundle, stages, {})
+    weights = bytearray((bundle / "sr16.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (bundle / "sr16.safetensors").write_bytes(weights)
+    refused("sr16.safetensors was changed after the bundle was written")
+    (bundle / "base8.safetensors").unlink()
+    refused("base8.safetensors is missing")
+    (bundle / "bundle.json").write_text("{")
+    refused("is not JSON")
+    (bundle / "bundle.json").write_text("[]")
+    refused("is not a bundle of format 1")
+    (bundle / "bundle.json").unlink()
+    refused("holds no bundle.json")
+    for change in ({"weights": "../b/base8.safetensors"}, {"kind": "os.system"}, {"arguments": {"resolution": 16, **SMALL}}):
+        about = json.loads((bundle / "bundle.json").read_text())
+        about["stages"][0] |= change
+        (bundle / "bundle.json").write_text(json.dumps(about))
+        refused("is missing|none of|does not fit BaseStage")
+
+
+def test_no_half_written_bundle_keeps_the_name(stages, tmp_path, monkeypatch):
+    write_bundle(tmp_path / "b", stages, {"old": True})
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    with pytest.raises(InputError, match="could not be written: No space left on device"):
+        write_bundle(tmp_path / "b", stages, {"old": False})
+    monkeypatch.undo()
+    assert read_bundle(tmp_path / "b")[1]["old"] is True
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def full_disk(self, data):
+    raise OSError(28, "No space left on device")
+
+
+# -- what does not fit
+
+
+def test_stages_that_do_not_fit_are_refused(stages):
+    base, sr16, sr32 = stages
+    other_clock = awaken(BaseStage(resolution=8, timesteps=1000, **SMALL))
+    more_classes = awaken(BaseStage(resolution=8, **{**SMALL, "num_classes": 11}))
+    colour = awaken(BaseStage(resolution=8, **{**SMALL, "image_channels": 3}))
+    for chain, sentence in (
+        ([sr16, sr32], "starts with a base stage"),
+        ([], "starts with a base stage"),
+        ([base, sr32], "starts from resolution 16, and base8 makes 8"),
+        ([base, base], "is not a super-resolution stage"),
+        ([other_clock, sr16], "the clocks disagree: stage sr16 was trained with s on 4000 steps"),
+        ([more_classes, sr16], "disagree about the number of classes"),
+        ([colour, sr16], "starts from image_channels 1, and base8 makes 3"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            CascadeModule.of(chain)
+
+
+@pytest.mark.parametrize(
+    "levels, sentence",
+    [
+        ([4000, 0], "level 4000 of stage sr16 lies outside"),
+        ([4001, 0], "level 4001 of stage sr16 lies outside"),
+        ([-1, 0], "level -1 of stage sr16 lies outside"),
+        ([0, 5], "level 5 given to stage sr32, whose augmentation has no level"),
+        ([0], "has 1 entries for 2 super-resolution stages"),
+    ],
+)
+def test_levels_that_no_stage_takes_are_refused(stages, levels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        CascadeModule.of(stages).set_levels(levels, False)
+
+
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_classes_beyond_the_models_are_refused(stages, wrong):
+    with pytest.raises(InputError, match=f"class {wrong} lies outside 0 ... 9"):
+        CascadeModule.of(stages).sample(torch.tensor([wrong]), torch.tensor([0]))
