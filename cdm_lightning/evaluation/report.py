@@ -53,15 +53,15 @@ def choose(rows: Sequence[Row], truncated: bool | None) -> Row:
 
 
 def conclude(rows: Sequence[Row], chosen: Row) -> str:
-    """One sentence: what the chosen level does to the distance after generated low-resolution images, and after real."""
-    parts = []
-    for kind, noised in ((chosen.kind, chosen.distance), ("real low-res", distance_at(rows, chosen.s, "real low-res"))):
-        plain = distance_at(rows, 0, kind)
+    """One sentence: what the chosen level does to the distance after generated low-resolution images and real ones."""
+    stage, s, effects = chosen.stage, chosen.s, []
+    for kind in (chosen.kind, KINDS[2]):
+        plain, noised = distance_at(rows, 0, kind), distance_at(rows, s, kind)
         verb = "lowers" if noised < plain else "does not lower"
-        parts.append(f"{verb} the Fréchet distance of {chosen.stage} ({plain:.2f} at s = 0, {noised:.2f} at s = {chosen.s})")
+        effects.append(f"{verb} the Fréchet distance of {stage} ({plain:.2f} at s = 0, {noised:.2f} at s = {s})")
     return (
-        f"Conditioning augmentation with s = {chosen.s}, {chosen.kind}, {parts[0]} after generated low-resolution images, "
-        f"and {parts[1]} after real ones; n = {chosen.n}, one seed, so that small differences are chance."
+        f"Conditioning augmentation with s = {s}, {chosen.kind}, {effects[0]} after generated low-resolution images, "
+        f"and {effects[1]} after real ones; n = {chosen.n}, one seed, so that small differences are chance."
     )
 
 

@@ -1,0 +1,189 @@
+"""The command line: help that a newcomer can use, and one sentence with exit code 2 for whatever cannot work."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, awaken
+from test_experiments import QUICK, configs
+
+from cdm_lightning.bundle import write_bundle
+from cdm_lightning.cli import main
+from cdm_lightning.stages import BaseStage
+
+ROOT = Path(__file__).parents[1]
+BASE8, SR16 = (ROOT / "experiments" / "fashion" / f"{name}.yaml" for name in ("base8", "sr16"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def refused(capsys, arguments) -> str:
+    """Run, and give the one sentence that was printed; nothing else may be."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    lines = [line for line in said.err.splitlines() if line.startswith("cdm: error: ")]
+    assert len(lines) == 1 and "Traceback" not in said.err + said.out
+    return lines[0].removeprefix("cdm: error: ")
+
+
+def fit(*options, config=BASE8) -> list[str]:
+    return ["fit", *configs(config), *QUICK, *options]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--help"], ["fit", "prepare", "bundle", "sample", "evaluate", "Train one stage"]),
+        (["prepare", "imagenet", "--help"], ["--source", "--devkit", "--resolutions"]),
+        (["prepare", "folder", "--help"], ["--source", "--grey"]),
+        (["bundle", "--help"], ["--checkpoints", "from low to high"]),
+        (["sample", "--help"], ["--bundle", "--levels", "--truncated", "--sampling_steps", "--seed", "--classes"]),
+        (["evaluate", "--help"], ["--detector", "--levels"]),
+        (["fit", "--help"], ["--data.root", "--config"]),
+    ],
+)
+def test_help(capsys, arguments, words):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert not stop.code
+    out = capsys.readouterr().out
+    assert all(word in out for word in words), out
+
+
+def test_print_config_shows_every_default_and_overrides(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *configs(SR16), "--model.lr=0.5", "--print_config"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for line in ("lr: 0.5", "blur_probability: 0.5", "low_res_timesteps: 4000", "save_dir: runs/fashion/sr16", "flip: false"):
+        assert line in out
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["train"], "'train' is no command of cdm: known are fit, validate, test, predict, prepare"),
+        (fit("--data.root=nowhere"), "nowhere/train does not exist"),
+        (fit("--model.resolution=64"), "no shards for resolution 64"),
+        (fit("--model.image_channels=3"), "has 1 channels, the model takes 3"),
+        (fit("--model.num_classes=9"), "has 10 classes, the model takes 9"),
+        (fit("--model.resolution=16", "--model.channel_mult=[1,1,1,1,1,1]"), "cannot be halved 5 times"),
+        (fit("--model.norm_groups=3"), "norm_groups 3 does not divide"),
+        (fit("--data.batch_size=3", "--trainer.accumulate_grad_batches=2"), "batch_size 3 cannot be shared"),
+        (fit("--model.low_res_timesteps=null", config=SR16), "needs low_res_timesteps"),
+        (fit("--model.low_resolution=6", config=SR16), "resolution 6 cannot be reached from 16"),
+        (["sample", "--bundle", "nowhere", "--out", "x", "--count", "1"], "nowhere is not a bundle"),
+        (["bundle", "--checkpoints", "[nowhere.ckpt]", "--out", "x"], "nowhere.ckpt does not exist"),
+        (["prepare", "folder", "--source", "nowhere", "--out", "x"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, tmp_path, arguments, sentence):
+    if arguments[0] == "fit":
+        arguments = [*arguments, f"--trainer.default_root_dir={tmp_path}"]
+    assert sentence in refused(capsys, arguments)
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (fit("--model.no_such_key=1"), "no_such_key"),
+        (fit("--trainer.max_step=1"), "max_step"),
+        (fit("--model.schedule=square"), "square"),
+        (["fit", "--config", "experiments/imagenet/sr65.yaml"], "sr65.yaml"),
+        (["sample", "--bundle", "b", "--out", "o", "--cuont", "3"], "cuont"),
+    ],
+)
+def test_unknown_names_are_refused_by_name(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words in said and "Traceback" not in said
+
+
+def test_a_checkpoint_of_another_kind_is_refused(capsys, stages, tmp_path):
+    for name, content in {"lightning": {"state_dict": {}}, "other": {"stage": "ResNet", "state_dict": {}}}.items():
+        torch.save(content, tmp_path / f"{name}.ckpt")
+        sentence = refused(capsys, ["bundle", "--checkpoints", f"[{tmp_path}/{name}.ckpt]", "--out", str(tmp_path / "b")])
+        assert "is not a checkpoint of a stage" in sentence
+    main(fit(f"--trainer.default_root_dir={tmp_path}/sr", "--trainer.limit_val_batches=0", config=SR16))
+    sentence = refused(capsys, ["bundle", "--checkpoints", f"[{tmp_path}/sr]", "--out", str(tmp_path / "b")])
+    assert "starts with a base stage" in sentence
+    resumed = fit(f"--trainer.default_root_dir={tmp_path}/x", f"--ckpt_path={tmp_path}/sr/checkpoints/last.ckpt")
+    assert "does not fit" in refused(capsys, resumed)
+    assert not (tmp_path / "b").exists()
+
+
+def test_sampling_refuses_what_the_cascade_cannot_do(capsys, stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {"levels": [0, 0]})
+    sample = ["sample", "--bundle", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--count", "2"]
+    for options, sentence in (
+        (["--levels", "[4000,0]"], "level 4000 of stage sr16 lies outside"),
+        (["--levels", "[0,3]"], "takes 0 alone"),
+        (["--classes", "[10]"], "class 10 lies outside 0 ... 9"),
+        (["--sampling_steps", "[5000,4,4]"], "sampling_steps 5000 lies outside 1 ... T = 4000"),
+        (["--sampling_steps", "[4]"], "has 1 entries for 3 stages"),
+        (["--per_class", "1"], "give one of count and per_class"),
+        (["--block_size", "0"], "block_size 0 is less than 1"),
+    ):
+        assert sentence in refused(capsys, [*sample, *options])
+    assert not (tmp_path / "out").exists()
+    about = json.loads((tmp_path / "b" / "bundle.json").read_text())
+    about["stages"][1]["arguments"]["low_res_timesteps"] = 1000
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
+    assert "the clocks disagree" in refused(capsys, sample)
+
+
+def test_a_full_disk_leaves_nothing_half_written(capsys, stages, tmp_path, monkeypatch):
+    write_bundle(tmp_path / "b", stages, {"levels": [0, 0]})
+    real = Path.write_bytes
+
+    def full(self, data):
+        if "train" in self.parts:
+            real(self, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return real(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    sample = ["sample", "--bundle", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--count", "2"]
+    assert "No space left on device" in refused(capsys, sample)
+    assert not list((tmp_path / "out").rglob("*.tar*")) and not list((tmp_path / "out").rglob("*.partial"))
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    main(sample)
+    assert len(list((tmp_path / "out").rglob("*.tar"))) == 3
+
+
+def test_shards_cut_short_or_missing(capsys, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(ROOT / "data" / "fashion" / "val", tmp_path / "data" / split)
+    victim = tmp_path / "data" / "train" / "32" / "001.tar.gz"
+    whole = victim.read_bytes()
+    options = [f"--data.root={tmp_path / 'data'}", f"--trainer.default_root_dir={tmp_path}/run"]
+    victim.write_bytes(whole[:-1000])
+    assert "it is cut short or changed" in refused(capsys, fit(*options))
+    victim.write_bytes(whole[: len(whole) // 2] + b"\0" * (len(whole) - len(whole) // 2))
+    assert "001.tar.gz cannot be read" in refused(capsys, fit(*options, "--trainer.max_steps=40"))
+    victim.unlink()
+    assert "001.tar.gz is missing" in refused(capsys, fit(*options))
+    (victim.parent / "manifest.json").unlink()
+    assert "holds no manifest.json" in refused(capsys, fit(*options))
+
+
+def test_defects_keep_their_traceback(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("cdm_lightning.cli.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["fit"])
+    assert awaken(BaseStage(resolution=8, **SMALL)).name == "base8"

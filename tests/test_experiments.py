@@ -1,0 +1,123 @@
+"""Every YAML trains a step through the real command line, and the ImageNet files state the paper's table."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cdm_lightning.cli import main
+from cdm_lightning.images import encode_png
+from cdm_lightning.shards import Manifest, write_manifest, write_shard
+from cdm_lightning.stages import load_stage
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.stem not in ("defaults", "cascade"))
+QUICK = [
+    "--trainer.logger=false", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.precision=32-true",
+    "--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.enable_progress_bar=false", "--data.batch_size=2",
+    "--data.num_workers=0", "--model.channels=8", "--model.norm_groups=4", "--model.num_res_blocks=1", "--model.num_heads=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def colour_shards(tmp_path_factory):
+    """Four images of 256x256 in 1000 classes, as `cdm prepare imagenet` would leave them."""
+    root = tmp_path_factory.mktemp("imagenet")
+    images = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        folder = root / split / "256"
+        shard = write_shard(folder / "000000.tar", [(str(i), encode_png(x), 300 * i) for i, x in enumerate(images)])
+        counts = [int(c % 300 == 0) for c in range(1000)]
+        write_manifest(folder, Manifest(256, 3, split, [f"n{c:08d}" for c in range(1000)], counts, [shard]))
+    return root
+
+
+def configs(path: Path) -> list[str]:
+    files = [ROOT / "experiments" / "defaults.yaml", path.parent / "defaults.yaml", path, ROOT / "tests" / "reduced.yaml"]
+    return [word for file in files for word in ("--config", str(file))]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_experiment_trains_a_step(path, colour_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = tmp_path / path.stem
+    arguments = ["fit", *configs(path), *QUICK, f"--trainer.default_root_dir={run}"]
+    if path.parent.name == "imagenet":
+        arguments.append(f"--data.root={colour_shards}")
+    main(arguments)
+    stage = load_stage(run / "checkpoints" / "last.ckpt")
+    stated = yaml.safe_load(path.read_text())["model"]["init_args"]
+    assert stage.trained["steps"] == 1 and stage.resolution == stated["resolution"]
+    for name in ("timesteps", "schedule", "variance", "low_res_timesteps", "augmentation", "attention_resolutions"):
+        assert stage.hparams.get(name) == stated.get(name)
+    assert len(list((run / "grids").glob("*.png"))) == 1
+
+
+PAPER = {  # Appendix B, column by column
+    "base32": (256, [1, 2, 3, 4], 6, [8, 16], 4, 0.1, 2048, 700_000, 4000, 4000, "learned", False, None),
+    "sr64": (256, [1, 2, 3, 4], 5, [8, 16], 4, 0.1, 2048, 400_000, 4000, 4000, "learned", False, "gaussian"),
+    "sr128": (128, [1, 2, 4, 8, 8], 3, [16], 1, 0.0, 1024, 500_000, 2000, 100, "fixed_small", True, "blur"),
+    "sr256": (128, [1, 2, 4, 4, 8, 8], 3, [16], 1, 0.0, 1024, 500_000, 2000, 100, "fixed_small", True, "blur"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_imagenet_files_state_the_papers_table(name):
+    config = yaml.safe_load((ROOT / "experiments" / "imagenet" / f"{name}.yaml").read_text())
+    model = config["model"]["init_args"]
+    stated = tuple(
+        model.get(key) for key in ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads", "dropout")
+    )  # fmt: skip
+    stated += (config["data"]["batch_size"], config["trainer"]["max_steps"], model["timesteps"], model["sampling_steps"])
+    stated += (model["variance"], model.get("continuous", False), model.get("augmentation"))
+    assert stated == PAPER[name]
+    assert model["num_classes"] == 1000 and model["lr"] == 1e-4
+    defaults = yaml.safe_load((ROOT / "experiments" / "defaults.yaml").read_text())
+    assert defaults["trainer"]["callbacks"][0]["init_args"]["decay"] == 0.9999
+
+
+def test_every_number_of_imagenet_is_marked_as_the_papers_or_ours():
+    for path in EXPERIMENTS:
+        if path.parent.name == "imagenet":
+            lines = path.read_text().split("init_args:")[1].splitlines()
+            bare = [line for line in lines if ":" in line and not line.rstrip().endswith(":") and "#" not in line]
+            assert [line.strip() for line in bare] == [f"default_root_dir: runs/imagenet/{path.stem}"]
+
+
+def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Six steps in two calls end in the bits of six steps in one: weights, averages, data, draws and dropout."""
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "experiments" / "fashion" / "sr16.yaml"
+    options = ["--model.dropout=0.1", "--model.decay_fraction=0", "--trainer.limit_val_batches=0"]
+
+    def run(folder, steps):
+        arguments = ["fit", *configs(path), *QUICK, *options, f"--trainer.default_root_dir={tmp_path / folder}"]
+        main([*arguments, f"--trainer.max_steps={steps}", "--trainer.val_check_interval=100"])
+        return torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+    run("parts", 3)
+    parts, whole = run("parts", 6), run("whole", 6)
+    assert parts["global_step"] == whole["global_step"] == 6
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+    for name, value in whole["current_model_state"].items():
+        assert torch.equal(value, parts["current_model_state"][name]), name
+    assert parts["ShardDataModule"]["images_seen"] == whole["ShardDataModule"]["images_seen"] == 12
+
+
+def test_the_loss_is_logged_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    path = ROOT / "experiments" / "fashion" / "base8.yaml"
+    quick = [option for option in QUICK if "logger" not in option]
+    main(["fit", *configs(path), *quick, f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=1"])
+    with (tmp_path / "logs" / "version_0" / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert any(float(row["train/loss"] or 0) > 0 for row in rows) and any(float(row["val/loss"] or 0) > 0 for row in rows)
+    assert any(float(row["train/ema_decay"] or 0) == pytest.approx(0.1) for row in rows)
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+    pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples*.png"))
+    assert len(pictures) == 1
