@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """What a person gave cannot be used: one sentence that names the value and the rule.
 
     The command line prints the sentence and exits with 2; everything else is a defect and keeps its traceback.

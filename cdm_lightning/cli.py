@@ -41,6 +41,9 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone, where Lightning would pour a checkpoint's hyper-parameters into it."""
+
 
 def bundle(checkpoints: list[Path], out: Path, levels: list[int] | None = None, truncated: bool = False) -> None:
     """Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.
@@ -93,12 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv[1:] = arguments  # where Lightning looks, and what the processes it starts repeat
     try:
         run(arguments)
-    except InputError as error:
-        sys.exit(fail(error))
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        cause = understood(error)
+        if cause is None:
             raise
-        sys.exit(fail(error))
+        sys.exit(fail(cause))
 
 
 def run(arguments: list[str]) -> None:
@@ -133,6 +135,15 @@ def logged_in() -> bool:
         return bool(os.environ.get("WANDB_API_KEY") or netrc().authenticators(server or ""))
     except (OSError, NetrcParseError):
         return False
+
+
+def understood(error: BaseException | None) -> Exception | None:
+    """The error that has a sentence for people, among `error` and its causes: jsonargparse wraps what constructors raise."""
+    while error is not None:
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
+            return error
+        error = error.__cause__
+    return None
 
 
 def fail(error: Exception) -> int:

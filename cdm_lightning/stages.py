@@ -154,6 +154,16 @@ class DiffusionStage(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = type(self).__name__
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another stage before anything is loaded from it."""
+        mine = {name: value.shape for name, value in self.state_dict().items()}
+        if mine != {name: value.shape for name, value in checkpoint["state_dict"].items()}:
+            theirs = checkpoint.get("hyper_parameters", {})
+            raise InputError(
+                f"the checkpoint does not fit {type(self).__name__} {self.name}: it holds a {checkpoint.get('stage')} "
+                f"of resolution {theirs.get('resolution')} with {theirs.get('channels')} base channels"
+            )
+
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
         return randn((self.image_channels, self.resolution, self.resolution), generator)
 
