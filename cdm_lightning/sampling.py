@@ -61,7 +61,7 @@ def shard_name(number: int) -> str:
 
 
 class BlockWriter(BasePredictionWriter):
-    """Writes a block's images as one shard per resolution; the last resolution's shard is what marks a block as done."""
+    """Writes a block's images as one shard per resolution; a block is done when all of its shards are there."""
 
     def __init__(self, folders: Sequence[Path], manifest: SampleManifest) -> None:
         super().__init__("batch")

@@ -1,0 +1,308 @@
+"""The data module: every image once, one sequence for any number of processes, and a run that goes on where it was."""
+
+import json
+import subprocess
+import sys
+import warnings
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy  # noqa: F401, for the script of two processes
+from test_shards import FASHION, make_folder, read_raw, refuses
+from torch.utils.data import DataLoader
+
+from cdm_lightning.datamodule import ShardDataModule, ShardStream
+from cdm_lightning.shards import read_manifest
+
+SIZES = [7, 11, 5, 9, 6, 8, 7]  # 53 images, a prime number
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    make_folder(root / "train/8", SIZES)
+    make_folder(root / "val/8", [4, 5], suffix=".tar.gz")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return root / "train/8"
+
+
+def deal(folder, world_size=1, workers=0, batch_size=4, batches=None, **options):
+    """[rank][batch] -> (image, label, index), each rank through a DataLoader of its own."""
+    manifest, options = read_manifest(folder), {"window": 3, **options}
+    streams = [ShardStream(folder, manifest, 8, batch_size, rank, world_size, **options) for rank in range(world_size)]
+    loaders = [iter(DataLoader(s, batch_size=None, num_workers=workers)) for s in streams]
+    dealt = [list(islice(loader, batches)) for loader in loaders]
+    for loader in loaders if workers else []:
+        loader._shutdown_workers()
+    return dealt
+
+
+def places(batches):
+    return [i for _, _, index in batches for i in index.tolist()]
+
+
+def contents(batches):
+    """place -> (bytes, label) of the image that was dealt there."""
+    return {i: (x.numpy().tobytes(), int(y)) for b in batches for x, y, i in zip(b[0], b[1], b[2].tolist(), strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------ the sequence of images
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 3), (2, 2), (3, 1)])
+def test_every_image_is_dealt_exactly_once(folder, shuffle, world_size, workers):
+    dealt = deal(folder, world_size, workers, shuffle=shuffle, end=53)
+    for rank, batches in enumerate(dealt):
+        assert places(batches) == list(range(rank, 53, world_size))
+        assert {len(index) for _, _, index in batches[:-1]} == {4}  # the last alone is partial
+    found = sorted(value for batches in dealt for value in contents(batches).values())
+    assert found == sorted((image.tobytes(), label) for image, label in read_raw(folder).values())
+
+
+def test_ranks_workers_and_accumulation_walk_one_sequence(folder):
+    start, whole = 41, deal(folder, 1, 0, 12, 5, start=41, flip=True)[0]  # beyond the end of an epoch
+    assert places(whole) == list(range(start, start + 60))
+    for world_size, workers, accumulate in [(1, 1, 1), (1, 2, 3), (1, 3, 1), (2, 0, 1), (2, 2, 1), (2, 1, 3), (3, 2, 2)]:
+        size = 12 // world_size // accumulate
+        dealt = deal(folder, world_size, workers, size, 5 * accumulate, start=start, flip=True)
+        for step, expected in enumerate(whole):
+            parts = [b for batches in dealt for b in batches[step * accumulate : (step + 1) * accumulate]]
+            assert contents(parts) == contents([expected])
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone(folder):
+    def order(**options):
+        return [c for _, c in sorted(contents(deal(folder, end=106, **options)[0]).items())]
+
+    once = order()
+    torch.manual_seed(7)
+    np.random.seed(7)
+    assert order(batch_size=9) == once
+    first, second = once[:53], once[53:]
+    assert sorted(first) == sorted(second) and first != second
+    assert order(seed=1) != once and order(window=1) != once
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 10  # chance alone: 1
+    assert order(shuffle=False)[:53] == [(i.tobytes(), label) for i, label in read_raw(folder).values()]
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.integers(0, 170), st.integers(1, 4), st.integers(1, 9), st.booleans())
+def test_any_place_starts_the_tail_of_the_unbroken_sequence(folder, start, world_size, window, shuffle):
+    manifest = read_manifest(folder)
+
+    def walk(count, rank=0, **options):
+        stream = ShardStream(folder, manifest, 8, 4, rank, window=window, shuffle=shuffle, **options)
+        return [(place, sample["__key__"]) for place, sample in islice(stream.samples(), count)]
+
+    unbroken = walk(240)
+    for rank in range(world_size):
+        tail = unbroken[start + rank :: world_size][:15]
+        assert walk(len(tail), rank, start=start, world_size=world_size) == tail
+
+
+def test_images_and_labels_belong_together_and_are_floats_of_their_bytes():
+    manifest, raw = read_manifest(FASHION / "train/32"), read_raw(FASHION / "train/32")
+    stream = ShardStream(FASHION / "train/32", manifest, 32, 500, end=1500)
+    keys = [sample["__key__"] for _, sample in stream.samples()]
+    module = ShardDataModule(FASHION)
+    batches = [module.on_after_batch_transfer(batch, 0) for batch in stream]
+    image, label, _ = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert image.dtype == torch.float32 and image.min() == -1 and image.max() == 1
+    assert len(set(keys)) == 1500 and label.bincount().min() > 100  # every class, well mixed
+    for one, its_label, its_key in zip(image.numpy(), label.tolist(), keys, strict=True):
+        expected, expected_label = raw[its_key]
+        assert np.array_equal(one[0], expected.astype(np.float32) / np.float32(127.5) - 1) and its_label == expected_label
+
+
+def test_flips_are_a_fair_coin_per_image_keyed_by_place_and_seed():
+    manifest = read_manifest(FASHION / "val/32")
+
+    def images(**options):
+        stream = ShardStream(FASHION / "val/32", manifest, 32, 500, end=2000, **options)
+        return torch.cat([image for image, _, _ in stream])
+
+    plain, flipped = images(), images(flip=True)
+    mirrored = (flipped == plain.flip(-1)).all((1, 2, 3))
+    assert (mirrored | (flipped == plain).all((1, 2, 3))).all()
+    assert abs(mirrored.float().mean() - 0.5) < 0.05  # more than four standard deviations
+    assert (mirrored[1:] != mirrored[:-1]).float().mean() > 0.4  # not by blocks
+    later = images(flip=True, start=700)
+    assert torch.equal(later, flipped[700:])
+    assert not torch.equal((images(flip=True, seed=1) == images(seed=1)).all((1, 2, 3)), ~mirrored)
+
+
+# ------------------------------------------------------------------------------------------------------ through a Trainer
+
+
+class Recorder(L.LightningModule):
+    """Learns nothing and writes down the places that it sees."""
+
+    resolution, image_channels, num_classes = 8, 1, 10
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))  # with buffers, as classifiers have
+        self.fail_at, self.seen, self.validated = fail_at, [], []
+
+    def training_step(self, batch, batch_idx):
+        if len(self.seen) == self.fail_at:
+            raise RuntimeError("lost power")
+        self.seen.append(batch[2].tolist())
+        return self.net(batch[0].mean((1, 2, 3))[:, None]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.sanity_checking:
+            self.validated.append(batch[2].tolist())
+        self.log("val", self.net(batch[0].mean((1, 2, 3))[:, None]).mean(), sync_dist=True, batch_size=len(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def fit(root, out, ckpt_path=None, module=None, data=None, batch_size=12, workers=0, **options):
+    """Train to the end and give the module; a checkpoint is left in `out` after each step and each exception."""
+    module = module or Recorder()
+    data = data or ShardDataModule(root, batch_size, workers, window=3)
+    save = ModelCheckpoint(out, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_exception=True)
+    options = {"max_steps": 7, "val_check_interval": 2, "check_val_every_n_epoch": None, "devices": 1, **options}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    L.Trainer(callbacks=[save], **quiet, **options).fit(module, data, ckpt_path=ckpt_path)
+    return module
+
+
+def flat(batches):
+    return [i for batch in batches for i in batch]
+
+
+RUNS = {  # name: options of the Trainer and the data module; every run is 7 steps of 12 images, into the second epoch
+    "one pass": {},
+    "two workers": {"workers": 2},
+    "accumulating": {"accumulate_grad_batches": 2},
+    "passes of three batches": {"limit_train_batches": 3},
+    "accumulating in passes of four, two workers": {
+        "accumulate_grad_batches": 2, "limit_train_batches": 4, "workers": 2,
+    },
+    "a loader reloaded every pass": {"limit_train_batches": 2, "reload_dataloaders_every_n_epochs": 1},
+    "by epochs": {"max_steps": -1, "max_epochs": 2, "val_check_interval": 1.0, "check_val_every_n_epoch": 1},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_resumed_anywhere_sees_what_the_unbroken_one_would_have_seen(root, tmp_path, name):
+    options = RUNS[name]
+    unbroken = fit(root, tmp_path, **options)
+    total = len(flat(unbroken.seen))
+    assert flat(unbroken.seen) == list(range(total)) and total == (96 if name == "by epochs" else 84)
+    validated = flat(unbroken.validated)
+    assert validated and validated == list(range(9)) * (len(validated) // 9)
+    for step in (1, 5) if options.get("workers") else range(1, total // 12):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resumed = fit(root, tmp_path / "again", tmp_path / f"step={step}.ckpt", **options)
+        assert flat(resumed.seen) == list(range(12 * step, total)), f"resumed after step {step}"
+        assert not [w for w in caught if "not resumable" in str(w.message)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_cut_short_by_an_exception_is_seen_again(root, tmp_path):
+    with pytest.raises(RuntimeError, match="lost power"):
+        fit(root, tmp_path, module=Recorder(fail_at=4))
+    (path,) = [p for p in tmp_path.glob("*.ckpt") if "exception" in p.name] or [tmp_path / "step=4.ckpt"]
+    assert flat(fit(root, tmp_path, path).seen) == list(range(48, 84))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_goes_on_with_another_batch_size_accumulation_or_data_module(root, tmp_path):
+    data = ShardDataModule(root, 12, 0, window=3)
+    fit(root, tmp_path / "a", data=data, max_steps=3)
+    other = fit(root, tmp_path / "b", tmp_path / "a/step=3.ckpt", batch_size=8, accumulate_grad_batches=2, max_steps=5)
+    last = fit(root, tmp_path / "c", tmp_path / "b/step=5.ckpt", batch_size=6, max_steps=7)
+    assert flat(other.seen + last.seen) == list(range(36, 36 + len(flat(other.seen)) + 12))
+    again = fit(root, tmp_path / "d", data=data, max_steps=2)  # used before, in a new run
+    assert flat(again.seen) == list(range(24))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_datamodule import DDPStrategy, fit
+
+strategy, out = DDPStrategy(process_group_backend="gloo"), Path(sys.argv[3])
+module = fit(sys.argv[2], out, batch_size=16, workers=2, max_steps=5, accumulate_grad_batches=2, devices=2, strategy=strategy)
+(out / f"rank{module.global_rank}.json").write_text(json.dumps([module.seen, module.validated]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_share_out_every_batch_and_one_process_goes_on_after_them(root, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = [sys.executable, "run.py", str(Path(__file__).parent), str(root), str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for step in range(5):
+        parts = [batch for seen, _ in ranks for batch in seen[2 * step : 2 * step + 2]]
+        assert [len(batch) for batch in parts] == [4] * 4
+        assert sorted(flat(parts)) == list(range(16 * step, 16 * step + 16))
+    # 5 and 4 images: in batches of 4 one process would make two and the other one, so they are of 3
+    assert [validated[:2] for _, validated in ranks] == [[[0, 2, 4], [6, 8]], [[1, 3, 5], [7]]]
+    assert [len(validated) for _, validated in ranks] == [10, 10]
+    alone = fit(root, tmp_path / "alone", tmp_path / "step=3.ckpt", batch_size=16, max_steps=5)
+    assert flat(alone.seen) == list(range(48, 80))
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+
+def attached(root, batch_size=12, world_size=1, accumulate=1, max_steps=5, resolution=8, channels=1, classes=10):
+    """A data module that believes to be in a fit."""
+    module = SimpleNamespace(resolution=resolution, image_channels=channels, num_classes=classes)
+    data, progress = ShardDataModule(root, batch_size), SimpleNamespace(total=SimpleNamespace(processed=0))
+    data.trainer = SimpleNamespace(
+        world_size=world_size, global_rank=0, accumulate_grad_batches=accumulate, max_steps=max_steps,
+        lightning_module=module, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )  # fmt: skip
+    return data
+
+
+def test_data_that_does_not_fit_the_model_or_the_run_is_refused_before_it_starts(root, tmp_path):
+    def setup(*parts, where=root, **options):
+        refuses(lambda: attached(where, **options).setup("fit"), *parts)
+
+    attached(root).setup("fit")
+    attached(root, classes=None, resolution=4).setup("fit")
+    train = root / "train/8"
+    setup(f"{tmp_path / 'nowhere/train'} does not exist", where=tmp_path / "nowhere")
+    setup("has no shards for resolution 16: stored are [8]", resolution=16)
+    setup(f"{train} has 1 channels, the model takes 3", channels=3)
+    setup(f"{train} has 10 classes, the model takes 1000", classes=1000)
+    setup(f"{root / 'val/8'} holds 9 images for 10 processes", world_size=10)
+    (tmp_path / "train/8").mkdir(parents=True)
+    setup(f"{tmp_path / 'train/8'} holds no manifest.json", where=tmp_path)
+    make_folder(tmp_path / "train/8", [3], resolution=4)
+    setup("holds images of resolution 4, its name says 8", where=tmp_path)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(root):
+    for options in [{"world_size": 5}, {"accumulate": 8}, {"world_size": 3, "accumulate": 8}, {"batch_size": 0}]:
+        data = attached(root, **options)
+        refuses(data.train_dataloader, f"batch_size {data.batch_size} cannot be shared by", "must be a multiple of")
+        refuses(data.val_dataloader, f"batch_size {data.batch_size} cannot be shared by")
+    refuses(attached(root, batch_size=54, max_steps=-1).train_dataloader, "54 is larger than the 53 training images")
+    for options in [{"window": 0}, {"window": -1}, {"num_workers": -1}]:
+        refuses(lambda o=options: ShardDataModule(root, **o), "must be at least")

@@ -1,0 +1,113 @@
+"""`cdm sample`: the same bits from one process and from two, resumable, and shards that training reads."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdm_lightning import InputError
+from cdm_lightning.bundle import write_bundle
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.images import decode_png, to_uint8
+from cdm_lightning.sampling import sample
+from cdm_lightning.shards import read_manifest, read_shard
+
+
+@pytest.fixture
+def bundle(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {"levels": [501, 0], "truncated": False, "classes": list("abcdefghij")})
+    return tmp_path / "b"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".tar", ".json"))
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_shards_hold_what_the_cascade_draws(bundle, tmp_path):
+    sample(bundle, tmp_path / "s", count=10, classes=[7, 2], seed=4, block_size=4)
+    cascade = CascadeModule(bundle=bundle, seed=4)
+    for number, resolution in enumerate((8, 16, 32)):
+        folder = tmp_path / "s" / "train" / str(resolution)
+        manifest = read_manifest(folder)
+        assert manifest.count == 10 and manifest.counts == [0, 0, 5, 0, 0, 0, 0, 5, 0, 0]
+        assert [shard.count for shard in manifest.shards] == [4, 4, 2]
+        samples = [s for shard in manifest.shards for s in read_shard(folder / shard.name)]
+        assert [int(s["cls"]) for s in samples] == [7, 2] * 5
+        assert [int(s["__key__"]) for s in samples] == list(range(10))
+        index = torch.arange(8, 12).clamp(max=9)
+        expected = to_uint8(cascade.sample(torch.tensor([7, 2, 2, 2]), index)[number])
+        got = torch.from_numpy(decode_png(samples[8]["png"])).permute(2, 0, 1)
+        assert torch.equal(got, expected[0])
+    assert (tmp_path / "s" / "samples.png").stat().st_size > 1000
+
+
+def test_two_processes_draw_the_same_bits_as_one(bundle, tmp_path):
+    options = dict(per_class=1, block_size=3)
+    sample(bundle, tmp_path / "one", **options)
+    command = [
+        sys.executable, "-m", "cdm_lightning", "sample", "--bundle", str(bundle), "--out", str(tmp_path / "two"),
+        "--per_class", "1", "--block_size", "3", "--devices", "2", "--accelerator", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert len(hashes(tmp_path / "one")) == 3 * 4 + 3 + 1
+
+
+def test_it_goes_on_after_a_kill(bundle, tmp_path, monkeypatch):
+    sample(bundle, tmp_path / "whole", count=9, block_size=2)
+    real, written = Path.replace, []
+
+    def killed(self, target):
+        written.append(target)
+        if len(written) == 7:  # in the middle of the third block
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        sample(bundle, tmp_path / "parts", count=9, block_size=2)
+    monkeypatch.undo()
+    before = hashes(tmp_path / "parts")
+    assert not any("samples.png" in name or "/manifest.json" in name for name in before) and len(before) >= 4
+    sample(bundle, tmp_path / "parts", count=9, block_size=2)
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+
+
+def test_another_block_size_agrees_within_one_grey_level(bundle, tmp_path):
+    pixels = []
+    for size in (1, 5):
+        sample(bundle, tmp_path / str(size), count=5, block_size=size)
+        folder = tmp_path / str(size) / "train" / "32"
+        samples = [s for shard in read_manifest(folder).shards for s in read_shard(folder / shard.name)]
+        pixels.append(torch.stack([torch.from_numpy(decode_png(s["png"])).int() for s in samples]))
+    assert int((pixels[0] - pixels[1]).abs().max()) <= 1
+
+
+def test_a_truncated_run_keeps_finished_images_alone(bundle, tmp_path):
+    sample(bundle, tmp_path / "s", count=2, truncated=True)
+    assert [p.name for p in (tmp_path / "s" / "train").iterdir()] == ["32"]
+
+
+def test_a_folder_is_continued_with_nothing_else(bundle, tmp_path):
+    sample(bundle, tmp_path / "s", count=2)
+    with pytest.raises(InputError, match="was begun with seed 0, not 1"):
+        sample(bundle, tmp_path / "s", count=2, seed=1)
+    about = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**about, "levels": [0, 0]}))
+    with pytest.raises(InputError, match="was begun with bundle"):
+        sample(bundle, tmp_path / "s", count=2)
+
+
+def test_the_bundles_choice_of_s_is_used_when_none_is_given(bundle, tmp_path):
+    sample(bundle, tmp_path / "a", count=2)
+    sample(bundle, tmp_path / "b2", count=2, levels=[501, 0], truncated=False)
+    sample(bundle, tmp_path / "c", count=2, levels=[0, 0])
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b2") != hashes(tmp_path / "c")
