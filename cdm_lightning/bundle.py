@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -20,9 +21,12 @@ from cdm_lightning.stages import KINDS, DiffusionStage, build_stage
 FORMAT = 1
 
 
-def write_bundle(folder: Path, stages: Sequence[DiffusionStage], about: dict[str, Any]) -> None:
-    """Write stages, low to high, and what is known `about` them (steps, classes, levels, ...) as the bundle `folder`.
+def write_bundle(
+    folder: Path, stages: Sequence[DiffusionStage], about: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write stages, low to high, and what is known `about` them (classes, levels, ...) as the bundle `folder`.
 
+    dtype: of the weights in the file; stages are float32 again when they are read.
     The folder appears whole, under its name, or not at all; an existing bundle of that name is replaced.
     """
     folder = Path(folder)
@@ -31,7 +35,8 @@ def write_bundle(folder: Path, stages: Sequence[DiffusionStage], about: dict[str
     try:
         entries = []
         for stage in stages:
-            weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in stage.state_dict().items()})
+            state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in stage.state_dict().items()}
+            weights = save_safetensors(state)
             file = f"{stage.name}.safetensors"
             write_atomically(partial / file, weights)
             digest = hashlib.sha256(weights).hexdigest()
@@ -64,10 +69,14 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
-    """The stages, frozen and in eval mode, and bundle.json; a file that changed since the bundle was written is refused."""
+    """The stages, frozen and in eval mode, and bundle.json; a file that changed since it was written is refused."""
     about, stages = read_about(folder), []
     for entry in about["stages"]:
-        if not isinstance(entry, dict) or entry.get("kind") not in KINDS or not isinstance(entry.get("arguments"), dict):
+        if (
+            not isinstance(entry, dict)
+            or entry.get("kind") not in KINDS
+            or not isinstance(entry.get("arguments"), dict)
+        ):
             raise InputError(f"{folder}/bundle.json lists a stage that is none of {sorted(KINDS)}")
         name = str(entry.get("weights"))
         path = Path(folder) / name

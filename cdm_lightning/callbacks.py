@@ -16,10 +16,10 @@ from lightning.pytorch.loggers import WandbLogger
 from cdm_lightning import InputError
 from cdm_lightning.images import downscale, save_grid, to_float, to_uint8
 from cdm_lightning.randomness import generators
-from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
+from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402, after the choice of a backend that needs no screen
+from matplotlib import pyplot
 
 
 class EMA(WeightAveraging):
@@ -81,7 +81,7 @@ class SampleGrid(Callback):
 
     @torch.no_grad()
     def draw(self, stage: DiffusionStage, batch: Any) -> list[list[torch.Tensor]]:
-        image, label, index = (part[: self.rows] for part in batch)
+        image, label, _ = (part[: self.rows] for part in batch)
         columns = self.columns
         if isinstance(stage, SuperResolutionStage):
             generator = generators(range(len(image) * columns), image.device, stage.seed, "grid")
@@ -93,6 +93,7 @@ class SampleGrid(Callback):
         else:
             label = torch.arange(min(self.rows, stage.num_classes or self.rows), device=image.device)
             generator = generators(range(len(label) * columns), image.device, stage.seed, "grid")
+            assert isinstance(stage, BaseStage)
             samples = stage.sample(label.repeat_interleave(columns), 0, generator)
             around = None
         rows = [list(row) for row in to_uint8(samples).split(columns)]
@@ -118,7 +119,13 @@ class LossCurve(Callback):
             with file.open() as lines:
                 for row in csv.DictReader(lines):
                     for name, value in row.items():
-                        if value and name in ("train/loss", "train/simple", "train/loss_step", "val/loss", "val/simple"):
+                        if value and name in (
+                            "train/loss",
+                            "train/simple",
+                            "train/loss_step",
+                            "val/loss",
+                            "val/simple",
+                        ):
                             curves[name][int(row["step"])] = float(value)
         if not curves:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from cdm_lightning import InputError
+from cdm_lightning.augmentation import GaussianAugmentation
 from cdm_lightning.bundle import read_bundle
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import quantize, to_uint8
 from cdm_lightning.randomness import generators
-from cdm_lightning.stages import Batch, BaseStage, DiffusionStage, SuperResolutionStage, load_stage
+from cdm_lightning.stages import BaseStage, Batch, DiffusionStage, SuperResolutionStage, load_stage
 
 
 class CascadeModule(L.LightningModule):
@@ -50,9 +52,13 @@ class CascadeModule(L.LightningModule):
             stages, chosen = read_bundle(bundle)
         else:
             stages = [load_stage(path) for path in checkpoints or []]
-        self.assemble(stages, levels or chosen.get("levels"), chosen.get("truncated", False) if truncated is None else truncated)
+        self.assemble(
+            stages, levels or chosen.get("levels"), chosen.get("truncated", False) if truncated is None else truncated
+        )
         self.seed = seed
         self.set_sampler(sampler, sampling_steps)
+
+    stages: Any  # a ModuleList of DiffusionStage, base first
 
     def assemble(self, stages: Sequence[DiffusionStage], levels: Sequence[int] | None, truncated: bool) -> None:
         check_stages(stages)
@@ -72,7 +78,9 @@ class CascadeModule(L.LightningModule):
         """Choose s per super-resolution stage, and how it is reached; refuses what a stage cannot take."""
         upsamplers = list(self.stages)[1:]
         if len(levels) != len(upsamplers):
-            raise InputError(f"levels {list(levels)} has {len(levels)} entries for {len(upsamplers)} super-resolution stages")
+            raise InputError(
+                f"levels {list(levels)} has {len(levels)} entries for {len(upsamplers)} super-resolution stages"
+            )
         for stage, level in zip(upsamplers, levels, strict=True):
             check_level(stage, level)
         self.levels, self.truncated = list(levels), truncated
@@ -80,7 +88,9 @@ class CascadeModule(L.LightningModule):
     def set_sampler(self, sampler: Sampler | None, sampling_steps: Sequence[int] | None) -> None:
         """Override every stage's sampler and numbers of steps, where given; refuses what has no grid."""
         if sampling_steps is not None and len(sampling_steps) != len(self.stages):
-            raise InputError(f"sampling_steps {list(sampling_steps)} has {len(sampling_steps)} entries for {len(self.stages)} stages")
+            raise InputError(
+                f"sampling_steps {list(sampling_steps)} has {len(sampling_steps)} entries for {len(self.stages)} stages"
+            )
         stops = [*self.levels, 0] if self.truncated else [0] * len(self.stages)
         for number, stage in enumerate(self.stages):
             if sampler is not None:
@@ -135,7 +145,9 @@ class CascadeModule(L.LightningModule):
             lowest, highest = int(label.min()), int(label.max())
             if lowest < 0 or highest >= self.num_classes:
                 wrong = lowest if lowest < 0 else highest
-                raise InputError(f"class {wrong} lies outside 0 ... {self.num_classes - 1}, the classes of this cascade")
+                raise InputError(
+                    f"class {wrong} lies outside 0 ... {self.num_classes - 1}, the classes of this cascade"
+                )
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
         """uint8 (B, C, R, R): real images, and samples of the same classes for a callback to compare with them."""
@@ -153,13 +165,17 @@ def hand_over(image: torch.Tensor, stop_at: int) -> torch.Tensor:
 
 
 def check_level(stage: SuperResolutionStage, level: int) -> None:
-    if not stage.augmentation.takes_level:
+    if not isinstance(stage.augmentation, GaussianAugmentation):
         if level:
-            raise InputError(f"level {level} given to stage {stage.name}, whose augmentation has no level: it takes 0 alone")
+            raise InputError(
+                f"level {level} given to stage {stage.name}, whose augmentation has no level: it takes 0 alone"
+            )
         return
     highest = stage.augmentation.max_level
     if not 0 <= level <= highest or level == stage.augmentation.diffusion.timesteps:
-        raise InputError(f"level {level} of stage {stage.name} lies outside 0 <= s <= {highest}, s < T: it was not trained there")
+        raise InputError(
+            f"level {level} of stage {stage.name} lies outside 0 <= s <= {highest}, s < T: it was not trained there"
+        )
 
 
 def check_stages(stages: Sequence[DiffusionStage]) -> None:
@@ -169,7 +185,7 @@ def check_stages(stages: Sequence[DiffusionStage]) -> None:
     classes = {s.name: s.num_classes for s in stages if s.num_classes is not None}
     if len(set(classes.values())) > 1:
         raise InputError(f"the stages disagree about the number of classes: {classes}")
-    for before, stage in zip(stages, stages[1:]):
+    for before, stage in pairwise(stages):
         if not isinstance(stage, SuperResolutionStage):
             raise InputError(f"stage {stage.name} after {before.name} is not a super-resolution stage")
         for what, mine, theirs in (
@@ -178,12 +194,12 @@ def check_stages(stages: Sequence[DiffusionStage]) -> None:
         ):
             if mine != theirs:
                 raise InputError(f"stage {stage.name} starts from {what} {mine}, and {before.name} makes {theirs}")
-        if stage.augmentation.takes_level:
+        if isinstance(stage.augmentation, GaussianAugmentation):
             clock = stage.augmentation.diffusion
-            mine = (clock.timesteps, clock.schedule)
-            theirs = (before.diffusion.timesteps, before.diffusion.schedule)
-            if mine != theirs:
+            own = (clock.timesteps, clock.schedule)
+            run = (before.diffusion.timesteps, before.diffusion.schedule)
+            if own != run:
                 raise InputError(
-                    f"the clocks disagree: stage {stage.name} was trained with s on {mine[0]} steps of the {mine[1]} "
-                    f"schedule, and {before.name} runs {theirs[0]} of the {theirs[1]} one"
+                    f"the clocks disagree: stage {stage.name} was trained with s on {own[0]} steps of the {own[1]} "
+                    f"schedule, and {before.name} runs {run[0]} of the {run[1]} one"
                 )

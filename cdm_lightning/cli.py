@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import lightning.pytorch as L
+import torch
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -45,7 +46,9 @@ class CLI(LightningCLI):
         """Leave the configuration alone, where Lightning would pour a checkpoint's hyper-parameters into it."""
 
 
-def bundle(checkpoints: list[Path], out: Path, levels: list[int] | None = None, truncated: bool = False) -> None:
+def bundle(
+    checkpoints: list[Path], out: Path, levels: list[int] | None = None, truncated: bool = False, half: bool = False
+) -> None:
     """Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.
 
     Args:
@@ -54,14 +57,16 @@ def bundle(checkpoints: list[Path], out: Path, levels: list[int] | None = None, 
         out: The folder to write.
         levels: The level s of each super-resolution stage that sampling shall use when told none; null for 0.
         truncated: Whether that sampling is truncated.
+        half: Round the weights to 16 bits, for half the size.
     """
     files = [path / "checkpoints" / "last.ckpt" if path.is_dir() else path for path in map(Path, checkpoints)]
     stages = [load_stage(path) for path in files]
     check_stages(stages)
     cascade = CascadeModule.of(stages)
     cascade.set_levels(levels or cascade.levels, truncated)
-    classes = next((stage.trained["classes"] for stage in stages if "classes" in stage.trained), None)
-    write_bundle(out, stages, {"levels": cascade.levels, "truncated": truncated, "classes": classes})
+    classes = next((c for stage in stages if (c := stage.trained.get("classes"))), None)
+    dtype = torch.float16 if half else torch.float32
+    write_bundle(out, stages, {"levels": cascade.levels, "truncated": truncated, "classes": classes}, dtype)
     total = sum(p.numel() for stage in stages for p in stage.parameters())
     steps = " -> ".join(f"{stage.name} ({stage.trained.get('steps', '?')} steps)" for stage in stages)
     print(f"{out}: {steps}, {total / 1e6:.2f} M parameters")
@@ -129,7 +134,7 @@ def run(arguments: list[str]) -> None:
 
 
 def logged_in() -> bool:
-    """Whether `wandb login` has left a key for the server in use; asks the files, since wandb itself asks once and keeps it."""
+    """Whether `wandb login` has left a key; asks the file, since asking wandb settles its mode before it can be set."""
     server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
         return bool(os.environ.get("WANDB_API_KEY") or netrc().authenticators(server or ""))
@@ -138,7 +143,7 @@ def logged_in() -> bool:
 
 
 def understood(error: BaseException | None) -> Exception | None:
-    """The error that has a sentence for people, among `error` and its causes: jsonargparse wraps what constructors raise."""
+    """The error that has a sentence for people, among `error` and its causes; jsonargparse wraps what it catches."""
     while error is not None:
         if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
             return error

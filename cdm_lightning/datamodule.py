@@ -228,7 +228,7 @@ class ShardDataModule(L.LightningDataModule):
         image, label, index = batch
         return to_float(image), label, index
 
-    # -- the place in the sequence, saved with every checkpoint
+    # -- the place in the sequence, saved with every checkpoint beside the names of the classes
 
     def batches(self) -> int:
         """Batches of this run whose training step has ended; one that an exception cut short is repeated on resume."""
@@ -239,7 +239,8 @@ class ShardDataModule(L.LightningDataModule):
         return self.seen + (self.batches() - self.batches_before) * self.micro_batch() * self.trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images_seen": self.images_seen(), "batches": self.batches()}
+        classes = self.manifest("train")[1].classes
+        return {"images_seen": self.images_seen(), "batches": self.batches(), "classes": classes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]

@@ -71,7 +71,8 @@ class Diffusion:
         """One of `abar`, `log_beta`, `log_posterior`, float64 (T + 1,), indexed by t; entry 0 of the logs is unused."""
         device = torch.device(device)
         if (name, device) not in self._tables:
-            beta = DDPMScheduler(**schedule_settings(self.schedule, self.timesteps)).betas.double()
+            scheduler: Any = DDPMScheduler(**schedule_settings(self.schedule, self.timesteps))
+            beta = scheduler.betas.double()
             abar = torch.cat([beta.new_ones(1), torch.cumprod(1 - beta, 0)])
             posterior = beta * (1 - abar[:-1]) / (1 - abar[1:])
             posterior[0] = posterior[1] if self.timesteps > 1 else beta[0]  # 0 at t = 1, whose log the loss never uses
@@ -195,7 +196,9 @@ class Diffusion:
         if not 0 <= stop_at < self.timesteps:
             raise InputError(f"stop_at {stop_at} lies outside 0 <= s < T = {self.timesteps}")
         if stop_at and self.sampling_schedule not in (None, self.schedule):
-            raise InputError(f"stop_at {stop_at} has no place on the other clock of sampling_schedule {self.sampling_schedule!r}")
+            raise InputError(
+                f"stop_at {stop_at} has no place on the other clock of sampling_schedule {self.sampling_schedule!r}"
+            )
         steps = self.timesteps if self.sampling_steps is None else self.sampling_steps
         if not 1 <= steps <= self.timesteps:
             raise InputError(f"sampling_steps {steps} lies outside 1 ... T = {self.timesteps}")
@@ -215,9 +218,7 @@ class Diffusion:
         settings["prediction_type"] = self.prediction
         if self.sampler == "ddpm":
             variance = "learned_range" if self.variance == "learned" else self.variance
-            return DDPMScheduler(
-                **settings, variance_type=variance, clip_sample=self.clip, timestep_spacing="linspace"
-            )
+            return DDPMScheduler(**settings, variance_type=variance, clip_sample=self.clip, timestep_spacing="linspace")
         if self.sampler == "ddim":
             return DDIMScheduler(**settings, clip_sample=self.clip, timestep_spacing="trailing")
         return DPMSolverMultistepScheduler(
@@ -249,7 +250,6 @@ def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log
     at_most = upper.clamp(min=1e-12).log()
     at_least = (1 - lower).clamp(min=1e-12).log()
     return torch.where(x < -0.999, at_most, torch.where(x > 0.999, at_least, inside))
-
 
 
 def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -6,38 +6,26 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import PIL
-import torch
-from tqdm import tqdm
 
 from cdm_lightning import InputError
-from cdm_lightning.images import check_power_of_two, downscale, encode_png
+from cdm_lightning.images import check_power_of_two
+from cdm_lightning.prepare_shards import PROGRESS, Task, make_shards
 from cdm_lightning.raw_images import (
     FILTERS,
     Crop,
     Listing,
-    RawImage,
     Split,
-    cut_square,
-    decode,
     list_folder,
     list_imagenet,
 )
-from cdm_lightning.shards import Manifest, Shard, read_manifest, write_atomically, write_manifest, write_shard
+from cdm_lightning.shards import Manifest, Shard, read_manifest, write_atomically, write_manifest
 
 
 def prepare_imagenet(
@@ -213,134 +201,6 @@ def already_made(folder: Path, arguments: dict[str, Any]) -> bool:
     if changed:
         raise InputError(f"{folder} was prepared with {', '.join(changed)}: give another output folder or remove it")
     return not started.is_file()
-
-
-PROGRESS = ".progress"  # in the folder of a split, from the start of a preparation to its end
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to make, in every resolution: consecutive images of the global order, the first at `start`."""
-
-    number: int
-    start: int
-    images: list[RawImage]
-    folder: Path
-    resolutions: list[int]
-    crop: Crop
-    grey: bool
-
-    @property
-    def record(self) -> Path:
-        """Written after the shard's tars, so that where it lies the shard is finished."""
-        return self.folder / PROGRESS / f"{self.number:06d}.json"
-
-    def finished(self) -> dict[str, Any] | None:
-        """The record of an earlier run, if all its tars are still there."""
-        if not self.record.is_file():
-            return None
-        record = json.loads(self.record.read_text())
-        for resolution, shard in record["shards"].items():
-            tar = self.folder / resolution / shard["name"]
-            if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
-                return None
-        return record
-
-
-def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dict[str, Any]]:
-    """Records of all shards in order: those found finished and those made now."""
-    found = [task.finished() for task in tasks]
-    todo = [task for task, record in zip(tasks, found, strict=True) if record is None]
-    records = {record["number"]: record for record in found if record is not None}
-    total, count = sum(len(task.images) for task in tasks), sum(len(task.images) for task in todo)
-    check_skipped(records, total, max_corrupt)
-    begun = time.monotonic()
-    with (
-        tqdm(total=total, initial=total - count, desc="preparing", unit="image") as bar,
-        closing(run(todo, workers)) as made,
-    ):
-        for record in made:
-            records[record["number"]] = record
-            bar.update(len(tasks[record["number"]].images))
-            for entry in record["skipped"]:
-                bar.write(f"skipped {entry['name']}: {entry['reason']}", file=sys.stderr)
-            check_skipped(records, total, max_corrupt)
-    seconds = time.monotonic() - begun
-    print(f"{count:,} images read in {seconds:.0f} s by {workers} workers: {count / seconds:.0f} images/s")
-    return [records[task.number] for task in tasks]
-
-
-def check_skipped(records: dict[int, dict[str, Any]], total: int, max_corrupt: float) -> None:
-    """Refuse a source of which more than the share `max_corrupt` is unreadable."""
-    skipped = [entry for record in records.values() for entry in record["skipped"]]
-    if len(skipped) > max_corrupt * total:
-        raise InputError(
-            f"{len(skipped)} of {total} images ({len(skipped) / total:.2%}) cannot be read, the first is "
-            f"{skipped[0]['name']} ({skipped[0]['reason']}): more than max_corrupt = {max_corrupt:.2%} is an error"
-        )
-
-
-def run(tasks: list[Task], workers: int) -> Generator[dict[str, Any]]:
-    """Records of the tasks as they end, made in this process or in several."""
-    if workers == 1 or len(tasks) < 2:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # on single images the threads cost more than they give
-        try:
-            yield from map(make_shard, tasks)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=start_worker)
-    try:
-        for future in as_completed([pool.submit(make_shard, task) for task in tasks]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"one of {workers} workers was ended from outside, as happens when memory runs out: "
-            "give the same command with fewer --workers, it goes on from here"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def start_worker() -> None:
-    """End with the parent, even if that was killed: a worker left alone would write beside the next run's."""
-    torch.set_num_threads(1)
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def make_shard(task: Task) -> dict[str, Any]:
-    """Decode each image once, write its shard in every resolution, then the record, which is also returned."""
-    samples: dict[int, list[tuple[str, bytes, int]]] = {resolution: [] for resolution in task.resolutions}
-    skipped = []
-    for position, raw in enumerate(task.images, task.start):
-        try:
-            picture = decode(raw.read(), task.grey)
-        except OSError as error:
-            raise InputError(f"{raw.file} can no longer be read: {error.strerror or error}") from error
-        except ValueError as error:
-            skipped.append({"name": raw.name, "reason": str(error)})
-            continue
-        image = torch.from_numpy(cut_square(picture, task.resolutions[0], task.crop).copy()).permute(2, 0, 1)
-        for resolution in task.resolutions:
-            image = downscale(image, resolution)
-            samples[resolution].append((f"{position:08d}", encode_png(image.permute(1, 2, 0).numpy()), raw.label))
-    name = f"{task.number:06d}.tar"
-    record = {
-        "number": task.number,
-        "shards": {str(r): asdict(write_shard(task.folder / str(r) / name, samples[r])) for r in task.resolutions},
-        "labels": [label for _, _, label in samples[task.resolutions[0]]],
-        "skipped": skipped,
-    }
-    write_atomically(task.record, json.dumps(record).encode())
-    return record
 
 
 def print_summary(folder: Path, resolutions: list[int]) -> None:

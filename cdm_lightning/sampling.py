@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def sample(
         classes: Class numbers, such as [1,7]; null for all.
         seed: Another seed, other images.
         levels: The level s of each super-resolution stage, such as [501,0]; null for the bundle's choice.
-        truncated: Stop each reverse process at s, instead of finishing it and adding noise; null for the bundle's choice.
+        truncated: Stop each reverse process at s, not finish it and add noise; null for the bundle's choice.
         sampler: ddpm, ddim or dpm++; null for each stage's own.
         sampling_steps: Network calls of each stage, such as [50,50,25]; null for each stage's own.
         block_size: Images the network works on at a time, per process.
@@ -143,13 +144,16 @@ def sample(
 class Blocks(L.LightningDataModule):
     """The blocks that are still to do, every n-th one for each process."""
 
+    trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
+
     def __init__(self, manifest: SampleManifest, todo: list[int]) -> None:
         super().__init__()
         self.manifest, self.todo = manifest, todo
 
     def predict_dataloader(self) -> DataLoader:
         own = self.todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader([self.manifest.block(number) for number in own], batch_size=None)
+        blocks: Any = [self.manifest.block(number) for number in own]
+        return DataLoader(blocks, batch_size=None)
 
 
 def plan(
@@ -218,7 +222,9 @@ def finish(folders: Sequence[Path], manifest: SampleManifest, about: dict[str, A
         extra = {"samples": asdict(manifest)}
         write_manifest(
             folder,
-            Manifest(resolution, channels, "train", classes, counts, shards, manifest.seed, source="samples", extra=extra),
+            Manifest(
+                resolution, channels, "train", classes, counts, shards, manifest.seed, source="samples", extra=extra
+            ),
         )
         print(f"{folder}: {manifest.count} images, SHA-256 of all shards {digest_of(shards)[:16]}")
     picture = Path(folders[0]).parents[1] / "samples.png"
@@ -237,7 +243,8 @@ def draw(folders: Sequence[Path], manifest: SampleManifest, path: Path, rows: in
     per_class = min(columns, -(-manifest.count // len(manifest.classes)))
     pictures: list[list[torch.Tensor]] = [[] for _ in shown]
     streams = [stream(folder, manifest.blocks) for folder in folders]
-    for index, samples in zip(range(min(manifest.count, per_class * len(manifest.classes))), zip(*streams, strict=True)):
+    together = islice(zip(*streams, strict=True), per_class * len(manifest.classes))
+    for index, samples in enumerate(together):
         row = index % len(manifest.classes)
         if row < len(shown):
             pictures[row] += [torch.from_numpy(decode_png(s["png"])).permute(2, 0, 1) for s in samples]

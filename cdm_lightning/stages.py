@@ -1,4 +1,4 @@
-"""The stages of a cascade: each a LightningModule that joins a diffusion, a U-Net and an augmentation, trained alone."""
+"""The stages of a cascade: each a LightningModule of a diffusion, a U-Net and an augmentation, trained alone."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ class DiffusionStage(L.LightningModule):
     def check_batch(self, image: torch.Tensor) -> None:
         expected = (self.image_channels, self.resolution, self.resolution)
         if tuple(image.shape[1:]) != expected:
-            raise InputError(f"images of shape {tuple(image.shape[1:])} do not fit stage {self.name}, which takes {expected}")
+            raise InputError(
+                f"images of shape {tuple(image.shape[1:])} do not fit stage {self.name}, which takes {expected}"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         torch.manual_seed(key(self.seed, "dropout", self.global_rank, self.global_step, batch_idx))
@@ -171,13 +173,9 @@ class DiffusionStage(L.LightningModule):
 class BaseStage(DiffusionStage):
     """p(z_0|c): the class-conditional model at the lowest resolution."""
 
-    def sample(
-        self, label: torch.Tensor, stop_at: int = 0, generator: Sequence[torch.Generator] = ()
-    ) -> torch.Tensor:
+    def sample(self, label: torch.Tensor, stop_at: int = 0, generator: Sequence[torch.Generator] = ()) -> torch.Tensor:
         """z_s for s = stop_at, float32 (B, C, H, W). label: int64 (B,). generator: one per image."""
-        return self.diffusion.sample(
-            lambda x, t: self.unet(x, t, label), self.noise(generator), stop_at, generator
-        )
+        return self.diffusion.sample(lambda x, t: self.unet(x, t, label), self.noise(generator), stop_at, generator)
 
 
 class SuperResolutionStage(DiffusionStage):
@@ -266,12 +264,19 @@ def load_stage(path: str | Path) -> DiffusionStage:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign or torn file makes torch raise
-        raise InputError(f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}") from error
+        raise InputError(
+            f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
+        ) from error
     kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
     if kind not in KINDS:
         raise InputError(f"{path} is not a checkpoint of a stage: it says {kind!r}, and known are {sorted(KINDS)}")
     stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
-    stage.trained = {"steps": checkpoint["global_step"], **checkpoint.get("ShardDataModule", {})}
+    data = checkpoint.get("ShardDataModule", {})
+    stage.trained = {
+        "steps": checkpoint["global_step"],
+        "images": data.get("images_seen"),
+        "classes": data.get("classes"),
+    }
     return stage
 
 

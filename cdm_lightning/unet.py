@@ -38,9 +38,11 @@ class TimeEmbedding(nn.Sequential):
 
     def __init__(self, channels: int) -> None:
         super().__init__(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+        self.channels = channels
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return super().forward(sinusoidal_embedding(t, self[0].in_features).to(self[0].weight.dtype))
+        dtype = next(self.parameters()).dtype
+        return super().forward(sinusoidal_embedding(t, self.channels).to(dtype))
 
 
 class ResidualBlock(nn.Module):
@@ -187,8 +189,11 @@ class UNet(nn.Module):
         level: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x: (B, C, H, W). t, level: (B,) in (0, T] and [0, T]. label: int64 (B,). low_res: already H x W, or None."""
-        embedding = self.time_embedding(t - 1)  # ADM's networks count from 0, where the paper's clean image has no index
+        embedding = self.time_embedding(
+            t - 1
+        )  # ADM's networks count from 0, where the paper's clean image has no index
         if self.level_embedding is not None:
+            assert level is not None, "a stage with Gaussian augmentation is always told its level"
             embedding = embedding + self.level_embedding(level - 1)
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(label)

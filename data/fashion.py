@@ -1,7 +1,8 @@
 """Fashion-MNIST as shards: `python data/fashion.py IDX_FOLDER OUT [--train N] [--val N]`.
 
 IDX_FOLDER holds the four original files (train-images-idx3-ubyte.gz, ...). The 28x28 images are padded by two black
-pixels on each side to 32x32. The first N images of every class are taken, N * 10 in all; without --train and --val, all.
+pixels on each side to 32x32. With --train N or --val N the first N / 10 images of
+every class are taken, else all.
 What ships in data/fashion was made with `--train 15000 --val 3000`.
 """
 

@@ -35,8 +35,14 @@ def stages():
         ),
         awaken(
             SuperResolutionStage(
-                resolution=32, low_resolution=16, augmentation="blur", timesteps=2000, schedule="linear",
-                variance="fixed_small", continuous=True, **SMALL,
-            )  # fmt: skip
+                resolution=32,
+                low_resolution=16,
+                augmentation="blur",
+                timesteps=2000,
+                schedule="linear",
+                variance="fixed_small",
+                continuous=True,
+                **SMALL,
+            )
         ),
     ]

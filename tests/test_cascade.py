@@ -71,7 +71,9 @@ def test_an_image_depends_on_seed_index_and_class_alone(stages):
 
 def test_any_number_of_stages(stages):
     assert [i.shape[-1] for i in CascadeModule.of(stages[:1]).sample(LABEL, INDEX)] == [8]
-    again = SuperResolutionStage(resolution=64, low_resolution=32, augmentation="none", **{**SMALL, "num_classes": None})
+    again = SuperResolutionStage(
+        resolution=64, low_resolution=32, augmentation="none", **{**SMALL, "num_classes": None}
+    )
     assert [i.shape[-1] for i in CascadeModule.of([*stages, awaken(again)]).sample(LABEL, INDEX)] == [8, 16, 32, 64]
 
 
@@ -106,6 +108,13 @@ def test_a_bundle_comes_back_to_the_bit(stages, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_bundle_of_half_the_size_holds_rounded_weights(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {}, torch.float16)
+    for a, b in zip(read_bundle(tmp_path / "b")[0], stages, strict=True):
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+            assert x.dtype == torch.float32 and torch.equal(x, y.half().float())
+
+
 def test_a_bundle_that_was_changed_is_refused(stages, tmp_path):
     bundle = tmp_path / "b"
 
@@ -128,7 +137,11 @@ def test_a_bundle_that_was_changed_is_refused(stages, tmp_path):
     refused("is not a bundle of format 1")
     (bundle / "bundle.json").unlink()
     refused("holds no bundle.json")
-    for change in ({"weights": "../b/base8.safetensors"}, {"kind": "os.system"}, {"arguments": {"resolution": 16, **SMALL}}):
+    for change in (
+        {"weights": "../b/base8.safetensors"},
+        {"kind": "os.system"},
+        {"arguments": {"resolution": 16, **SMALL}},
+    ):
         about = json.loads((bundle / "bundle.json").read_text())
         about["stages"][0] |= change
         (bundle / "bundle.json").write_text(json.dumps(about))

@@ -64,7 +64,13 @@ def test_print_config_shows_every_default_and_overrides(capsys):
         main(["fit", *configs(SR16), "--model.lr=0.5", "--print_config"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for line in ("lr: 0.5", "blur_probability: 0.5", "low_res_timesteps: 4000", "save_dir: runs/fashion/sr16", "flip: false"):
+    for line in (
+        "lr: 0.5",
+        "blur_probability: 0.5",
+        "low_res_timesteps: 4000",
+        "save_dir: runs/fashion/sr16",
+        "flip: false",
+    ):
         assert line in out
 
 
@@ -113,7 +119,9 @@ def test_unknown_names_are_refused_by_name(capsys, arguments, words):
 def test_a_checkpoint_of_another_kind_is_refused(capsys, stages, tmp_path):
     for name, content in {"lightning": {"state_dict": {}}, "other": {"stage": "ResNet", "state_dict": {}}}.items():
         torch.save(content, tmp_path / f"{name}.ckpt")
-        sentence = refused(capsys, ["bundle", "--checkpoints", f"[{tmp_path}/{name}.ckpt]", "--out", str(tmp_path / "b")])
+        sentence = refused(
+            capsys, ["bundle", "--checkpoints", f"[{tmp_path}/{name}.ckpt]", "--out", str(tmp_path / "b")]
+        )
         assert "is not a checkpoint of a stage" in sentence
     main(fit(f"--trainer.default_root_dir={tmp_path}/sr", "--trainer.limit_val_batches=0", config=SR16))
     sentence = refused(capsys, ["bundle", "--checkpoints", f"[{tmp_path}/sr]", "--out", str(tmp_path / "b")])
@@ -172,7 +180,9 @@ def test_shards_cut_short_or_missing(capsys, tmp_path):
     victim.write_bytes(whole[:-1000])
     assert "it was cut or changed" in refused(capsys, fit(*options))
     victim.write_bytes(whole[: len(whole) // 2] + b"\0" * (len(whole) - len(whole) // 2))
-    assert "001.tar.gz holds 499 images where its manifest says 1000" in refused(capsys, fit(*options, "--trainer.max_steps=40"))
+    assert "001.tar.gz holds 499 images where its manifest says 1000" in refused(
+        capsys, fit(*options, "--trainer.max_steps=40")
+    )
     victim.unlink()
     assert "001.tar.gz is missing" in refused(capsys, fit(*options))
     (victim.parent / "manifest.json").unlink()

@@ -108,8 +108,7 @@ def propagate(kind: str, schedule: str, timesteps: int, indices: list[int], stop
     abar = reference_alpha_bar(schedule, timesteps)
     mean, variance, previous_lambda, previous = 0.0, 1.0, None, None
     ends = [*[i + 1 for i in indices[1:]], stop_at]
-    history = (0.0, 0.0)  # x_0 of the step before, as slope and offset of the *initial* x: the multistep sampler needs it
-    slope, offset = 1.0, 0.0
+    slope, offset = 1.0, 0.0  # of the end state of an ODE sampler as a function of the noise it began with
     for n, (t, s) in enumerate(zip([i + 1 for i in indices], ends, strict=True)):
         a, b = abar[t], abar[s]
         gain = math.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)  # x_0 = MEAN + gain (x - sqrt(a) MEAN)
@@ -237,7 +236,9 @@ def test_time_goes_through_alpha_bar_and_back(schedule, timesteps):
 
 
 def test_continuous_time_follows_another_schedule_by_mapping_its_noise():
-    diffusion = Diffusion(2000, "linear", "fixed_small", continuous=True, sampling_schedule="cosine", sampling_steps=100)
+    diffusion = Diffusion(
+        2000, "linear", "fixed_small", continuous=True, sampling_schedule="cosine", sampling_steps=100
+    )
     diffusion.clip = False
     times = []
     denoise = optimal_eps(diffusion)

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.stem not in ("defaults", "cascade"))
 QUICK = [
     "--trainer.logger=false", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.precision=32-true",
-    "--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.enable_progress_bar=false", "--data.batch_size=2",
-    "--data.num_workers=0", "--model.channels=8", "--model.norm_groups=4", "--model.num_res_blocks=1", "--model.num_heads=2",
+    "--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.enable_progress_bar=false",
+    "--data.batch_size=2", "--data.num_workers=0",
+    "--model.channels=8", "--model.norm_groups=4", "--model.num_res_blocks=1", "--model.num_heads=2",
 ]  # fmt: skip
 
 
@@ -36,7 +37,12 @@ def colour_shards(tmp_path_factory):
 
 
 def configs(path: Path) -> list[str]:
-    files = [ROOT / "experiments" / "defaults.yaml", path.parent / "defaults.yaml", path, ROOT / "tests" / "reduced.yaml"]
+    files = [
+        ROOT / "experiments" / "defaults.yaml",
+        path.parent / "defaults.yaml",
+        path,
+        ROOT / "tests" / "reduced.yaml",
+    ]
     return [word for file in files for word in ("--config", str(file))]
 
 
@@ -68,10 +74,14 @@ PAPER = {  # Appendix B, column by column
 def test_the_imagenet_files_state_the_papers_table(name):
     config = yaml.safe_load((ROOT / "experiments" / "imagenet" / f"{name}.yaml").read_text())
     model = config["model"]["init_args"]
-    stated = tuple(
-        model.get(key) for key in ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads", "dropout")
-    )  # fmt: skip
-    stated += (config["data"]["batch_size"], config["trainer"]["max_steps"], model["timesteps"], model["sampling_steps"])
+    names = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads", "dropout")
+    stated = tuple(model.get(name) for name in names)
+    stated += (
+        config["data"]["batch_size"],
+        config["trainer"]["max_steps"],
+        model["timesteps"],
+        model["sampling_steps"],
+    )
     stated += (model["variance"], model.get("continuous", False), model.get("augmentation"))
     assert stated == PAPER[name]
     assert model["num_classes"] == 1000 and model["lr"] == 1e-4
@@ -116,7 +126,9 @@ def test_the_loss_is_logged_and_drawn(tmp_path, monkeypatch):
     main(["fit", *configs(path), *quick, f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=1"])
     with (tmp_path / "logs" / "version_0" / "metrics.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    assert any(float(row["train/loss"] or 0) > 0 for row in rows) and any(float(row["val/loss"] or 0) > 0 for row in rows)
+    assert any(float(row["train/loss"] or 0) > 0 for row in rows) and any(
+        float(row["val/loss"] or 0) > 0 for row in rows
+    )
     assert any(float(row["train/ema_decay"] or 0) == pytest.approx(0.1) for row in rows)
     assert (tmp_path / "loss.png").stat().st_size > 5000
     pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples*.png"))

@@ -96,7 +96,10 @@ def fit(tmp_path, steps, resume=None, **callbacks):
     )  # fmt: skip
     raw = []
     original = stage.on_train_batch_end
-    stage.on_train_batch_end = lambda *a: (raw.append([p.detach().clone() for p in stage.unet.parameters()]), original(*a))
+    stage.on_train_batch_end = lambda *a: (
+        raw.append([p.detach().clone() for p in stage.unet.parameters()]),
+        original(*a),
+    )
     trainer.fit(stage, DataLoader(batches, batch_size=None), ckpt_path=resume)
     return stage, raw
 
@@ -146,10 +149,13 @@ def test_what_is_not_a_checkpoint_of_a_stage_is_refused(tmp_path):
 
     torch.save({"stage": Evil()}, tmp_path / "pickle.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    torch.save({"stage": "BaseStage", "hyper_parameters": {"resolution": 8, **SMALL}, "state_dict": {}}, tmp_path / "empty.ckpt")
+    torch.save(
+        {"stage": "BaseStage", "hyper_parameters": {"resolution": 8, **SMALL}, "state_dict": {}},
+        tmp_path / "empty.ckpt",
+    )
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn")
     for name, sentence in {
-        "none.ckpt": "does not exist", "pickle.ckpt": "cannot be loaded safely|not a checkpoint that can be loaded safely",
+        "none.ckpt": "does not exist", "pickle.ckpt": "not a checkpoint that can be loaded safely",
         "foreign.ckpt": "not a checkpoint of a stage", "torn.ckpt": "not a checkpoint that can be loaded",
         "empty.ckpt": "does not fit BaseStage",
     }.items():  # fmt: skip

@@ -11,7 +11,7 @@ CHANNELS, MULT, BLOCKS, HEADS = 32, (1, 2, 2), 2, 4
 
 
 def oracle() -> UNet2DModel:
-    """diffusers' U-Net configured as ADM's; its class embedding takes a ready-made vector that is added to the time's."""
+    """diffusers' U-Net configured as ADM's; its class embedding takes a vector that is added to the time's."""
     return UNet2DModel(
         sample_size=16, in_channels=6, out_channels=6, block_out_channels=tuple(CHANNELS * m for m in MULT),
         layers_per_block=BLOCKS, down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
@@ -31,7 +31,13 @@ def copy(target, source) -> None:
 
 
 def copy_residual(mine: ResidualBlock, theirs) -> None:
-    pairs = [("norm1", "norm1"), ("conv1", "conv1"), ("modulation", "time_emb_proj"), ("norm2", "norm2"), ("conv2", "conv2")]
+    pairs = [
+        ("norm1", "norm1"),
+        ("conv1", "conv1"),
+        ("modulation", "time_emb_proj"),
+        ("norm2", "norm2"),
+        ("conv2", "conv2"),
+    ]
     for a, b in pairs:
         copy(getattr(mine, a), getattr(theirs, b))
     if theirs.conv_shortcut is not None:
@@ -55,11 +61,17 @@ def transfer(mine: UNet, theirs: UNet2DModel) -> None:
     copy(mine.conv_out, theirs.conv_out)
     residuals, attentions = [], []
     for block in [*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks]:
-        residuals += [*block.resnets, *(getattr(block, "downsamplers", None) or []), *(getattr(block, "upsamplers", None) or [])]
+        residuals += [
+            *block.resnets,
+            *(getattr(block, "downsamplers", None) or []),
+            *(getattr(block, "upsamplers", None) or []),
+        ]
         if hasattr(block, "resnet_up") and block.resnet_up is not None:
             residuals.append(block.resnet_up)
         attentions += list(getattr(block, "attentions", []))
-    own_residuals = [m for part in (mine.down, mine.middle, mine.up) for m in part.modules() if isinstance(m, ResidualBlock)]
+    own_residuals = [
+        m for part in (mine.down, mine.middle, mine.up) for m in part.modules() if isinstance(m, ResidualBlock)
+    ]
     own_attentions = [m for m in mine.modules() if isinstance(m, SelfAttention)]
     for pair in zip(own_residuals, residuals, strict=True):
         copy_residual(*pair)
@@ -99,7 +111,9 @@ def test_parity_with_diffusers_forward_and_backward():
 def test_every_input_reaches_the_output(changed):
     model = ours(num_classes=10, level_embedding=True)
     randomise(model)
-    inputs = dict(t=torch.tensor([5.0]), label=torch.tensor([1]), low_res=torch.zeros(1, 3, 16, 16), level=torch.tensor([7.0]))
+    inputs = dict(
+        t=torch.tensor([5.0]), label=torch.tensor([1]), low_res=torch.zeros(1, 3, 16, 16), level=torch.tensor([7.0])
+    )
     x = torch.randn(1, 3, 16, 16)
     other = {**inputs, changed: inputs[changed] + 1}
     assert float((model(x, **inputs) - model(x, **other)).abs().max()) > 1e-4
