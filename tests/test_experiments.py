@@ -1,6 +1,9 @@
 """Every YAML trains a step through the real command line, and the ImageNet files state the paper's table."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +136,38 @@ def test_the_loss_is_logged_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").stat().st_size > 5000
     pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples*.png"))
     assert len(pictures) == 1
+
+
+def test_two_processes_train_what_one_trains(tmp_path, monkeypatch):
+    """DDP at half the batch each follows one process at the full batch: the same images, draws and weights."""
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "experiments" / "fashion" / "sr16.yaml"
+    common = [
+        "fit",
+        *configs(path),
+        *QUICK,
+        "--trainer.max_steps=3",
+        "--data.batch_size=4",
+        "--trainer.accelerator=cpu",
+    ]
+    common.append("--trainer.val_check_interval=3")
+    main([*common, f"--trainer.default_root_dir={tmp_path}/one"])
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path}/two"]
+    command = [sys.executable, "-m", "cdm_lightning", *common, *two]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, both = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("one", "two")
+    )
+    assert one["ShardDataModule"]["images_seen"] == both["ShardDataModule"]["images_seen"] == 12
+    for name, value in one["current_model_state"].items():
+        torch.testing.assert_close(value, both["current_model_state"][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_mixed_precision_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "experiments" / "fashion" / "base8.yaml"
+    main(["fit", *configs(path), *QUICK, "--trainer.precision=bf16-mixed", f"--trainer.default_root_dir={tmp_path}"])
+    stage = load_stage(tmp_path / "checkpoints" / "last.ckpt")
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in stage.parameters())
