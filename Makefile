@@ -38,14 +38,14 @@ $(RUN)/bundle/bundle.json: | setup
 	@echo "sr32 trains beside base8 and sr16; its progress goes to $(RUN)/sr32.log"
 	$(call fit,sr32) > $(RUN)/sr32.log 2>&1 & sr32=$$!; trap "kill $$sr32 2> /dev/null" EXIT INT TERM; \
 	$(call fit,base8) && $(call fit,sr16) && { wait $$sr32 || { tail -5 $(RUN)/sr32.log; exit 1; }; }
-	$(CDM) bundle --checkpoints [$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32] --out $(RUN)/bundle
+	$(CDM) bundle --checkpoints "[$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32]" --out $(RUN)/bundle
 
 $(RUN)/results.json: $(RUN)/bundle/bundle.json
-	$(CDM) evaluate --bundle $(RUN)/bundle --shards data/fashion --out $(RUN) --levels [501] --n 500 --sampling_steps [25,25,10]
+	$(CDM) evaluate --bundle $(RUN)/bundle --shards data/fashion --out $(RUN) --levels "[501]" --n 500 --sampling_steps "[25,25,10]"
 
 $(RUN)/samples.png: $(RUN)/bundle/bundle.json
 	rm -rf $(RUN)/samples
-	$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4 --sampling_steps [50,50,25] --levels [501,0]
+	$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4 --sampling_steps "[50,50,25]" --levels "[501,0]"
 	cp $(RUN)/samples/samples.png $@
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]

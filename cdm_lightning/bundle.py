@@ -39,10 +39,10 @@ def write_bundle(
             weights = save_safetensors(state)
             file = f"{stage.name}.safetensors"
             write_atomically(partial / file, weights)
-            digest = hashlib.sha256(weights).hexdigest()
-            entry = {"kind": type(stage).__name__, "weights": file, "sha256": digest}
+            entry = {"kind": type(stage).__name__, "weights": file, "sha256": hashlib.sha256(weights).hexdigest()}
             entries.append({**entry, "trained": stage.trained, "arguments": dict(stage.hparams)})
-        text = json.dumps({"format": FORMAT, "stages": entries, **about}, indent=1) + "\n"
+        described = {"format": FORMAT, "stages_sha256": digest(entries), "stages": entries, **about}
+        text = json.dumps(described, indent=1) + "\n"
         write_atomically(partial / "bundle.json", text.encode())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -52,6 +52,11 @@ def write_bundle(
         folder.replace(replaced)
     partial.replace(folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def digest(entries: list[Any]) -> str:
+    """SHA-256 of what bundle.json says of the stages; levels and results beside them stay open to change."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -71,6 +76,8 @@ def read_about(folder: Path) -> dict[str, Any]:
 def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
     """The stages, frozen and in eval mode, and bundle.json; a file that changed since it was written is refused."""
     about, stages = read_about(folder), []
+    if about.get("stages_sha256") != digest(about["stages"]):
+        raise InputError(f"{folder}/bundle.json was changed after it was written: the SHA-256 of its stages differs")
     for entry in about["stages"]:
         if (
             not isinstance(entry, dict)

@@ -10,11 +10,11 @@ from typing import Any
 import lightning.pytorch as L
 import matplotlib
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 
 from cdm_lightning import InputError
-from cdm_lightning.images import downscale, save_grid, to_float, to_uint8
+from cdm_lightning.images import save_grid, to_uint8
 from cdm_lightning.randomness import generators
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 
@@ -45,6 +45,18 @@ class EMA(WeightAveraging):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         pl_module.log("train/ema_decay", self.decay_after(max(0, trainer.global_step - 1)))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the raw weights in the module, so that a checkpoint written from here on holds both kinds."""
+
+
+class LastCheckpoint(Callback):
+    """last.ckpt of the run's very last step, whether or not the steps between checkpoints divide it."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        saver = trainer.checkpoint_callback
+        if isinstance(saver, ModelCheckpoint) and saver.dirpath:
+            trainer.save_checkpoint(Path(saver.dirpath) / "last.ckpt")
 
 
 class SampleGrid(Callback):
@@ -85,7 +97,7 @@ class SampleGrid(Callback):
         columns = self.columns
         if isinstance(stage, SuperResolutionStage):
             generator = generators(range(len(image) * columns), image.device, stage.seed, "grid")
-            low_res = to_float(downscale(to_uint8(image), stage.low_resolution))
+            low_res = stage.low_res_of(image)
             samples = stage.sample(
                 label.repeat_interleave(columns), low_res.repeat_interleave(columns, 0), 0, 0, generator
             )

@@ -154,9 +154,10 @@ class CascadeModule(L.LightningModule):
         image, label, index = batch
         return {"real": to_uint8(image), "generated": to_uint8(self.sample(label, index)[-1])}
 
-    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> list[torch.Tensor]:
-        """uint8 images of every resolution for one block of a sampling manifest."""
-        return [to_uint8(image) for image in self.sample(batch["label"], batch["index"])]
+    def predict_step(self, batch: Batch | dict[str, torch.Tensor], batch_idx: int) -> list[torch.Tensor]:
+        """uint8 images of every resolution: for one block of a sampling manifest, or for the classes of a batch."""
+        label, index = (batch["label"], batch["index"]) if isinstance(batch, dict) else batch[1:]
+        return [to_uint8(image) for image in self.sample(label, index)]
 
 
 def hand_over(image: torch.Tensor, stop_at: int) -> torch.Tensor:

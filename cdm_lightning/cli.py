@@ -31,7 +31,7 @@ LIGHTNING = {
     "fit": "Train one stage.",
     "validate": "Loss of a stage on the validation images.",
     "test": "Run a stage or a cascade over the validation images, with the callbacks that measure it.",
-    "predict": "Run a module's predict_step over the data.",
+    "predict": "Sample for the classes of the validation images; a prediction writer among the callbacks keeps them.",
 }
 
 
@@ -41,6 +41,14 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.seed")
+
+    def before_validate(self) -> None:
+        """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
+        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if self.config[self.subcommand].ckpt_path == "last" and not last.is_file():
+            raise InputError(f"{last} does not exist: ckpt_path last asks for the newest checkpoint of that run")
+
+    before_test = before_predict = before_validate
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone, where Lightning would pour a checkpoint's hyper-parameters into it."""
@@ -69,7 +77,8 @@ def bundle(
     write_bundle(out, stages, {"levels": cascade.levels, "truncated": truncated, "classes": classes}, dtype)
     total = sum(p.numel() for stage in stages for p in stage.parameters())
     steps = " -> ".join(f"{stage.name} ({stage.trained.get('steps', '?')} steps)" for stage in stages)
-    print(f"{out}: {steps}, {total / 1e6:.2f} M parameters")
+    raw = [stage.name for stage in stages if not stage.trained.get("averaged")]
+    print(f"{out}: {steps}, {total / 1e6:.2f} M parameters{', NOT averaged: ' + ', '.join(raw) if raw else ''}")
 
 
 COMMANDS: dict[str, Any] = {

@@ -222,7 +222,7 @@ class ShardDataModule(L.LightningDataModule):
         own = len(range(self.trainer.global_rank, manifest.count, world_size))
         return self.loader("val", batch_size, shuffle=False, end=manifest.count, length=-(-own // batch_size))
 
-    test_dataloader = val_dataloader
+    test_dataloader = predict_dataloader = val_dataloader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         image, label, index = batch

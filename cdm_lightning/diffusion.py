@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -55,11 +55,14 @@ class Diffusion:
     ) -> None:
         if continuous and variance == "learned":
             raise InputError("continuous time takes a fixed variance: the hybrid loss needs the grid's neighbours of t")
-        if sampling_schedule not in (None, schedule) and not continuous:
-            raise InputError(
-                f"sampling_schedule {sampling_schedule!r} differs from schedule {schedule!r}, "
-                "which only a stage trained in continuous time can follow"
-            )
+        for name, value, kind in (
+            ("schedule", schedule, Schedule),
+            ("sampling_schedule", sampling_schedule or schedule, Schedule),
+            ("variance", variance, Variance),
+            ("prediction", prediction, Prediction),
+        ):
+            if value not in get_args(kind):
+                raise InputError(f"{name} {value!r} is none of {', '.join(get_args(kind))}")
         self.timesteps, self.schedule, self.variance = timesteps, schedule, variance
         self.prediction, self.continuous, self.clip = prediction, continuous, clip
         self.sampler, self.sampling_steps, self.sampling_schedule = sampler, sampling_steps, sampling_schedule
@@ -75,7 +78,7 @@ class Diffusion:
             beta = scheduler.betas.double()
             abar = torch.cat([beta.new_ones(1), torch.cumprod(1 - beta, 0)])
             posterior = beta * (1 - abar[:-1]) / (1 - abar[1:])
-            posterior[0] = posterior[1] if self.timesteps > 1 else beta[0]  # 0 at t = 1, whose log the loss never uses
+            posterior[0] = posterior[1] if self.timesteps > 1 else beta[0]  # it is 0 at t = 1, and has no logarithm
             tables = {"abar": abar, "log_beta": _from_one(beta.log()), "log_posterior": _from_one(posterior.log())}
             self._tables |= {(key, device): value.to(device) for key, value in tables.items()}
         return self._tables[name, device]
@@ -145,7 +148,7 @@ class Diffusion:
         abar, previous = (self.table("abar", t.device)[i] for i in (step, step - 1))
         beta = 1 - abar / previous
         log_beta, log_posterior = (
-            _per_image(self.table(name, t.device)[step], x).float() for name in ("log_beta", "log_posterior")
+            _per_image(self.table(name, t.device)[step], x).to(x.dtype) for name in ("log_beta", "log_posterior")
         )
         of_x = _per_image(previous.sqrt() * beta / (1 - abar), x).to(x.dtype)
         of_x_t = _per_image((1 - previous) * (1 - beta).sqrt() / (1 - abar), x).to(x.dtype)
@@ -184,8 +187,10 @@ class Diffusion:
             output = predict(x, torch.full((len(x),), float(t), device=x.device)).to(x.dtype)
             if not isinstance(scheduler, DDPMScheduler):
                 output = output[:, : x.shape[1]]  # only the ancestral sampler uses a learned variance
-            randomness = {} if generator is None else {"generator": list(generator)}
-            x = scheduler.step(output, index, x, **randomness).prev_sample
+            options: dict[str, Any] = {} if generator is None else {"generator": list(generator)}
+            if isinstance(scheduler, DDIMScheduler):
+                options["use_clipped_model_output"] = True  # else the clamped x_0 goes with the epsilon of another
+            x = scheduler.step(output, index, x, **options).prev_sample
         return x
 
     def sampling_grid(self, stop_at: int = 0) -> tuple[Any, list[int]]:
@@ -198,6 +203,11 @@ class Diffusion:
         if stop_at and self.sampling_schedule not in (None, self.schedule):
             raise InputError(
                 f"stop_at {stop_at} has no place on the other clock of sampling_schedule {self.sampling_schedule!r}"
+            )
+        if self.sampling_schedule not in (None, self.schedule) and not self.continuous:
+            raise InputError(
+                f"sampling_schedule {self.sampling_schedule!r} differs from schedule {self.schedule!r}, "
+                "which only a stage trained in continuous time can follow"
             )
         steps = self.timesteps if self.sampling_steps is None else self.sampling_steps
         if not 1 <= steps <= self.timesteps:

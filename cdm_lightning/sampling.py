@@ -80,6 +80,10 @@ class BlockWriter(BasePredictionWriter):
             samples = [(k, encode_png(a), c) for k, a, c in zip(keys, arrays, labels, strict=False)]
             write_shard(folder / shard_name(number), samples)
 
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the slowest process: what follows reads the shards of all."""
+        trainer.strategy.barrier()
+
 
 def sample(
     bundle: Path,
@@ -169,6 +173,8 @@ def plan(
     if not chosen:
         raise InputError("classes [] names no class")
     cascade.check_labels(torch.tensor(chosen))
+    if cascade.num_classes is None and set(chosen) != {0}:
+        raise InputError(f"classes {chosen} given to a cascade without classes, which calls its one class 0")
     if (count is None) == (per_class is None):
         raise InputError("give one of count and per_class: how many images to draw")
     total = count if count is not None else len(chosen) * (per_class or 0)

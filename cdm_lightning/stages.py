@@ -21,6 +21,13 @@ from cdm_lightning.unet import UNet
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
 
 
+# What may differ between a checkpoint and the configuration that goes on from it: it leaves network and target alone.
+FREE = {
+    *("sampler", "sampling_steps", "sampling_schedule", "lr", "warmup_steps", "decay_fraction", "seed", "dropout"),
+    *("max_level", "blur_sigma", "blur_probability"),
+}
+
+
 class DiffusionStage(L.LightningModule):
     """One diffusion model at one resolution: E ||eps - eps_theta(x_t, t, ...)||^2, and its sampler.
 
@@ -45,6 +52,7 @@ class DiffusionStage(L.LightningModule):
         continuous: Draw t between the grid's points too, so that the sampling schedule is free afterwards.
         sampler: ddpm (the paper's ancestral sampler), ddim or dpm++.
         sampling_steps: Network calls per image in sampling; null for all T.
+        sampling_schedule: Another noise schedule for sampling, in continuous time; null for the one of training.
         lr: Adam's learning rate.
         warmup_steps: Optimizer steps over which the learning rate rises linearly from 0.
         decay_fraction: Last part of the run over which the learning rate falls linearly to 0.
@@ -74,6 +82,7 @@ class DiffusionStage(L.LightningModule):
         continuous: bool = False,
         sampler: Sampler = "ddpm",
         sampling_steps: int | None = None,
+        sampling_schedule: Schedule | None = None,
         lr: float = 1e-4,
         warmup_steps: int = 0,
         decay_fraction: float = 0.0,
@@ -84,7 +93,7 @@ class DiffusionStage(L.LightningModule):
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
         self.lr, self.warmup_steps, self.decay_fraction, self.seed = lr, warmup_steps, decay_fraction, seed
         self.diffusion = Diffusion(
-            timesteps, schedule, variance, prediction, continuous, sampler=sampler, sampling_steps=sampling_steps
+            timesteps, schedule, variance, prediction, continuous, sampler, sampling_steps, sampling_schedule
         )
         self.unet = UNet(
             resolution,
@@ -141,6 +150,14 @@ class DiffusionStage(L.LightningModule):
         losses = {f"test/{name}": value.mean() for name, value in self.losses(batch, "val").items()}
         self.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=len(batch[0]))
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """uint8 (B, C, R, R): samples of the batch's classes, in super-resolution from the true low resolution."""
+        return to_uint8(self.sample_like(batch, generators(batch[2].tolist(), self.device, self.seed, "predict")))
+
+    def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        """Samples conditioned as the images of a batch are."""
+        raise TypeError(f"{type(self).__name__} is no kind of stage")
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.unet.parameters(), lr=self.lr)
         total = self.trainer.estimated_stepping_batches
@@ -157,14 +174,14 @@ class DiffusionStage(L.LightningModule):
         checkpoint["stage"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another stage before anything is loaded from it."""
-        mine = {name: value.shape for name, value in self.state_dict().items()}
-        if mine != {name: value.shape for name, value in checkpoint["state_dict"].items()}:
-            theirs = checkpoint.get("hyper_parameters", {})
-            raise InputError(
-                f"the checkpoint does not fit {type(self).__name__} {self.name}: it holds a {checkpoint.get('stage')} "
-                f"of resolution {theirs.get('resolution')} with {theirs.get('channels')} base channels"
-            )
+        """Refuse the checkpoint of another stage, or of this one on another target, before anything is loaded."""
+        theirs = {"kind": checkpoint.get("stage"), **checkpoint.get("hyper_parameters", {})}
+        for name, value in {"kind": type(self).__name__, **self.hparams}.items():
+            if name not in FREE and theirs.get(name) != value:
+                raise InputError(
+                    f"the checkpoint does not fit {type(self).__name__} {self.name}: "
+                    f"its {name} is {theirs.get(name)!r}, and the configuration says {value!r}"
+                )
 
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
         return randn((self.image_channels, self.resolution, self.resolution), generator)
@@ -176,6 +193,9 @@ class BaseStage(DiffusionStage):
     def sample(self, label: torch.Tensor, stop_at: int = 0, generator: Sequence[torch.Generator] = ()) -> torch.Tensor:
         """z_s for s = stop_at, float32 (B, C, H, W). label: int64 (B,). generator: one per image."""
         return self.diffusion.sample(lambda x, t: self.unet(x, t, label), self.noise(generator), stop_at, generator)
+
+    def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        return self.sample(batch[1], 0, generator)
 
 
 class SuperResolutionStage(DiffusionStage):
@@ -223,7 +243,7 @@ class SuperResolutionStage(DiffusionStage):
     def training_predictor(
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> Predict:
-        low_res = to_float(downscale(to_uint8(image), self.low_resolution))
+        low_res = self.low_res_of(image)
         strength = self.augmentation.draw(generator)
         return self.predictor(label, self.augment(low_res, strength, generator), strength)
 
@@ -253,6 +273,13 @@ class SuperResolutionStage(DiffusionStage):
         predict = self.predictor(label, low_res, strength)
         return self.diffusion.sample(predict, self.noise(generator), stop_at, generator)
 
+    def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        return self.sample(batch[1], self.low_res_of(batch[0]), 0, 0, generator)
+
+    def low_res_of(self, image: torch.Tensor) -> torch.Tensor:
+        """The true low-resolution image, as the stage before would store it."""
+        return to_float(downscale(to_uint8(image), self.low_resolution))
+
 
 KINDS: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
 
@@ -268,11 +295,12 @@ def load_stage(path: str | Path) -> DiffusionStage:
             f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
         ) from error
     kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-    if kind not in KINDS:
+    if kind not in KINDS or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys():
         raise InputError(f"{path} is not a checkpoint of a stage: it says {kind!r}, and known are {sorted(KINDS)}")
     stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
     data = checkpoint.get("ShardDataModule", {})
     stage.trained = {
+        "averaged": "averaging_state" in checkpoint,
         "steps": checkpoint["global_step"],
         "images": data.get("images_seen"),
         "classes": data.get("classes"),

@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL, awaken
 
 from cdm_lightning import InputError
-from cdm_lightning.bundle import read_bundle, write_bundle
+from cdm_lightning.bundle import digest, read_bundle, write_bundle
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.images import quantize, to_uint8
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
@@ -77,6 +77,29 @@ def test_any_number_of_stages(stages):
     assert [i.shape[-1] for i in CascadeModule.of([*stages, awaken(again)]).sample(LABEL, INDEX)] == [8, 16, 32, 64]
 
 
+def test_two_gaussian_stages_each_stop_at_their_own_level():
+    torch.manual_seed(0)
+    clock = dict(low_res_timesteps=4000, low_res_schedule="cosine")
+    chain = [
+        awaken(BaseStage(resolution=8, **SMALL)),
+        awaken(SuperResolutionStage(resolution=16, low_resolution=8, **clock, **SMALL)),
+        awaken(SuperResolutionStage(resolution=32, low_resolution=16, **clock, **SMALL)),
+    ]
+    calls: list[list] = [[] for _ in chain]
+    for stage, seen in zip(chain, calls, strict=True):
+        stage.unet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
+    cascade = CascadeModule.of(chain)
+    cascade.set_levels([1001, 251], True)
+    z, y, x = cascade.sample(LABEL, INDEX)
+    lowest = [float(seen[-1][1][0]) for seen in calls]
+    assert lowest[0] == 1334 and lowest[1] == 1334 and lowest[2] == 1  # the last times above 1001, 251 and 0
+    for seen, handed, level in ((calls[1], z, 1001.0), (calls[2], y, 251.0)):
+        size = handed.shape[-1] * 2
+        expected = torch.nn.functional.interpolate(handed, (size, size), mode="bilinear")
+        assert all(torch.equal(args[3], expected) and args[4].tolist() == [level] * 3 for args in seen)
+    assert not torch.equal(z, quantize(z)) and not torch.equal(y, quantize(y)) and torch.equal(x, quantize(x))
+
+
 def test_samplers_and_steps_are_set_for_all_stages(stages):
     cascade = CascadeModule.of(stages)
     for sampler, steps in (("ddim", [5, 10, 4]), ("dpm++", [6, 3, 5]), ("ddpm", [2, 2, 2])):
@@ -144,6 +167,10 @@ def test_a_bundle_that_was_changed_is_refused(stages, tmp_path):
     ):
         about = json.loads((bundle / "bundle.json").read_text())
         about["stages"][0] |= change
+        (bundle / "bundle.json").write_text(json.dumps(about))
+        with pytest.raises(InputError, match=r"bundle\.json was changed after it was written"):
+            read_bundle(bundle)
+        about["stages_sha256"] = digest(about["stages"])
         (bundle / "bundle.json").write_text(json.dumps(about))
         refused("is missing|none of|does not fit BaseStage")
 

@@ -1,6 +1,5 @@
 """The command line: help that a newcomer can use, and one sentence with exit code 2 for whatever cannot work."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from test_experiments import QUICK, configs
 
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cli import main
-from cdm_lightning.stages import BaseStage
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 ROOT = Path(__file__).parents[1]
 BASE8, SR16 = (ROOT / "experiments" / "fashion" / f"{name}.yaml" for name in ("base8", "sr16"))
@@ -127,7 +126,9 @@ def test_a_checkpoint_of_another_kind_is_refused(capsys, stages, tmp_path):
     sentence = refused(capsys, ["bundle", "--checkpoints", f"[{tmp_path}/sr]", "--out", str(tmp_path / "b")])
     assert "starts with a base stage" in sentence
     resumed = fit(f"--trainer.default_root_dir={tmp_path}/x", f"--ckpt_path={tmp_path}/sr/checkpoints/last.ckpt")
-    assert "does not fit" in refused(capsys, resumed)
+    assert "its kind is 'SuperResolutionStage', and the configuration says 'BaseStage'" in refused(capsys, resumed)
+    retargeted = fit(f"--trainer.default_root_dir={tmp_path}/sr", "--model.prediction=epsilon", config=SR16)
+    assert "its prediction is 'v_prediction', and the configuration says 'epsilon'" in refused(capsys, retargeted)
     assert not (tmp_path / "b").exists()
 
 
@@ -145,9 +146,10 @@ def test_sampling_refuses_what_the_cascade_cannot_do(capsys, stages, tmp_path):
     ):
         assert sentence in refused(capsys, [*sample, *options])
     assert not (tmp_path / "out").exists()
-    about = json.loads((tmp_path / "b" / "bundle.json").read_text())
-    about["stages"][1]["arguments"]["low_res_timesteps"] = 1000
-    (tmp_path / "b" / "bundle.json").write_text(json.dumps(about))
+    other_clock = SuperResolutionStage(
+        resolution=16, low_resolution=8, low_res_timesteps=1000, low_res_schedule="cosine", **SMALL
+    )
+    write_bundle(tmp_path / "b", [stages[0], other_clock, stages[2]], {})
     assert "the clocks disagree" in refused(capsys, sample)
 
 
@@ -169,6 +171,33 @@ def test_a_full_disk_leaves_nothing_half_written(capsys, stages, tmp_path, monke
     monkeypatch.chdir(ROOT)
     main(sample)
     assert len(list((tmp_path / "out").rglob("*.tar"))) == 3
+
+
+def test_weights_that_nothing_trained_are_not_measured(capsys, tmp_path):
+    arguments = ["validate", *fit(f"--trainer.default_root_dir={tmp_path}/never")[1:]]
+    assert "last.ckpt does not exist" in refused(capsys, arguments)
+
+
+def test_predict_samples_for_the_validation_classes(tmp_path):
+    options = [
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.limit_predict_batches=1",
+        "--model.sampling_steps=2",
+    ]
+    main(fit(*options, config=SR16))
+    main(["predict", *fit(*options, config=SR16)[1:]])
+
+
+def test_the_last_step_is_kept_whatever_the_interval(tmp_path):
+    options = ["--trainer.callbacks+=cdm_lightning.callbacks.LastCheckpoint", f"--trainer.default_root_dir={tmp_path}"]
+    shipped = ["fit", *configs(BASE8)[:-2], *QUICK, *options, "--trainer.max_steps=63", "--trainer.limit_val_batches=0"]
+    main(shipped)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 63
+    averaged, raw = saved["state_dict"], saved["current_model_state"]
+    assert any(not torch.equal(value, raw[f"module.{name}"] if f"module.{name}" in raw else raw[name])
+               for name, value in averaged.items())  # fmt: skip
+    assert [p.name for p in (tmp_path / "checkpoints").glob("last*")] == ["last.ckpt"]
 
 
 def test_shards_cut_short_or_missing(capsys, tmp_path):

@@ -83,8 +83,6 @@ def reduced(words: list[str]) -> list[str]:
     options = OVERRIDES[words[0]]
     if words[0] == "prepare":
         options = [*options, "--limit", "6"]
-    if words[0] in ("sample", "evaluate", "test") and "imagenet" not in " ".join(words):
-        return [*words, *options]
     return [*words, *options]
 
 
@@ -106,6 +104,11 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         main(reduced(command))
         ran.append(" ".join(command[1:3]))
     assert len(ran) >= 14 and (tmp_path / "runs" / "imagenet" / "samples" / "samples.png").is_file()
+
+
+def test_every_file_the_readme_points_to_exists():
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / "README.md").read_text())
+    assert links and all((ROOT / link).is_file() for link in links), links
 
 
 def test_every_make_target_is_in_the_help():

@@ -61,6 +61,29 @@ def test_two_processes_draw_the_same_bits_as_one(bundle, tmp_path):
     assert len(hashes(tmp_path / "one")) == 3 * 4 + 3 + 1
 
 
+def test_a_slow_process_is_waited_for(bundle, tmp_path):
+    """The first process must not close the folder while another still writes."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time, cdm_lightning.sampling as s\n"
+        "from cdm_lightning.cli import main\n"
+        "real = s.write_shard\n"
+        "def slow(path, samples):\n"
+        "    if path.name == '000001.tar': time.sleep(1.5)\n"
+        "    return real(path, samples)\n"
+        "s.write_shard = slow\n"
+        "main()\n"
+    )
+    command = [
+        sys.executable, str(script), "sample", "--bundle", str(bundle), "--out", str(tmp_path / "s"), "--count", "4",
+        "--block_size", "2", "--devices", "2", "--accelerator", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "s" / "train" / "32").count == 4
+
+
 def test_it_goes_on_after_a_kill(bundle, tmp_path, monkeypatch):
     sample(bundle, tmp_path / "whole", count=9, block_size=2)
     real, written = Path.replace, []

@@ -150,7 +150,7 @@ def test_what_is_not_a_checkpoint_of_a_stage_is_refused(tmp_path):
     torch.save({"stage": Evil()}, tmp_path / "pickle.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     torch.save(
-        {"stage": "BaseStage", "hyper_parameters": {"resolution": 8, **SMALL}, "state_dict": {}},
+        {"stage": "BaseStage", "hyper_parameters": {"resolution": 8, **SMALL}, "state_dict": {}, "global_step": 1},
         tmp_path / "empty.ckpt",
     )
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn")
