@@ -15,8 +15,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from cdm_lightning import InputError
+from cdm_lightning.checkpoints import KINDS, build_stage
 from cdm_lightning.shards import write_atomically
-from cdm_lightning.stages import KINDS, DiffusionStage, build_stage
+from cdm_lightning.stages import DiffusionStage
 
 FORMAT = 1
 

@@ -14,10 +14,11 @@ from torch import nn
 from cdm_lightning import InputError
 from cdm_lightning.augmentation import GaussianAugmentation
 from cdm_lightning.bundle import read_bundle
+from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import quantize, to_uint8
 from cdm_lightning.randomness import generators
-from cdm_lightning.stages import BaseStage, Batch, DiffusionStage, SuperResolutionStage, load_stage
+from cdm_lightning.stages import BaseStage, Batch, DiffusionStage, SuperResolutionStage
 
 
 class CascadeModule(L.LightningModule):
@@ -166,6 +167,7 @@ def hand_over(image: torch.Tensor, stop_at: int) -> torch.Tensor:
 
 
 def check_level(stage: SuperResolutionStage, level: int) -> None:
+    """Refuse a level s that the stage was not trained for."""
     if not isinstance(stage.augmentation, GaussianAugmentation):
         if level:
             raise InputError(

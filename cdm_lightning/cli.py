@@ -21,11 +21,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
+from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.levels import evaluate
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.sampling import sample
-from cdm_lightning.stages import load_stage
 
 LIGHTNING = {
     "fit": "Train one stage.",
@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> None:
+    """Hand the arguments to Lightning's command line or to a command of our own."""
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

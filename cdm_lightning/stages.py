@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cdm_lightning import InputError
 from cdm_lightning.augmentation import Augmentation, BlurAugmentation, GaussianAugmentation, NoAugmentation
@@ -159,6 +157,7 @@ class DiffusionStage(L.LightningModule):
         raise TypeError(f"{type(self).__name__} is no kind of stage")
 
     def configure_optimizers(self) -> Any:
+        """Adam, its learning rate rising over warmup_steps and falling over the last decay_fraction of the run."""
         optimizer = torch.optim.Adam(self.unet.parameters(), lr=self.lr)
         total = self.trainer.estimated_stepping_batches
         decay = max(1.0, self.decay_fraction * total)
@@ -279,42 +278,3 @@ class SuperResolutionStage(DiffusionStage):
     def low_res_of(self, image: torch.Tensor) -> torch.Tensor:
         """The true low-resolution image, as the stage before would store it."""
         return to_float(downscale(to_uint8(image), self.low_resolution))
-
-
-KINDS: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
-
-
-def load_stage(path: str | Path) -> DiffusionStage:
-    """The stage of a training checkpoint with its EMA weights, in eval mode, frozen; nothing is unpickled."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist: a checkpoint of a stage is expected")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign or torn file makes torch raise
-        raise InputError(
-            f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
-        ) from error
-    kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-    if kind not in KINDS or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys():
-        raise InputError(f"{path} is not a checkpoint of a stage: it says {kind!r}, and known are {sorted(KINDS)}")
-    stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
-    data = checkpoint.get("ShardDataModule", {})
-    stage.trained = {
-        "averaged": "averaging_state" in checkpoint,
-        "steps": checkpoint["global_step"],
-        "images": data.get("images_seen"),
-        "classes": data.get("classes"),
-    }
-    return stage
-
-
-def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:
-    """A frozen stage from its class name, its constructor's arguments and its weights."""
-    arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
-    try:
-        stage = KINDS[kind](**arguments)
-        stage.load_state_dict(state)
-    except (TypeError, RuntimeError, KeyError) as error:
-        raise InputError(f"{source} does not fit {kind}: {str(error).splitlines()[0]}") from error
-    nn.Module.requires_grad_(stage, False)
-    return stage.eval()

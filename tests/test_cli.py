@@ -178,14 +178,17 @@ def test_weights_that_nothing_trained_are_not_measured(capsys, tmp_path):
     assert "last.ckpt does not exist" in refused(capsys, arguments)
 
 
-def test_predict_samples_for_the_validation_classes(tmp_path):
+def test_predict_samples_for_the_validation_classes(tmp_path, monkeypatch):
     options = [
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.limit_predict_batches=1",
         "--model.sampling_steps=2",
     ]
     main(fit(*options, config=SR16))
+    seen = []
+    monkeypatch.setattr(SuperResolutionStage, "on_predict_batch_end", lambda self, outputs, *_: seen.append(outputs))
     main(["predict", *fit(*options, config=SR16)[1:]])
+    assert [(tuple(x.shape), x.dtype) for x in seen] == [((2, 1, 16, 16), torch.uint8)]
 
 
 def test_the_last_step_is_kept_whatever_the_interval(tmp_path):

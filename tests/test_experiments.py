@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
+from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.cli import main
 from cdm_lightning.images import encode_png
 from cdm_lightning.shards import Manifest, write_manifest, write_shard
-from cdm_lightning.stages import load_stage
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.stem not in ("defaults", "cascade"))

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 from cdm_lightning import InputError
 from cdm_lightning.callbacks import EMA
+from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.images import downscale, quantize, to_float, to_uint8
 from cdm_lightning.randomness import generators, rand, randn
-from cdm_lightning.stages import BaseStage, SuperResolutionStage, load_stage
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 
 def batch_of(stage, count=4, first=0):

@@ -1,0 +1,50 @@
+"""Trained stages from files: a checkpoint's class, arguments and averaged weights, and nothing unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cdm_lightning import InputError
+from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
+
+KINDS: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
+
+
+def load_stage(path: str | Path) -> DiffusionStage:
+    """The stage of a training checkpoint with its EMA weights, in eval mode, frozen; nothing is unpickled."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist: a checkpoint of a stage is expected")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign or torn file makes torch raise
+        raise InputError(
+            f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
+        ) from error
+    kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+    if kind not in KINDS or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys():
+        raise InputError(f"{path} is not a checkpoint of a stage: it says {kind!r}, and known are {sorted(KINDS)}")
+    stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
+    data = checkpoint.get("ShardDataModule", {})
+    stage.trained = {
+        "averaged": "averaging_state" in checkpoint,
+        "steps": checkpoint["global_step"],
+        "images": data.get("images_seen"),
+        "classes": data.get("classes"),
+    }
+    return stage
+
+
+def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:
+    """A frozen stage from its class name, its constructor's arguments and its weights."""
+    arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
+    try:
+        stage = KINDS[kind](**arguments)
+        stage.load_state_dict(state)
+    except (TypeError, RuntimeError, KeyError) as error:
+        raise InputError(f"{source} does not fit {kind}: {str(error).splitlines()[0]}") from error
+    nn.Module.requires_grad_(stage, False)
+    return stage.eval()
