@@ -47,7 +47,8 @@ class GaussianAugmentation:
     """z_s ~ q(z_s|z_0) = N(sqrt(abar_s) z_0, (1 - abar_s) I) at low resolution, on the low-resolution model's clock.
 
     The level s is uniform on 0 ... max_level (None: all of T), drawn independently of t and per image, and enters the
-    network as a second time embedding, so that s can be chosen after training (CDM, section 4.2).
+    network as a second time embedding, so that s can be chosen after training (CDM's amortised
+    Gaussian augmentation).
     """
 
     takes_level = True
@@ -68,7 +69,8 @@ class GaussianAugmentation:
 
 
 class BlurAugmentation:
-    """A Gaussian blur of 3x3 pixels with sigma ~ U(sigma) on a share `probability` of the images (CDM, section 4.1).
+    """A Gaussian blur of 3x3 pixels with sigma ~ U(sigma) on a share `probability` of the images (CDM's augmentation
+    of its high-resolution stages).
 
     Sigma and the decision are drawn per image; the network is not told.
     """

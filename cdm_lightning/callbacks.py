@@ -78,7 +78,7 @@ class SampleGrid(Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
-            return
+            return  # one picture per validation, while Lightning has the averaged weights in the module
         diffusion, steps = pl_module.diffusion, pl_module.diffusion.sampling_steps
         diffusion.sampling_steps = min(self.sampling_steps, diffusion.timesteps)
         try:
@@ -93,6 +93,7 @@ class SampleGrid(Callback):
 
     @torch.no_grad()
     def draw(self, stage: DiffusionStage, batch: Any) -> list[list[torch.Tensor]]:
+        """Rows of uint8 (C, H, W) images; the same draws at every validation, so that grids can be compared."""
         image, label, _ = (part[: self.rows] for part in batch)
         columns = self.columns
         if isinstance(stage, SuperResolutionStage):
@@ -117,6 +118,8 @@ class SampleGrid(Callback):
 class LossCurve(Callback):
     """loss.png in the run's folder: training and validation loss against the optimizer step, from the CSV logs."""
 
+    drawn = ("train/loss", "train/simple", "val/loss", "val/simple")
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             self.plot(Path(trainer.default_root_dir))
@@ -126,18 +129,13 @@ class LossCurve(Callback):
             self.plot(Path(trainer.default_root_dir))
 
     def plot(self, folder: Path) -> None:
+        """Draw what the logs of every start of this run hold; where they overlap, the newer start's."""
         curves: dict[str, dict[int, float]] = defaultdict(dict)
         for file in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda f: f.stat().st_mtime):
             with file.open() as lines:
                 for row in csv.DictReader(lines):
                     for name, value in row.items():
-                        if value and name in (
-                            "train/loss",
-                            "train/simple",
-                            "train/loss_step",
-                            "val/loss",
-                            "val/simple",
-                        ):
+                        if value and name in self.drawn:
                             curves[name][int(row["step"])] = float(value)
         if not curves:
             return

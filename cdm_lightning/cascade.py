@@ -114,7 +114,7 @@ class CascadeModule(L.LightningModule):
 
     @torch.no_grad()
     def sample(self, label: torch.Tensor, index: torch.Tensor, image: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Images of every resolution, float32 (B, C, R, R), from the base's to the last (CDM, algorithm 2).
+        """Images of every resolution, float32 (B, C, R, R), from the base's to the last.
 
         label, index: int64 (B,). Image i is a function of (seed, index[i], label[i]), whatever its company in the batch
         (up to the float error of another batch size). image: clean images (real ones, or stored samples) of one of the

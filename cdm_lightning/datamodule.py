@@ -184,6 +184,7 @@ class ShardDataModule(L.LightningDataModule):
         return self.batch_size // parts
 
     def loader(self, split: str, batch_size: int, **options: Any) -> ContinuingLoader:
+        """The loader of a split's stream, for this process."""
         folder, manifest = self.manifest(split)
         module: Any = self.trainer.lightning_module
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
@@ -232,7 +233,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def batches(self) -> int:
         """Batches of this run whose training step has ended; one that an exception cut short is repeated on resume."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]  # untyped there
 
     def images_seen(self) -> int:
         """Places of the sequence that all processes together have trained on."""

@@ -71,6 +71,7 @@ class BlockWriter(BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: Any, prediction: Any, batch_indices: Any, batch: Any, *rest: int
     ) -> None:
+        """Write one block: the images of every resolution kept, without the padding of the last block."""
         number = int(batch["number"])
         images = prediction[-len(self.folders) :]
         for folder, block in zip(self.folders, images, strict=True):

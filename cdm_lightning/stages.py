@@ -113,7 +113,7 @@ class DiffusionStage(L.LightningModule):
         return f"{'sr' if self.is_super_resolution else 'base'}{self.resolution}"
 
     def losses(self, batch: Batch, purpose: str) -> dict[str, torch.Tensor]:
-        """The loss and its parts per image, (B,) each (CDM, algorithm 1 in a super-resolution stage)."""
+        """The loss and its parts per image, (B,) each; s and t of an image are drawn independently."""
         image, label, index = batch
         self.check_batch(image)
         generator = generators(index.tolist(), image.device, self.seed, purpose)

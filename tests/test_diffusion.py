@@ -17,7 +17,10 @@ def reference_alpha_bar(schedule: str, timesteps: int) -> np.ndarray:
     """abar_0 ... abar_T in float64, straight from the formulas."""
     i = np.arange(timesteps, dtype=np.float64)
     if schedule == "cosine":
-        f = lambda u: np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
+
+        def f(u):
+            return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+
         beta = np.minimum(1 - f((i + 1) / timesteps) / f(i / timesteps), 0.999)
     else:
         beta = np.linspace(0.1 / timesteps, 20 / timesteps, timesteps)
@@ -166,10 +169,10 @@ def test_more_steps_approach_the_data(kind):
     sampler = kind if kind in ("ddim", "dpm++") else "ddpm"
     variance = kind if sampler == "ddpm" else "fixed_small"
     errors = []
-    for steps in (10, 50, 200, 1000):
+    for steps in (10, 100, 1000):
         diffusion = Diffusion(1000, "linear", variance, sampler=sampler, sampling_steps=steps, clip=False)
-        errors.append(abs(propagate(kind, "linear", 1000, diffusion.sampling_grid()[1])[1] - STD))
-    assert errors[-1] < 0.006 and errors[-1] < errors[0]
+        errors.append(abs(float(run(diffusion).std()) - STD))
+    assert errors[-1] < 0.007 and errors[-1] < errors[0]
 
 
 # -- (c) stopping at s leaves q(x_s)
