@@ -16,7 +16,7 @@ import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cdm_lightning import InputError
-from cdm_lightning.images import decode_png
+from cdm_lightning.images import decode_png, encode_png
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,35 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> Shard:
         data = gzip.compress(data, compresslevel=9, mtime=0)
     write_atomically(path, data)
     return Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_images(
+    folder: Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    seed: int,
+    images_per_shard: int = 1000,
+    suffix: str = ".tar",
+    **about: Any,
+) -> Manifest:
+    """Write a finished folder <split>/<resolution> of images that fit in memory, in a random order of `seed`.
+
+    images: uint8 (N, R, R, C). labels: (N,). about: the other fields of the manifest, such as crop and source.
+    """
+    order = np.random.default_rng(seed).permutation(len(images))
+    shards = []
+    for number, start in enumerate(range(0, len(order), images_per_shard)):
+        samples = [
+            (f"{position:05d}", encode_png(images[position]), int(labels[position]))
+            for position in order[start : start + images_per_shard]
+        ]
+        shards.append(write_shard(folder / f"{number:03d}{suffix}", samples))
+    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    resolution, channels = images.shape[1], images.shape[3]
+    manifest = Manifest(resolution, channels, folder.parent.name, list(classes), counts, shards, seed, **about)
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def read_shard(path: Path, count: int | None = None) -> Iterator[dict[str, Any]]:

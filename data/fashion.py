@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cdm_lightning.images import encode_png
-from cdm_lightning.shards import Manifest, write_manifest, write_shard
+from cdm_lightning.shards import write_images
 
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-SEED, IMAGES_PER_SHARD, RESOLUTION = 0, 1000, 32
+SEED, RESOLUTION = 0, 32
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -44,21 +43,22 @@ def write_split(source: Path, out: Path, split: str, count: int | None) -> None:
     prefix = {"train": "train", "val": "t10k"}[split]
     images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
     labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
-    order = np.random.default_rng(SEED).permutation(first_of_each_class(labels, count))
+    chosen = first_of_each_class(labels, count)
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]
     folder = out / split / str(RESOLUTION)
-    shards = []
-    for number, start in enumerate(range(0, len(order), IMAGES_PER_SHARD)):
-        samples = [
-            (f"{position:05d}", encode_png(np.pad(images[position], 2)[..., None]), int(labels[position]))
-            for position in order[start : start + IMAGES_PER_SHARD]
-        ]
-        shards.append(write_shard(folder / f"{number:03d}.tar.gz", samples))
-    counts = np.bincount(labels[order], minlength=len(CLASSES)).tolist()
-    manifest = Manifest(
-        RESOLUTION, 1, split, CLASSES, counts, shards, SEED, crop="padded from 28 to 32", source="Fashion-MNIST"
+    manifest = write_images(
+        folder,
+        padded[chosen],
+        labels[chosen],
+        CLASSES,
+        SEED,
+        suffix=".tar.gz",
+        crop="padded from 28 to 32",
+        source="Fashion-MNIST",
     )
-    write_manifest(folder, manifest)
-    print(f"{folder}: {manifest.count} images, {len(shards)} shards, {sum(s.bytes for s in shards):,} bytes")
+    print(
+        f"{folder}: {manifest.count} images, {len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards):,} bytes"
+    )
 
 
 def main() -> None:
