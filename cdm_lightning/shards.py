@@ -81,6 +81,7 @@ def write_images(
     folder: Path,
     images: np.ndarray,
     labels: np.ndarray,
+    keys: Sequence[int] | np.ndarray,
     classes: Sequence[str],
     seed: int,
     images_per_shard: int = 1000,
@@ -89,13 +90,14 @@ def write_images(
 ) -> Manifest:
     """Write a finished folder <split>/<resolution> of images that fit in memory, in a random order of `seed`.
 
-    images: uint8 (N, R, R, C). labels: (N,). about: the other fields of the manifest, such as crop and source.
+    images: uint8 (N, R, R, C). labels: (N,). keys: (N,), their numbers in the source. about: the other fields of the
+    manifest, such as crop and source.
     """
     order = np.random.default_rng(seed).permutation(len(images))
     shards = []
     for number, start in enumerate(range(0, len(order), images_per_shard)):
         samples = [
-            (f"{position:05d}", encode_png(images[position]), int(labels[position]))
+            (f"{keys[position]:05d}", encode_png(images[position]), int(labels[position]))
             for position in order[start : start + images_per_shard]
         ]
         shards.append(write_shard(folder / f"{number:03d}{suffix}", samples))

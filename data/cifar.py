@@ -41,7 +41,7 @@ def write_split(source: Path, out: Path, split: str) -> None:
     if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= len(CLASSES):
         raise SystemExit(f"{source / LABELS[split]} does not label {len(images)} images with 0 ... {len(CLASSES) - 1}")
     folder = out / split / str(RESOLUTION)
-    manifest = write_images(folder, images, labels, CLASSES, SEED, source="CIFAR-10")
+    manifest = write_images(folder, images, labels, range(len(images)), CLASSES, SEED, source="CIFAR-10")
     mean = (images.mean((0, 1, 2)) / 255).round(4).tolist()
     print(f"{folder}: {manifest.count} images, {len(manifest.shards)} shards, counts {manifest.counts}, mean {mean}")
 

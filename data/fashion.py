@@ -50,6 +50,7 @@ def write_split(source: Path, out: Path, split: str, count: int | None) -> None:
         folder,
         padded[chosen],
         labels[chosen],
+        chosen,
         CLASSES,
         SEED,
         suffix=".tar.gz",
@@ -57,7 +58,8 @@ def write_split(source: Path, out: Path, split: str, count: int | None) -> None:
         source="Fashion-MNIST",
     )
     print(
-        f"{folder}: {manifest.count} images, {len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards):,} bytes"
+        f"{folder}: {manifest.count} images, {len(manifest.shards)} shards, "
+        f"{sum(shard.bytes for shard in manifest.shards):,} bytes"
     )
 
 
