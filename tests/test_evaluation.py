@@ -17,7 +17,7 @@ from cdm_lightning.bundle import read_about, read_bundle, write_bundle
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation import detectors
-from cdm_lightning.evaluation.detectors import Detector, FashionCNN, load_detector
+from cdm_lightning.evaluation.detectors import Detector, SmallCNN, load_detector
 from cdm_lightning.evaluation.distance import FrechetDistance, add_images, frechet_distance, frechet_metric
 from cdm_lightning.evaluation.levels import evaluate
 from cdm_lightning.evaluation.reference import read_images, real_images_of
@@ -102,9 +102,9 @@ def test_a_detector_from_a_file(tmp_path):
     (tmp_path / "mine.safetensors").write_bytes(shipped.read_bytes())
     detector = load_detector(tmp_path / "mine.safetensors")
     assert detector.name == "mine" and detector.sha256 == detectors.PINNED["fashion-cnn-64"]
-    assert FashionCNN.name == "fashion-cnn-64"
+    assert load_detector("fashion-cnn-64").name == "fashion-cnn-64"
     (tmp_path / "torn.safetensors").write_bytes(shipped.read_bytes()[:1000])
-    with pytest.raises(InputError, match="does not hold the weights of a FashionCNN"):
+    with pytest.raises(InputError, match="does not hold the weights of a SmallCNN"):
         load_detector(tmp_path / "torn.safetensors")
     with pytest.raises(InputError, match="'inception' is unknown: known are"):
         load_detector("inception")

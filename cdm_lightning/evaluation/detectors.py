@@ -26,49 +26,63 @@ class Detector(nn.Module):
     num_features: int
 
 
-class FashionCNN(Detector):
-    """A classifier of Fashion-MNIST, whose 64 numbers before the last layer, max(0, a (W h) + b), are the features.
+class SmallCNN(Detector):
+    """A classifier of small images, whose 64 numbers before the last layer, max(0, a (W h) + b), are the features.
 
-    image: uint8 (B, 1, H, W), H, W >= 8, of any size: resized bilinearly without antialiasing to the 32x32 it was
-    trained on, there on true 32x32 images and on ones reduced to 16x16 alike. Colour or float images are refused.
+    image: uint8 (B, channels, H, W), H, W >= 8, of any size: resized bilinearly without antialiasing to the 32x32 it
+    was trained on. Another number of channels and float images are refused.
+
+    channels: 1 for grey images, 3 for colour. width: channels of the first convolution. num_classes: of the classifier.
     """
 
-    name = "fashion-cnn-64"
+    name = "small-cnn"
     sha256 = ""  # until weights are loaded
-    num_features, num_classes, resolution = 64, 10, 32
+    num_features, resolution = 64, 32
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1, width: int = 24, num_classes: int = 10) -> None:
         super().__init__()
+        self.channels, self.num_classes = channels, num_classes
         self.convolutions = nn.Sequential(
-            *convolution(1, 24),
-            nn.MaxPool2d(2),  # (B, 24, 16, 16)
-            *convolution(24, 48),
-            nn.MaxPool2d(2),  # (B, 48, 8, 8)
-            *convolution(48, 96),
-            nn.MaxPool2d(2),  # (B, 96, 4, 4)
+            *convolution(channels, width),
+            nn.MaxPool2d(2),  # (B, width, 16, 16)
+            *convolution(width, 2 * width),
+            nn.MaxPool2d(2),  # (B, 2 width, 8, 8)
+            *convolution(2 * width, 4 * width),
+            nn.MaxPool2d(2),  # (B, 4 width, 4, 4)
             nn.Flatten(),
         )
         self.penultimate = nn.Sequential(
-            nn.Linear(96 * 4 * 4, self.num_features, bias=False),
+            nn.Linear(4 * width * 4 * 4, self.num_features, bias=False),
             nn.BatchNorm1d(self.num_features),  # keeps every feature alive
             nn.ReLU(),
         )
-        self.last = nn.Linear(self.num_features, self.num_classes)
+        self.last = nn.Linear(self.num_features, num_classes)
+
+    @classmethod
+    def of(cls, state: dict[str, torch.Tensor]) -> SmallCNN:
+        """The network that these weights fit, its sizes read from their shapes; raises KeyError, RuntimeError."""
+        width, channels = state["convolutions.0.weight"].shape[:2]
+        made = cls(channels, width, len(state["last.weight"]))
+        made.load_state_dict(state)
+        return made
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Features, float32 (B, 64), of uint8 (B, 1, H, W)."""
+        """Features, float32 (B, 64), of uint8 (B, C, H, W)."""
         return self.features(self.prepare(image))
 
     def classify(self, image: torch.Tensor) -> torch.Tensor:
-        """Logits of the ten classes, float32 (B, 10), of uint8 (B, 1, H, W)."""
+        """Logits of the classes, float32 (B, num_classes), of uint8 (B, C, H, W)."""
         return self.last(self(image))
 
     def prepare(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 1, H, W) to float32 (B, 1, 32, 32) in [-1, 1]."""
-        fits = image.dtype == torch.uint8 and image.ndim == 4 and image.shape[1] == 1 and min(image.shape[2:]) >= 8
+        """uint8 (B, C, H, W) to float32 (B, C, 32, 32) in [-1, 1]."""
+        channels = self.channels
+        fits = (
+            image.dtype == torch.uint8 and image.ndim == 4 and image.shape[1] == channels and min(image.shape[2:]) >= 8
+        )
         if not fits:
             raise InputError(
-                f"detector {self.name} takes uint8 images (B, 1, H, W) of 8 pixels or more, "
+                f"detector {self.name} takes uint8 images (B, {channels}, H, W) of 8 pixels or more, "
                 f"not {image.dtype} {tuple(image.shape)}"
             )
         size = (self.resolution, self.resolution)
@@ -83,7 +97,7 @@ def convolution(channels: int, out: int) -> list[nn.Module]:
 
 
 def load_detector(name_or_path: str | Path) -> Detector:
-    """The detector of that name, hash-pinned, or a FashionCNN from a .safetensors file; in eval mode, frozen.
+    """The detector of that name, hash-pinned, or a SmallCNN from a .safetensors file; in eval mode, frozen.
 
     A detector from a file carries the file's stem as its name. Raises InputError for an unknown name, a missing file,
     or weights that are not what they should be; nothing is unpickled.
@@ -98,10 +112,9 @@ def load_detector(name_or_path: str | Path) -> Detector:
     digest = hashlib.sha256(data).hexdigest()
     if name in PINNED and digest != PINNED[name]:
         raise InputError(f"{path} is not the detector {name}: its SHA-256 is {digest}, and {PINNED[name]} is expected")
-    detector = FashionCNN()
     try:
-        detector.load_state_dict(load_safetensors(data))
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path} does not hold the weights of a FashionCNN: {str(error).splitlines()[0]}") from error
+        detector = SmallCNN.of(load_safetensors(data))
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} does not hold the weights of a SmallCNN: {str(error).splitlines()[0]}") from error
     detector.name, detector.sha256 = path.stem, digest
     return detector.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Train the detector fashion-cnn-64: `python data/fashion_cnn.py SHARDS OUT.safetensors [--epochs N] [--seed N]`.
+"""Train a small detector: `python data/detector.py SHARDS OUT.safetensors [--width N] [--epochs N] [--seed N]`.
 
-SHARDS is what data/fashion.py leaves: data/fashion, or a folder of all 60,000 training images, with which the weights
-that ship in data/detectors were made. In every batch half of the images are first reduced to 16x16, so that the
-features judge both resolutions.
+SHARDS is a folder as `cdm prepare` leaves it, of images of 32x32, grey or colour. In every batch half of the images are
+first reduced to 16x16, so that the features judge both resolutions. data/detectors/README.md says how the one that
+ships was made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from cdm_lightning.evaluation.detectors import FashionCNN
+from cdm_lightning.evaluation.detectors import SmallCNN
 from cdm_lightning.evaluation.reference import read_images
 from cdm_lightning.images import downscale
 from cdm_lightning.shards import write_atomically
@@ -24,18 +24,19 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, SHIFT = 256, 4e-3, 5e-2, 0.
 
 
 def read_split(root: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*read_images(root, split, FashionCNN.resolution, 1000), strict=True)
+    images, labels = zip(*read_images(root, split, SmallCNN.resolution, 1000), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
 def augment(image: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 1, 32, 32): a common shift of up to two pixels, and a mirrored half of the batch."""
+    """uint8 (B, C, 32, 32): a common shift of up to two pixels, and a mirrored half of the batch."""
     down, across = torch.randint(-SHIFT, SHIFT + 1, (2,)).tolist()
-    image = image.roll((down, across), (2, 3))  # the border is black padding, so nothing of the picture wraps around
+    padded = F.pad(image, [SHIFT] * 4)
+    image = padded[:, :, SHIFT + down :, SHIFT + across :][:, :, : image.shape[2], : image.shape[3]]
     return torch.where(torch.rand(len(image), 1, 1, 1) < 0.5, image.flip(3), image)
 
 
-def train(model: FashionCNN, image: torch.Tensor, label: torch.Tensor, epochs: int) -> None:
+def train(model: SmallCNN, image: torch.Tensor, label: torch.Tensor, epochs: int) -> None:
     steps = len(image) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
@@ -58,7 +59,7 @@ def train(model: FashionCNN, image: torch.Tensor, label: torch.Tensor, epochs: i
 
 
 @torch.no_grad()
-def accuracy(model: FashionCNN, image: torch.Tensor, label: torch.Tensor) -> float:
+def accuracy(model: SmallCNN, image: torch.Tensor, label: torch.Tensor) -> float:
     model.eval()
     guess = torch.cat([model.classify(batch).argmax(1) for batch in image.split(500)])
     return (guess == label).float().mean().item()
@@ -68,14 +69,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS")
     parser.add_argument("out", type=Path, metavar="OUT.safetensors")
+    parser.add_argument("--width", type=int, default=24, help="channels of the first convolution")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    model = FashionCNN()
     image, label = read_split(arguments.shards, "train")
+    model = SmallCNN(image.shape[1], arguments.width, int(label.max()) + 1)
     train(model, image, label, arguments.epochs)
     held_out, held_out_label = read_split(arguments.shards, "val")
     for resolution in (32, 16, 8):
