@@ -15,7 +15,7 @@ from cdm_lightning.bundle import read_bundle
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import Detector, load_detector
-from cdm_lightning.evaluation.distance import add_images, frechet_distance, frechet_metric
+from cdm_lightning.evaluation.old_distance import add_images, frechet_distance, frechet_metric
 from cdm_lightning.evaluation.reference import read_images, real_images_of
 from cdm_lightning.evaluation.report import (
     Kind,

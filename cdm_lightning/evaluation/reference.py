@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from cdm_lightning import InputError
 from cdm_lightning.images import downscale
-from cdm_lightning.shards import decode_sample, find_folder, read_manifest, read_shard
+from cdm_lightning.shards import Manifest, Shard, decode_sample, find_folder, read_manifest, read_shard
 
 
 def read_images(
@@ -21,10 +21,17 @@ def read_images(
     Raises InputError where no stored resolution leads to R, or a folder is unfinished or holds what cannot be read.
     """
     folder = find_folder(root, split, resolution)
+    manifest = read_manifest(folder)
+    yield from stream(folder, manifest, manifest.shards, resolution, batch_size)
+
+
+def stream(
+    folder: Path, manifest: Manifest, shards: Sequence[Shard], resolution: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the images of some shards of a folder, as `read_images` gives them."""
     images: list[np.ndarray] = []
     labels: list[int] = []
-    manifest = read_manifest(folder)
-    for shard in manifest.shards:
+    for shard in shards:
         for sample in read_shard(folder / shard.name, shard.count):
             image, label = decode_sample(sample, manifest)
             images.append(image)

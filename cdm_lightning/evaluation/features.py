@@ -1,0 +1,124 @@
+"""Features of whole folders of shards: a detector runs over them once, on any number of processes, resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as save_safetensors
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cdm_lightning import InputError
+from cdm_lightning.evaluation.detectors import Detector
+from cdm_lightning.evaluation.reference import stream
+from cdm_lightning.shards import Manifest, find_folder, read_manifest, write_atomically
+
+
+def extract(
+    root: Path,
+    split: str,
+    resolution: int,
+    detector: Detector,
+    out: Path,
+    devices: int = 1,
+    accelerator: str = "auto",
+    batch_size: int = 50,
+) -> Manifest:
+    """Write the detector's features of all images of <root>/<split>, reduced to `resolution`: a file per shard in `out`.
+
+    Whole shards are shared out over the processes and batches never cross a shard, so that the features are the same
+    bits for any number of processes. Stopped and called again, it goes on where it was; features of other images or of
+    another detector in `out` are refused. With several devices, every process returns when the last one is done.
+    """
+    folder = find_folder(root, split, resolution)
+    manifest = read_manifest(folder)
+    about = {"detector": detector.sha256, "resolution": resolution, "shards": [s.sha256 for s in manifest.shards]}
+    begun = Path(out) / "about.json"
+    if not begun.is_file():
+        write_atomically(begun, json.dumps(about).encode())
+    elif json.loads(begun.read_text()) != about:
+        raise InputError(f"{out} holds features of other images or of another detector: give another folder")
+    todo = [n for n in range(len(manifest.shards)) if not feature_file(out, n).is_file()]
+    if todo:
+        work = Extractor(folder, manifest, resolution, detector, out, batch_size)
+        trainer = L.Trainer(
+            accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+            use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=False,
+            enable_progress_bar=False, default_root_dir=out,
+        )  # fmt: skip
+        trainer.predict(work, datamodule=Numbers(todo), return_predictions=False)
+    return manifest
+
+
+def feature_file(out: Path, number: int) -> Path:
+    return Path(out) / f"{number:06d}.safetensors"
+
+
+def read_features(out: Path, manifest: Manifest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(features, float32 (n, d), labels, int64 (n,)) of every shard, in the shards' order, whatever computed them."""
+    for number in range(len(manifest.shards)):
+        with safe_open(feature_file(out, number), "pt") as stored:
+            yield stored.get_tensor("features"), stored.get_tensor("label")
+
+
+class Numbers(L.LightningDataModule):
+    """Numbers of the shards still to do, every n-th one for each process."""
+
+    trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
+
+    def __init__(self, todo: list[int]) -> None:
+        super().__init__()
+        self.todo = todo
+
+    def predict_dataloader(self) -> DataLoader:
+        own: Any = self.todo[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(own, batch_size=None)
+
+
+class Extractor(L.LightningModule):
+    """Runs the detector over one shard a step and writes its features."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, resolution: int, detector: Detector, out: Path, batch_size: int
+    ) -> None:
+        super().__init__()
+        self.folder, self.manifest, self.resolution = folder, manifest, resolution
+        self.detector, self.out, self.batch_size = detector, out, batch_size
+        self.bar: Any = None
+
+    def on_predict_start(self) -> None:
+        total = sum(self.manifest.shards[n].count for n in self.trainer.datamodule.todo)  # type: ignore[attr-defined]
+        self.bar = tqdm(
+            total=total, desc=f"{self.detector.name}", unit="image", disable=not self.trainer.is_global_zero
+        )
+
+    def predict_step(self, number: torch.Tensor | int, batch_idx: int) -> None:
+        shard = self.manifest.shards[int(number)]
+        features, labels = [], []
+        for image, label in stream(self.folder, self.manifest, [shard], self.resolution, self.batch_size):
+            features.append(features_of(self.detector, image.to(self.device)).cpu())
+            labels.append(label)
+            self.bar.update(len(image) * self.trainer.world_size)
+        found = {"features": torch.cat(features), "label": torch.cat(labels)}
+        write_atomically(feature_file(self.out, int(number)), save_safetensors(found))
+
+    def on_predict_end(self) -> None:
+        self.bar.close()
+        self.trainer.strategy.barrier()  # what follows reads the features of all
+
+
+@torch.no_grad()
+def features_of(detector: Detector, image: torch.Tensor) -> torch.Tensor:
+    """float32 (B, d) features of uint8 (B, C, H, W), in full precision under autocast too; refuses NaN and infinity."""
+    with torch.autocast(image.device.type, enabled=False):
+        features = detector(image).float()
+    if not features.isfinite().all():
+        number = int((~features.isfinite().all(1)).nonzero()[0])
+        raise InputError(f"detector {detector.name} makes features of image {number} of a batch that are not finite")
+    return features
