@@ -16,7 +16,7 @@ from cdm_lightning.augmentation import GaussianAugmentation
 from cdm_lightning.bundle import read_bundle
 from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.diffusion import Sampler
-from cdm_lightning.images import quantize, to_uint8
+from cdm_lightning.images import quantize, to_float, to_uint8
 from cdm_lightning.randomness import generators
 from cdm_lightning.stages import BaseStage, Batch, DiffusionStage, SuperResolutionStage
 
@@ -151,14 +151,20 @@ class CascadeModule(L.LightningModule):
                 )
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
-        """uint8 (B, C, R, R): real images, and samples of the same classes for a callback to compare with them."""
-        image, label, index = batch
-        return {"real": to_uint8(image), "generated": to_uint8(self.sample(label, index)[-1])}
+        """Samples as `cdm sample` numbers them, uint8 (B, C, R, R): image i has class i mod num_classes.
+
+        Of the batch only its indices count: classes are balanced, whatever the validation images are.
+        """
+        index = batch[2]
+        label = index % (self.num_classes or 1)
+        return {"generated": to_uint8(self.sample(label, index)[-1]), "index": index}
 
     def predict_step(self, batch: Batch | dict[str, torch.Tensor], batch_idx: int) -> list[torch.Tensor]:
         """uint8 images of every resolution: for one block of a sampling manifest, or for the classes of a batch."""
-        label, index = (batch["label"], batch["index"]) if isinstance(batch, dict) else batch[1:]
-        return [to_uint8(image) for image in self.sample(label, index)]
+        if not isinstance(batch, dict):
+            return [to_uint8(image) for image in self.sample(batch[1], batch[2])]
+        image = to_float(batch["image"]) if "image" in batch else None
+        return [to_uint8(image) for image in self.sample(batch["label"], batch["index"], image)]
 
 
 def hand_over(image: torch.Tensor, stop_at: int) -> torch.Tensor:

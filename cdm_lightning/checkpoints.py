@@ -33,7 +33,7 @@ def load_stage(path: str | Path) -> DiffusionStage:
         "averaged": "averaging_state" in checkpoint,
         "steps": checkpoint["global_step"],
         "images": data.get("images_seen"),
-        "classes": data.get("classes"),
+        **{name: data.get(name) for name in ("classes", "crop", "filter")},
     }
     return stage
 

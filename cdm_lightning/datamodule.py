@@ -229,7 +229,7 @@ class ShardDataModule(L.LightningDataModule):
         image, label, index = batch
         return to_float(image), label, index
 
-    # -- the place in the sequence, saved with every checkpoint beside the names of the classes
+    # -- the place in the sequence, saved with every checkpoint beside what the images are
 
     def batches(self) -> int:
         """Batches of this run whose training step has ended; one that an exception cut short is repeated on resume."""
@@ -240,8 +240,9 @@ class ShardDataModule(L.LightningDataModule):
         return self.seen + (self.batches() - self.batches_before) * self.micro_batch() * self.trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        classes = self.manifest("train")[1].classes
-        return {"images_seen": self.images_seen(), "batches": self.batches(), "classes": classes}
+        _, manifest = self.manifest("train")
+        origin = {"classes": manifest.classes, "crop": manifest.crop, "filter": manifest.filter}
+        return {"images_seen": self.images_seen(), "batches": self.batches(), **origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import awaken
 
 from cdm_lightning import InputError
 from cdm_lightning.bundle import write_bundle
@@ -65,7 +66,7 @@ def test_a_slow_process_is_waited_for(bundle, tmp_path):
     """The first process must not close the folder while another still writes."""
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time, cdm_lightning.sampling as s\n"
+        "import sys, time, cdm_lightning.sample_shards as s\n"
         "from cdm_lightning.cli import main\n"
         "real = s.write_shard\n"
         "def slow(path, samples):\n"
@@ -119,12 +120,15 @@ def test_a_truncated_run_keeps_finished_images_alone(bundle, tmp_path):
     assert [p.name for p in (tmp_path / "s" / "train").iterdir()] == ["32"]
 
 
-def test_a_folder_is_continued_with_nothing_else(bundle, tmp_path):
+def test_a_folder_is_continued_with_nothing_else(bundle, stages, tmp_path):
     sample(bundle, tmp_path / "s", count=2)
     with pytest.raises(InputError, match="was begun with seed 0, not 1"):
         sample(bundle, tmp_path / "s", count=2, seed=1)
     about = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**about, "levels": [0, 0]}))
+    with pytest.raises(InputError, match=r"was begun with levels \[501, 0\], not \[0, 0\]"):
+        sample(bundle, tmp_path / "s", count=2)
+    write_bundle(bundle, [awaken(stage, seed=1) for stage in stages], {"levels": [501, 0]})
     with pytest.raises(InputError, match="was begun with bundle"):
         sample(bundle, tmp_path / "s", count=2)
 
@@ -134,3 +138,29 @@ def test_the_bundles_choice_of_s_is_used_when_none_is_given(bundle, tmp_path):
     sample(bundle, tmp_path / "b2", count=2, levels=[501, 0], truncated=False)
     sample(bundle, tmp_path / "c", count=2, levels=[0, 0])
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b2") != hashes(tmp_path / "c")
+
+
+def test_it_goes_on_from_stored_images(bundle, tmp_path):
+    """From the 8x8 or the 16x16 of a whole run the cascade makes the rest of that run, to the bit."""
+    sample(bundle, tmp_path / "whole", count=5, block_size=2)
+    whole = hashes(tmp_path / "whole")
+    for resolution in (8, 16):
+        start = tmp_path / "whole" / "train" / str(resolution)
+        sample(bundle, tmp_path / f"from{resolution}", count=5, block_size=2, start=start)
+        parts = hashes(tmp_path / f"from{resolution}")
+        made = {name for name in parts if name.endswith(".tar")}
+        assert len(made) == (6 if resolution == 8 else 3) and all(parts[name] == whole[name] for name in made)
+
+
+@pytest.mark.parametrize(
+    "start, options, sentence",
+    [
+        ("32", {"count": 4}, r"holds images of 32: the cascade goes on from \[8, 16\]"),
+        ("16", {"count": 5}, "holds 4 images, and 5 are to be drawn from them"),
+        ("8", {"count": 4, "classes": [1, 0]}, "image 0 of .* has class 0, and sample 0 has 1"),
+    ],
+)
+def test_stored_images_that_do_not_fit_are_refused(bundle, tmp_path, start, options, sentence):
+    sample(bundle, tmp_path / "whole", count=4)
+    with pytest.raises(InputError, match=sentence):
+        sample(bundle, tmp_path / "more", start=tmp_path / "whole" / "train" / start, **options)

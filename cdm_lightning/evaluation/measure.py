@@ -1,0 +1,92 @@
+"""All figures of generated images from one pass over their features: distances, precision and recall, and the score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torchmetrics.image.inception import InceptionScore
+
+from cdm_lightning import InputError
+from cdm_lightning.evaluation.cards import ReferenceCard, bias_note
+from cdm_lightning.evaluation.detectors import Detector
+from cdm_lightning.evaluation.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
+from cdm_lightning.evaluation.figures import Figure
+from cdm_lightning.evaluation.manifold import precision_recall
+
+NAMES = {"fd": ("FID", "Fréchet distance"), "kd": ("KID", "kernel distance"), "is": ("Inception Score", "")}
+KEYS = {"fd": "fid", "kd": "kid", "is": "inception_score"}
+IS_SPLITS = 10
+
+
+def name_of(key: str, detector: Detector) -> str:
+    """What a figure may be called: FID, KID and IS are those of the canonical network alone."""
+    canonical, plain = NAMES.get(key, ("", key))
+    return canonical if detector.canonical and canonical else f"{plain} ({detector.name})"
+
+
+def log_key(figure: Figure, detector: Detector) -> str:
+    """`fid`, or `fd_<detector>`: the name of a figure in logs."""
+    if detector.canonical and figure.key in KEYS:
+        return KEYS[figure.key]
+    return figure.key if detector.canonical else f"{figure.key}_{detector.name}"
+
+
+def measure(
+    sets: Sequence[torch.Tensor], card: ReferenceCard, detector: Detector, seed: int = 0, quick: bool = False
+) -> list[Figure]:
+    """Distances, precision and recall of generated images against one card, with what their error bars are.
+
+    sets: features (n, d) of samples of disjoint seeds, all of one size. The values are means over the sets. The spread
+    is the deviation between them where there are three or more; else only the kernel distance has one, over its
+    subsets. seed: of those subsets. quick: the symmetric form of the Fréchet distance instead of torchmetrics', and no
+    precision and recall.
+    """
+    n = len(sets[0])
+    if any(len(features) != n for features in sets):
+        raise InputError(f"sets of {sorted({len(f) for f in sets})} images do not compare: n must be the same")
+    moments = [Moments.of(features.split(1000)) for features in sets]
+    between = FrechetTo(card.moments) if quick else lambda generated: frechet_distance(card.moments, generated)
+    found: dict[str, list[float]] = {"fd": [between(m) for m in moments]}
+    kernel = [kernel_distance(card.features, features, seed) for features in sets]
+    found["kd"] = [value for value, _, _ in kernel]
+    if not quick:
+        pairs = [precision_recall(card.features, features) for features in sets]
+        found["precision"], found["recall"] = ([pair[i] for pair in pairs] for i in (0, 1))
+    subsets = (mean(deviation for _, deviation, _ in kernel), f"100 subsets of {kernel[0][2]}")
+    figures = []
+    for key, values in found.items():
+        spread: tuple[float | None, str] = subsets if key == "kd" else (None, "")
+        if len(values) >= 3:
+            spread = (stdev(values), f"{len(values)} disjoint seeds")
+        of_all = card.count if key == "fd" else len(card.features)
+        note = bias_note(n) if key == "fd" else ""
+        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, card.split, n, of_all, note))
+    return figures
+
+
+def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) -> Figure:
+    """exp E KL(p(y|x) || p(y)) by torchmetrics over 10 splits, from the canonical network's own head.
+
+    Raises InputError where the detector has none: the score of another classifier is another figure.
+    """
+    if not detector.canonical or detector.head is None:
+        raise InputError(
+            f"the Inception Score takes the classifier head of the canonical Inception, which detector {detector.name} "
+            "does not hold: give the path of pt_inception-2015-12-05-6726825d.pth as head"
+        )
+    n = len(sets[0])
+    if n < IS_SPLITS:
+        raise InputError(f"the Inception Score over {IS_SPLITS} splits takes {IS_SPLITS} images or more, not {n}")
+    scores = []
+    for features in sets:
+        metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS)
+        metric.update((features.double() @ detector.head.double().T))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            scores.append([float(part) for part in metric.compute()])
+    values = [score for score, _ in scores]
+    spread = (stdev(values), f"{len(values)} disjoint seeds") if len(values) >= 3 else (scores[0][1], "10 splits")
+    return Figure("is", name_of("is", detector), mean(values), *spread, "", n, 0, bias_note(n))
