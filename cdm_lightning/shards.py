@@ -83,17 +83,17 @@ def write_images(
     labels: np.ndarray,
     keys: Sequence[int] | np.ndarray,
     classes: Sequence[str],
-    seed: int,
+    seed: int | None,
     images_per_shard: int = 1000,
     suffix: str = ".tar",
     **about: Any,
 ) -> Manifest:
-    """Write a finished folder <split>/<resolution> of images that fit in memory, in a random order of `seed`.
+    """Write a finished folder <split>/<resolution> of images that fit in memory, in a random order of `seed`, or as they are.
 
     images: uint8 (N, R, R, C). labels: (N,). keys: (N,), their numbers in the source. about: the other fields of the
     manifest, such as crop and source.
     """
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
     shards = []
     for number, start in enumerate(range(0, len(order), images_per_shard)):
         samples = [

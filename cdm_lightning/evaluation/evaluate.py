@@ -1,0 +1,152 @@
+"""`cdm evaluate`: the figures of stored samples against reference cards, and the page that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from cdm_lightning import InputError
+from cdm_lightning.evaluation.cards import ReferenceCard, check_card, read_card
+from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
+from cdm_lightning.evaluation.features import extract, read_features
+from cdm_lightning.evaluation.figures import Figure
+from cdm_lightning.evaluation.measure import inception_score, measure
+from cdm_lightning.evaluation.report import print_figures, write_evaluation
+from cdm_lightning.sample_shards import wait_for_all
+from cdm_lightning.shards import Manifest, read_manifest
+
+
+def evaluate(
+    samples: list[Path],
+    references: list[Path],
+    out: Path,
+    detector: str | None = None,
+    resolution: int | None = None,
+    head: Path | None = None,
+    real: Path | None = None,
+    cas: Path | None = None,
+    trust_detector: bool = False,
+    batch_size: int = 50,
+    seed: int = 0,
+    devices: int = 1,
+    accelerator: str = "auto",
+) -> dict[str, Any]:
+    """Measure stored samples as the paper does: FID, KID, precision and recall against each reference, and the IS.
+
+    Writes results.json and report.html, and prints a table. Stopped and called again, it goes on where it was. The
+    figures do not depend on the number of processes.
+
+    Args:
+        samples: Folders written by `cdm sample`; three or more of disjoint seeds give the figures an error bar.
+        references: Cards written by `cdm reference`, such as one of the training and one of the validation images.
+        out: Folder for results.json, report.html and the features.
+        detector: Name of a detector, or the path of its file; null for the first card's.
+        resolution: Which of the stored resolutions to measure; null for the first card's.
+        head: torch-fidelity's pt_inception-2015-12-05-6726825d.pth, whose classifier head the Inception Score needs;
+            null leaves the score out.
+        real: Root of the shards behind a card, to show the real images nearest to generated ones; null leaves them out.
+        cas: results.json of `cdm cas`, to show beside the other figures.
+        trust_detector: Run a detector's TorchScript that this project does not know.
+        batch_size: Images the detector works on at a time.
+        seed: Draws the subsets of the kernel distance and the splits of the score.
+        devices: Processes to share the work.
+        accelerator: cpu, gpu or auto.
+    """
+    cards = [read_card(path) for path in references]
+    if not cards:
+        raise InputError("references [] names no card, which `cdm reference` writes")
+    judge = load_detector(detector or cards[0].detector, trust_detector)
+    if head is not None:
+        judge.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, or inception_score refuses it
+    resolution = resolution or cards[0].resolution
+    folders = [sample_folder(folder, resolution) for folder in samples]
+    manifests = [manifest for _, manifest in folders]
+    check_samples(manifests, samples)
+    for card in cards:
+        check_against(card, judge, manifests[0])
+    features = []
+    for (folder, manifest), place in zip(folders, places(out, len(folders)), strict=True):
+        extract(folder.parents[1], "train", resolution, judge, place, devices, accelerator, batch_size)
+        features.append(torch.cat([batch for batch, _ in read_features(place, manifest)]))
+    if rank_zero_only.rank:
+        wait_for_all()
+        return {}
+    figures = [figure for card in cards for figure in measure(features, card, judge, seed)]
+    if head is not None:
+        figures.append(inception_score(features, judge, seed))
+    print_figures(figures)
+    measured = Evaluation(figures, judge, cards, manifests, [folder for folder, _ in folders], features, seed)
+    results = write_evaluation(Path(out), measured, real, cas)
+    wait_for_all()
+    return results
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured and what it was measured on: all that a report shows."""
+
+    figures: list[Figure]
+    detector: Detector
+    cards: list[ReferenceCard]
+    manifests: list[Manifest]
+    folders: list[Path]  # of the samples, .../train/<resolution>
+    features: list[torch.Tensor]
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The part that goes into results.json."""
+        return {
+            "figures": [asdict(figure) for figure in self.figures],
+            "detector": {"name": self.detector.name, "sha256": self.detector.sha256},
+            "references": [card.about() for card in self.cards],
+            "samples": [manifest.extra.get("samples") for manifest in self.manifests],
+            "resolution": self.manifests[0].resolution,
+            "seed": self.seed,
+        }
+
+
+def places(out: Path, count: int) -> list[Path]:
+    return [Path(out) / "features" / str(number) for number in range(count)]
+
+
+def sample_folder(folder: Path, resolution: int) -> tuple[Path, Manifest]:
+    """The finished shards of samples of that resolution in a folder of `cdm sample`."""
+    stored = Path(folder) / "train" / str(resolution)
+    if not stored.is_dir():
+        have = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
+        raise InputError(f"{folder} holds no samples of {resolution}x{resolution}: stored are {have}")
+    return stored, read_manifest(stored)
+
+
+def check_samples(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:
+    """Refuse sets of samples that are no repetitions of one another: all the same but for the seed."""
+    if not manifests:
+        raise InputError("samples [] names no folder")
+    about = [manifest.extra.get("samples") or {} for manifest in manifests]
+    seeds = [a.get("seed") for a in about]
+    if len(about) > 1 and len(set(seeds)) < len(seeds):
+        raise InputError(f"the seeds {seeds} of {[str(f) for f in folders]} repeat: error bars take disjoint seeds")
+    for name in about[0]:
+        values = [a.get(name) for a in about]
+        if name not in ("seed", "start") and any(value != values[0] for value in values):
+            raise InputError(f"the samples differ in {name}: {values}; repetitions differ in their seed alone")
+
+
+def check_against(card: ReferenceCard, detector: Detector, manifest: Manifest) -> None:
+    """Refuse a card made of other images or by another detector, and samples that lack some of its classes."""
+    crop, kind = (None if value == "none" else value for value in (manifest.crop, manifest.filter))
+    check_card(card, detector, manifest.resolution, manifest.channels, manifest.classes, crop, kind)
+    if card.counts is None:
+        return
+    missing = [c for c, (real, made) in enumerate(zip(card.counts, manifest.counts, strict=True)) if real and not made]
+    if missing:
+        held = sum(count > 0 for count in manifest.counts)
+        raise InputError(
+            f"the samples hold {held} of the {len(card.counts)} classes of {card.path}, without class {missing[0]}: "
+            "a distance to images of all classes would not be theirs"
+        )

@@ -1,0 +1,85 @@
+"""The search for memorised images, and the pictures of samples beside their nearest real neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cdm_lightning import InputError
+from cdm_lightning.evaluation.cards import ReferenceCard
+from cdm_lightning.evaluation.manifold import copy_threshold, nearest
+from cdm_lightning.images import downscale, encode_png
+from cdm_lightning.sample_shards import digest_of
+from cdm_lightning.shards import decode_sample, find_folder, read_manifest, read_places
+
+EXPECTED = 0.01  # share of honest samples that the threshold takes for copies
+SHOWN, NEIGHBOURS, CLASSES, SHEET, COLUMNS = 8, 4, 20, 40, 10
+
+
+def memorisation(card: ReferenceCard, sets: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """How many generated images lie nearer to a real one than 1 % of the real ones lie to one another.
+
+    sets: features (n, d) of generated images. share: of them below `threshold`; about `expected` is honest.
+    """
+    assert card.features is not None
+    threshold = copy_threshold(card.features, EXPECTED)
+    distance = torch.cat([nearest(card.features, features, 1)[0][:, 0] for features in sets])
+    return {
+        "share": float((distance <= threshold).double().mean()), "expected": EXPECTED, "threshold": threshold,
+        "least": float(distance.min()), "searched": len(card.features), "split": card.split,
+    }  # fmt: skip
+
+
+def neighbour_rows(card: ReferenceCard, features: torch.Tensor, samples: Path, real: Path) -> list[Any]:
+    """The generated images that lie nearest to real ones: (image, its real neighbours, distances, whether a copy).
+
+    samples: the folder of shards behind `features`. real: root of the shards behind the card; others are refused.
+    """
+    assert card.features is not None and card.places is not None
+    folder = find_folder(real, str(card.split), int(card.resolution or 0))
+    if digest_of(read_manifest(folder).shards) != card.shards_sha256:
+        raise InputError(f"{folder} does not hold the images that {card.path} was made of")
+    distance, row = nearest(card.features, features, NEIGHBOURS)
+    shown = distance[:, 0].argsort()[:SHOWN]
+    threshold = copy_threshold(card.features, EXPECTED)
+    generated = pictures(samples, shown.tolist())
+    found = pictures(folder, card.places[row[shown].flatten()].tolist(), card.resolution)
+    rows = []
+    for number, index in enumerate(shown.tolist()):
+        around = found[number * row.shape[1] : (number + 1) * row.shape[1]]
+        rows.append((generated[number], around, distance[index].tolist(), bool(distance[index, 0] <= threshold)))
+    return rows
+
+
+def pictures(folder: Path, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:
+    """uint8 (C, R, R) images of a folder of shards by their places in stored order."""
+    manifest = read_manifest(folder)
+    images = [decode_sample(s, manifest)[0] for s in read_places(folder, manifest.shards, places)]
+    return [downscale(torch.from_numpy(i).permute(2, 0, 1), resolution or manifest.resolution) for i in images]
+
+
+def stored(folder: Path) -> list[Path]:
+    """All resolutions of a folder of `cdm sample`, low to high, of which `folder` is one."""
+    return sorted((f for f in folder.parent.iterdir() if f.name.isdecimal()), key=lambda f: int(f.name))
+
+
+def stage_rows(folders: Sequence[Path]) -> list[tuple[str, list[torch.Tensor]]]:
+    """The first sample of each class at every resolution, from folders of shards of the same samples, low to high."""
+    manifest = read_manifest(folders[-1])
+    made = manifest.extra.get("samples") or {}
+    order = made.get("classes") or list(range(len(manifest.classes)))
+    places = list(range(min(len(order), manifest.count, CLASSES)))
+    columns = [pictures(folder, places) for folder in folders]
+    return [(manifest.classes[order[i]], [column[i] for column in columns]) for i in places]
+
+
+def sheet(folder: Path) -> bytes:
+    """PNG bytes of the first samples of a folder of shards, ten a row."""
+    images = pictures(folder, list(range(min(SHEET, read_manifest(folder).count))))
+    blank = [torch.full_like(images[0], 255)] * (-len(images) % COLUMNS)
+    rows = torch.stack([*images, *blank]).split(COLUMNS)
+    whole = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (C, rows * R, 10 * R)
+    return encode_png(whole.permute(1, 2, 0).numpy())

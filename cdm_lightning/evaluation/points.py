@@ -1,0 +1,201 @@
+"""The points of a search: a setting of a cascade, its stored samples, and what was measured on them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from cdm_lightning import InputError
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.diffusion import Sampler
+from cdm_lightning.evaluation.cards import ReferenceCard, read_card, reference
+from cdm_lightning.evaluation.detectors import Detector
+from cdm_lightning.evaluation.features import extract, read_features
+from cdm_lightning.evaluation.figures import Figure
+from cdm_lightning.evaluation.measure import measure
+from cdm_lightning.evaluation.reference import real_images_of
+from cdm_lightning.sample_shards import draw, plan, wait_for_all
+from cdm_lightning.sampling import origin
+from cdm_lightning.shards import find_folder, read_manifest, write_atomically, write_images
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting of the first stages of a cascade, up to number `number`; a sampler and steps of null are the stage's own.
+
+    kind: how its low-resolution input came about. truncated: the reverse process stopped at s. non-truncated: finished
+    samples, noised to s. generated: either of the two where s = 0. real low-res: real images, reduced and noised to s.
+    """
+
+    number: int
+    levels: list[int]
+    kind: str
+    sampler: Sampler | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured at a point. calls: network calls an image, of all stages that ran."""
+
+    stage: str
+    resolution: int
+    s: int
+    levels: list[int]
+    kind: str
+    sampler: str
+    steps: int
+    calls: int
+    figures: list[Figure]
+    folders: list[str]  # of the samples, one a seed
+    compared: bool = (
+        False  # whether it belongs to the comparison of samplers and steps rather than to the search over s
+    )
+
+
+class Workshop:
+    """Where the points of one search are drawn and measured; all that they share."""
+
+    def __init__(
+        self,
+        cascade: CascadeModule,
+        about: dict[str, Any],
+        out: Path,
+        shards: Path,
+        split: str,
+        detector: Detector,
+        detector_source: str,
+        n: int,
+        seeds: list[int],
+        block_size: int,
+        devices: int,
+        accelerator: str,
+    ) -> None:
+        self.cascade, self.about, self.out, self.shards, self.split = cascade, about, out, shards, split
+        self.detector, self.detector_source = detector, detector_source
+        self.n, self.seeds, self.block_size = n, seeds, block_size
+        self.devices, self.accelerator = devices, accelerator
+        self.cards: dict[int, ReferenceCard] = {}
+
+    def begin(self) -> None:
+        """Write what is searched into a new folder; in one begun before, refuse to go on with another.
+
+        The points may change: more levels, kinds, samplers or steps add points to those that are there.
+        """
+        stages = self.cascade.stages
+        stated = {
+            "bundle": self.about["stages_sha256"], "shards": str(self.shards), "split": self.split,
+            "detector": self.detector.name, "detector_sha256": self.detector.sha256, "n": self.n, "seeds": self.seeds,
+            "samplers": [stage.diffusion.sampler for stage in stages],
+            "sampling_steps": [calls_of(stage) for stage in stages],
+        }  # fmt: skip
+        path = self.out / "search.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            for name, value in stated.items():
+                if before.get(name) != value:
+                    raise InputError(
+                        f"{self.out} was begun with {name} {before.get(name)}, not {value}: choose another"
+                    )
+        if rank_zero_only.rank == 0:
+            write_atomically(path, (json.dumps(stated, indent=1) + "\n").encode())
+
+    def card(self, resolution: int) -> ReferenceCard:
+        """The reference at one resolution, made where it is not there yet."""
+        if resolution not in self.cards:
+            path = self.out / "references" / f"{self.split}-{resolution}.safetensors"
+            if not path.is_file():
+                reference(
+                    self.shards, path, resolution, self.split, self.detector_source, devices=self.devices,
+                    accelerator=self.accelerator, trust_detector=True,  # it was loaded before, and asked about then
+                )  # fmt: skip
+            wait_for_all()
+            self.cards[resolution] = read_card(path)
+        return self.cards[resolution]
+
+    def measure(self, point: Point, compared: bool = False) -> Row:
+        """Draw the samples of a point, one set a seed, and measure them; what is there already is not made again."""
+        stage = self.cascade.stages[point.number]
+        card = self.card(stage.resolution)
+        own = (stage.diffusion.sampler, stage.diffusion.sampling_steps)
+        stage.diffusion.sampler = point.sampler or own[0]
+        stage.diffusion.sampling_steps = point.steps or own[1]
+        try:
+            folders = [self.samples(point, seed) for seed in self.seeds]
+            sets = [self.features(folder) for folder in folders]
+            ran = [stage] if point.kind == "real low-res" else list(self.cascade.stages)[: point.number + 1]
+            calls = sum(len(other.diffusion.sampling_grid(0)[1]) for other in ran)
+            return Row(
+                stage.name, stage.resolution, point.levels[-1], point.levels, point.kind, stage.diffusion.sampler,
+                calls_of(stage), calls, measure(sets, card, self.detector, self.seeds[0], quick=True),
+                [str(folder.parents[1]) for folder in folders], compared,
+            )  # fmt: skip
+        finally:
+            stage.diffusion.sampler, stage.diffusion.sampling_steps = own
+
+    def samples(self, point: Point, seed: int) -> Path:
+        """The stored samples of a point for one seed: its folder of shards at the stage's resolution."""
+        part = CascadeModule.of(list(self.cascade.stages)[: point.number + 1], seed)
+        part.set_levels(point.levels, point.kind == "truncated")
+        stage = self.cascade.stages[point.number]
+        start = None
+        if point.kind == "real low-res":
+            start = self.real_images(point)
+        elif point.kind != "truncated":
+            start = self.finished(point, seed)
+        name = "-".join(
+            [stage.name, point.kind.replace(" ", "-"), *(f"s{s}" for s in point.levels), stage.diffusion.sampler,
+             str(calls_of(stage)), f"seed{seed}"]
+        )  # fmt: skip
+        return self.draw(part, self.out / "points" / name, start)
+
+    def finished(self, point: Point, seed: int) -> Path:
+        """The one set of finished low-resolution samples that serves every s of a stage."""
+        part = CascadeModule.of(list(self.cascade.stages)[: point.number], seed)
+        part.set_levels(point.levels[:-1], False)
+        name = "-".join([part.stages[-1].name, *(f"s{s}" for s in point.levels[:-1]), f"seed{seed}"])
+        return self.draw(part, self.out / "low_res" / name, None)
+
+    def real_images(self, point: Point) -> Path:
+        """Real images at the stage's low resolution, of the classes of the samples, in their order."""
+        resolution = self.cascade.stages[point.number].low_resolution
+        folder = self.out / "real" / "train" / str(resolution)
+        if rank_zero_only.rank == 0 and not (folder / "manifest.json").is_file():
+            label = plan(self.cascade, "", self.n).labels()
+            images = real_images_of(label, self.shards, self.split, resolution).permute(0, 2, 3, 1).numpy()
+            classes = read_manifest(find_folder(self.shards, self.split, resolution)).classes
+            write_images(
+                folder, images, label.numpy(), range(self.n), classes, None, source=f"{self.shards}/{self.split}"
+            )
+        wait_for_all()
+        return folder
+
+    def stage_folders(self, row: Row) -> list[Path]:
+        """The folders of shards of a row's samples, low to high; truncated sampling leaves the last resolution alone."""
+        point = Point(len(row.levels), row.levels, row.kind)
+        last = Path(row.folders[0]) / "train" / str(row.resolution)
+        if row.kind in ("truncated", "real low-res"):
+            return [last]
+        lower = self.finished(point, self.seeds[0]).parent
+        return [*sorted(lower.iterdir(), key=lambda folder: int(folder.name)), last]
+
+    def draw(self, part: CascadeModule, out: Path, start: Path | None) -> Path:
+        manifest = plan(part, self.about["stages_sha256"], self.n, None, self.block_size, start)
+        return draw(part, manifest, out, start, self.devices, self.accelerator, origin(self.about))[-1]
+
+    def features(self, folder: Path) -> torch.Tensor:
+        """The detector's features of a folder of samples, (n, d)."""
+        place = folder.parents[1] / f"features-{self.detector.sha256[:8]}"
+        manifest = extract(
+            folder.parents[1], "train", int(folder.name), self.detector, place, self.devices, self.accelerator
+        )
+        return torch.cat([features for features, _ in read_features(place, manifest)])
+
+
+def calls_of(stage: Any) -> int:
+    return stage.diffusion.sampling_steps or stage.diffusion.timesteps

@@ -1,0 +1,153 @@
+"""`cdm search`: which level s, kind of truncation, sampler and number of steps a trained cascade should use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from cdm_lightning import InputError
+from cdm_lightning.bundle import read_bundle
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.diffusion import Sampler
+from cdm_lightning.evaluation.detectors import load_detector
+from cdm_lightning.evaluation.points import Point, Row, Workshop
+from cdm_lightning.evaluation.report import print_rows, store_in_bundle, write_search
+
+
+def search(
+    bundle: Path,
+    out: Path,
+    shards: Path = Path("data/fashion"),
+    split: str = "val",
+    detector: str = "fashion-cnn-64",
+    n: int = 2000,
+    repeats: int = 1,
+    levels: list[int] | None = None,
+    truncated: bool | None = None,
+    sampler: Sampler | None = None,
+    sampling_steps: list[int] | None = None,
+    samplers: list[Sampler] | None = None,
+    steps: list[int] | None = None,
+    store: bool = False,
+    trust_detector: bool = False,
+    block_size: int = 100,
+    seed: int = 0,
+    devices: int = 1,
+    accelerator: str = "auto",
+) -> dict[str, Any]:
+    """Measure FID(s) of every super-resolution stage, on generated and on real low-resolution images, and choose s.
+
+    One set of finished low-resolution samples is stored and serves every s without truncation. At the chosen s the
+    stage is then measured over `samplers` and `steps`, where given. Every point is a folder of samples, which
+    `cdm evaluate` can measure again with another detector. Writes results.json and report.html, and prints a table.
+    Stopped and called again with the same options, it goes on where it was.
+
+    Args:
+        bundle: A folder written by `cdm bundle`.
+        out: Folder for the samples, results.json and report.html.
+        shards: Root of the real images.
+        split: Of the real images, for reference and as low-resolution input.
+        detector: Name of a detector, or the path of its file.
+        n: Generated images of a point, spread evenly over the classes.
+        repeats: Seeds of a point; three or more give the distances an error bar.
+        levels: The levels s to measure, such as [251,501]; 0 is always among them; null for 1/40, 1/16, 1/8, 1/4 and
+            3/8 of T.
+        truncated: Measure truncated sampling alone, or non-truncated alone; null for both.
+        sampler: ddpm, ddim or dpm++ in all stages during the search over s; null for each stage's own.
+        sampling_steps: Network calls of each stage during the search over s; null for each stage's own.
+        samplers: Samplers to compare at the chosen s.
+        steps: Numbers of steps to compare at the chosen s.
+        store: Write the chosen levels, and what was measured, into the bundle.
+        trust_detector: Run a detector's TorchScript that this project does not know.
+        block_size: Images the network works on at a time.
+        seed: The first of the seeds of the samples.
+        devices: Processes to share the work.
+        accelerator: cpu, gpu or auto.
+    """
+    if n < 4 or repeats < 1:
+        raise InputError(f"n = {n}, repeats = {repeats}: a point takes 4 images or more, of 1 seed or more")
+    judge = load_detector(detector, trust_detector)
+    stages, about = read_bundle(bundle)
+    cascade = CascadeModule.of(stages, seed)
+    cascade.set_sampler(sampler, sampling_steps)
+    run = Workshop(
+        cascade, about, Path(out), Path(shards), split, judge, detector, n, list(range(seed, seed + repeats)), block_size,
+        devices, accelerator,
+    )  # fmt: skip
+    kinds = [kind for kind, wanted in (("truncated", True), ("non-truncated", False)) if truncated in (None, wanted)]
+    run.begin()
+    grids = [level_grid(stage, levels) for stage in stages[1:]]
+    check_levels(cascade, grids, kinds)
+    best: dict[str, list[int]] = {kind: [] for kind in kinds}  # the levels chosen so far, per kind of truncation
+    rows: list[Row] = []
+    for number, grid in enumerate(grids, 1):
+        found = [run.measure(point) for point in points_of(number, grid, best)]
+        for kind in kinds:
+            best[kind] = [*best[kind], lowest(found, kind).s]
+        rows += found
+    kind = min(kinds, key=lambda k: lowest([r for r in rows if r.stage == stages[-1].name], k).figures[0].value)
+    rows += [run.measure(point, compared=True) for point in compared(cascade, best[kind], kind, samplers, steps)]
+    if rank_zero_only.rank:
+        return {}
+    noisy = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
+    chosen = lowest([r for r in rows if r.stage == stages[noisy + 1].name and r.s == best[kind][noisy]], kind)
+    print_rows(rows, chosen)
+    results = write_search(run, rows, chosen, best[kind], kind)
+    if store:
+        store_in_bundle(bundle, results)
+    return results
+
+
+def level_grid(stage: Any, levels: list[int] | None) -> list[int]:
+    """The levels to measure of one stage in rising order, 0 among them; 0 alone where the stage has none."""
+    if not stage.augmentation.takes_level:
+        return [0]
+    timesteps = stage.augmentation.diffusion.timesteps
+    if levels is None:
+        levels = [round(timesteps * share) for share in (1 / 40, 1 / 16, 1 / 8, 1 / 4, 3 / 8)]
+        levels = [min(level, stage.augmentation.max_level) for level in levels]
+    return sorted({0, *levels})
+
+
+def check_levels(cascade: CascadeModule, grids: list[list[int]], kinds: list[str]) -> None:
+    """Refuse levels that a stage was not trained for or cannot stop at, before hours are spent."""
+    if all(grid == [0] for grid in grids):
+        raise InputError("there is no level s > 0 to choose: give levels, to a cascade with Gaussian augmentation")
+    for number, grid in enumerate(grids):
+        for level in grid:
+            chosen = [0] * len(grids)
+            chosen[number] = level
+            cascade.set_levels(chosen, "truncated" in kinds)
+            cascade.set_sampler(None, None)  # checks that the reverse process can stop there
+    cascade.set_levels([0] * len(grids), False)
+
+
+def points_of(number: int, grid: list[int], best: dict[str, list[int]]) -> list[Point]:
+    """The points of one stage: per level, each kind of generated input, and real input."""
+    points = []
+    for s in grid:
+        lower = next(iter(best.values()))
+        if not s and all(levels == lower for levels in best.values()) and not any(lower):
+            points.append(Point(number, [*lower, 0], "generated"))  # at s = 0 both kinds are one law
+        else:
+            points += [Point(number, [*levels, s], kind) for kind, levels in best.items()]
+        points.append(Point(number, [*lower, s], "real low-res"))
+    return points
+
+
+def lowest(rows: list[Row], kind: str) -> Row:
+    """The row of least distance on generated input of that kind; at s = 0 it may belong to both kinds."""
+    return min((row for row in rows if row.kind in (kind, "generated")), key=lambda row: row.figures[0].value)
+
+
+def compared(
+    cascade: CascadeModule, levels: list[int], kind: str, samplers: list[Sampler] | None, steps: list[int] | None
+) -> list[Point]:
+    """The last stage at the chosen levels, over samplers and numbers of steps."""
+    if samplers is None and steps is None:
+        return []
+    last = cascade.stages[-1].diffusion
+    every = [(a, b) for a in samplers or [last.sampler] for b in steps or [last.sampling_steps or last.timesteps]]
+    return [Point(len(levels), levels, kind if any(levels) else "generated", a, b) for a, b in every]
