@@ -23,7 +23,11 @@ from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
 from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.datamodule import ShardDataModule
-from cdm_lightning.evaluation.levels import evaluate
+from cdm_lightning.evaluation.adm import npz
+from cdm_lightning.evaluation.evaluate import evaluate
+from cdm_lightning.evaluation.inception import detector
+from cdm_lightning.evaluation.making_cards import reference
+from cdm_lightning.evaluation.search import search
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.sampling import sample
 
@@ -86,6 +90,10 @@ COMMANDS: dict[str, Any] = {
     "bundle": bundle,
     "sample": sample,
     "evaluate": evaluate,
+    "search": search,
+    "detector": detector,
+    "reference": reference,
+    "npz": npz,
 }
 
 HARMLESS = (  # said by libraries about each other, or about what is so on purpose

@@ -88,7 +88,7 @@ def write_images(
     suffix: str = ".tar",
     **about: Any,
 ) -> Manifest:
-    """Write a finished folder <split>/<resolution> of images that fit in memory, in a random order of `seed`, or as they are.
+    """Write a finished folder <split>/<resolution> of images that fit in memory, in an order of `seed`, or as they are.
 
     images: uint8 (N, R, R, C). labels: (N,). keys: (N,), their numbers in the source. about: the other fields of the
     manifest, such as crop and source.

@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from cdm_lightning.evaluation.levels import evaluate
 from scipy.linalg import sqrtm
 
 from cdm_lightning import InputError
@@ -17,9 +18,8 @@ from cdm_lightning.bundle import read_about, read_bundle, write_bundle
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation import detectors
-from cdm_lightning.evaluation.detectors import Detector, SmallCNN, load_detector
+from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.distance import FrechetDistance, add_images, frechet_distance, frechet_metric
-from cdm_lightning.evaluation.levels import evaluate
 from cdm_lightning.evaluation.reference import read_images, real_images_of
 from cdm_lightning.evaluation.report import Row, choose, conclude
 from cdm_lightning.images import downscale, to_float, to_uint8

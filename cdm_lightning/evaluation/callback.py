@@ -32,8 +32,8 @@ class CascadeFigures(L.Callback):
     def __init__(self, references: list[Path], detector: str | None = None, seed: int = 0) -> None:
         if not references:
             raise InputError("references [] names no card, which `cdm reference` writes")
-        self.cards = [read_card(path) for path in references]
-        self.detector, self.seed = load_detector(detector or self.cards[0].detector), seed
+        self.detector, self.seed = load_detector(detector or read_card(references[0]).detector), seed
+        self.cards = [read_card(path, self.detector) for path in references]
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not hasattr(pl_module, "stages"):

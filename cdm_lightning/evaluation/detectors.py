@@ -1,115 +1,47 @@
-"""Detectors: frozen networks that turn uint8 images into the features on which a distance is measured."""
+"""Detectors by name or from files: the canonical Inception, the small ones of this project, others where trusted."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from torch import nn
 
 from cdm_lightning import InputError
-from cdm_lightning.images import to_float
+from cdm_lightning.evaluation import inception
+from cdm_lightning.evaluation.inception import Inception, Scripted, load_head
+from cdm_lightning.evaluation.networks import Detector, SmallCNN
+
+__all__ = ["Detector", "Inception", "SmallCNN", "load_detector", "load_head"]
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "detectors"
 PINNED = {"fashion-cnn-64": "5d4a02594e8c4e0340531d6149bb5ed5808f39a28b8c2ce78e63220392c034b0"}
 
 
-class Detector(nn.Module):
-    """What every detector has; its forward maps uint8 (B, C, H, W) to features, float32 (B, num_features)."""
+def load_detector(name_or_path: str | Path, trust: bool = False) -> Detector:
+    """The detector of that name or in that file; in eval mode, frozen.
 
-    name: str
-    sha256: str  # of its weights
-    num_features: int
-
-
-class SmallCNN(Detector):
-    """A classifier of small images, whose 64 numbers before the last layer, max(0, a (W h) + b), are the features.
-
-    image: uint8 (B, channels, H, W), H, W >= 8, of any size: resized bilinearly without antialiasing to the 32x32 it
-    was trained on. Another number of channels and float images are refused.
-
-    channels: 1 for grey images, 3 for colour. width: channels of the first convolution. num_classes: of the classifier.
-    """
-
-    name = "small-cnn"
-    sha256 = ""  # until weights are loaded
-    num_features, resolution = 64, 32
-
-    def __init__(self, channels: int = 1, width: int = 24, num_classes: int = 10) -> None:
-        super().__init__()
-        self.channels, self.num_classes = channels, num_classes
-        self.convolutions = nn.Sequential(
-            *convolution(channels, width),
-            nn.MaxPool2d(2),  # (B, width, 16, 16)
-            *convolution(width, 2 * width),
-            nn.MaxPool2d(2),  # (B, 2 width, 8, 8)
-            *convolution(2 * width, 4 * width),
-            nn.MaxPool2d(2),  # (B, 4 width, 4, 4)
-            nn.Flatten(),
-        )
-        self.penultimate = nn.Sequential(
-            nn.Linear(4 * width * 4 * 4, self.num_features, bias=False),
-            nn.BatchNorm1d(self.num_features),  # keeps every feature alive
-            nn.ReLU(),
-        )
-        self.last = nn.Linear(self.num_features, num_classes)
-
-    @classmethod
-    def of(cls, state: dict[str, torch.Tensor]) -> SmallCNN:
-        """The network that these weights fit, its sizes read from their shapes; raises KeyError, RuntimeError."""
-        width, channels = state["convolutions.0.weight"].shape[:2]
-        made = cls(channels, width, len(state["last.weight"]))
-        made.load_state_dict(state)
-        return made
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Features, float32 (B, 64), of uint8 (B, C, H, W)."""
-        return self.features(self.prepare(image))
-
-    def classify(self, image: torch.Tensor) -> torch.Tensor:
-        """Logits of the classes, float32 (B, num_classes), of uint8 (B, C, H, W)."""
-        return self.last(self(image))
-
-    def prepare(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) to float32 (B, C, 32, 32) in [-1, 1]."""
-        channels = self.channels
-        fits = (
-            image.dtype == torch.uint8 and image.ndim == 4 and image.shape[1] == channels and min(image.shape[2:]) >= 8
-        )
-        if not fits:
-            raise InputError(
-                f"detector {self.name} takes uint8 images (B, {channels}, H, W) of 8 pixels or more, "
-                f"not {image.dtype} {tuple(image.shape)}"
-            )
-        size = (self.resolution, self.resolution)
-        return F.interpolate(to_float(image), size, mode="bilinear", align_corners=False, antialias=False)
-
-    def features(self, prepared: torch.Tensor) -> torch.Tensor:
-        return self.penultimate(self.convolutions(prepared))
-
-
-def convolution(channels: int, out: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-
-
-def load_detector(name_or_path: str | Path) -> Detector:
-    """The detector of that name, hash-pinned, or a SmallCNN from a .safetensors file; in eval mode, frozen.
+    name_or_path: "inception" (or its full name) for the canonical network in the cache, the name of a pinned detector,
+    a .safetensors file of a SmallCNN, the canonical network's own .pt file, known by its hash, or another TorchScript
+    .pt, which is a program and runs only where `trust` says so; its SHA-256 is printed.
 
     A detector from a file carries the file's stem as its name. Raises InputError for an unknown name, a missing file,
     or weights that are not what they should be; nothing is unpickled.
     """
     name = str(name_or_path)
     path = FOLDER / f"{name}.safetensors" if name in PINNED else Path(name)
-    if path.suffix != ".safetensors":
-        raise InputError(f"detector {name!r} is unknown: known are {sorted(PINNED)}, or a path to .safetensors")
+    if name in ("inception", Inception.name):
+        return inception.load()
+    if path.suffix not in (".safetensors", ".pt"):
+        known = ["inception", *sorted(PINNED)]
+        raise InputError(f"detector {name!r} is unknown: known are {known}, or a path to .safetensors or .pt")
     if not path.is_file():
         raise InputError(f"{path} is missing: it holds the weights of detector {path.stem}")
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
+    if path.suffix == ".pt":
+        return load_script(path, data, digest, trust)
     if name in PINNED and digest != PINNED[name]:
         raise InputError(f"{path} is not the detector {name}: its SHA-256 is {digest}, and {PINNED[name]} is expected")
     try:
@@ -118,3 +50,16 @@ def load_detector(name_or_path: str | Path) -> Detector:
         raise InputError(f"{path} does not hold the weights of a SmallCNN: {str(error).splitlines()[0]}") from error
     detector.name, detector.sha256 = path.stem, digest
     return detector.eval().requires_grad_(False)
+
+
+def load_script(path: Path, data: bytes, digest: str, trust: bool) -> Detector:
+    """The canonical network where its bytes are in that file, else, where trusted, whatever TorchScript is in it."""
+    if digest == Inception.sha256:
+        return inception.read(data)
+    if not trust:
+        raise InputError(
+            f"{path} (SHA-256 {digest}) is not the canonical Inception, and loading it would run the program in it: "
+            "give --trust_detector true if you trust its maker"
+        )
+    print(f"{path}: running a TorchScript that is not the canonical Inception, SHA-256 {digest}")
+    return Scripted.of(path, data, digest)

@@ -57,10 +57,10 @@ def evaluate(
         devices: Processes to share the work.
         accelerator: cpu, gpu or auto.
     """
-    cards = [read_card(path) for path in references]
-    if not cards:
+    if not references:
         raise InputError("references [] names no card, which `cdm reference` writes")
-    judge = load_detector(detector or cards[0].detector, trust_detector)
+    judge = load_detector(detector or read_card(references[0]).detector, trust_detector)
+    cards = [read_card(path, judge) for path in references]
     if head is not None:
         judge.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, or inception_score refuses it
     resolution = resolution or cards[0].resolution

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,19 @@ def extract(
     devices: int = 1,
     accelerator: str = "auto",
     batch_size: int = 50,
+    shards: int | None = None,
 ) -> Manifest:
-    """Write the detector's features of all images of <root>/<split>, reduced to `resolution`: a file per shard in `out`.
+    """Write the detector's features of the images of <root>/<split>, reduced to `resolution`: a file a shard in `out`.
 
     Whole shards are shared out over the processes and batches never cross a shard, so that the features are the same
     bits for any number of processes. Stopped and called again, it goes on where it was; features of other images or of
     another detector in `out` are refused. With several devices, every process returns when the last one is done.
+
+    shards: of the first so many shards alone; the manifest that is returned lists what was done.
     """
     folder = find_folder(root, split, resolution)
     manifest = read_manifest(folder)
+    manifest = replace(manifest, shards=manifest.shards[:shards])
     about = {"detector": detector.sha256, "resolution": resolution, "shards": [s.sha256 for s in manifest.shards]}
     begun = Path(out) / "about.json"
     if not begun.is_file():

@@ -50,20 +50,22 @@ def measure(
     moments = [Moments.of(features.split(1000)) for features in sets]
     between = FrechetTo(card.moments) if quick else lambda generated: frechet_distance(card.moments, generated)
     found: dict[str, list[float]] = {"fd": [between(m) for m in moments]}
-    kernel = [kernel_distance(card.features, features, seed) for features in sets]
-    found["kd"] = [value for value, _, _ in kernel]
-    if not quick:
-        pairs = [precision_recall(card.features, features) for features in sets]
-        found["precision"], found["recall"] = ([pair[i] for pair in pairs] for i in (0, 1))
-    subsets = (mean(deviation for _, deviation, _ in kernel), f"100 subsets of {kernel[0][2]}")
+    subsets: tuple[float | None, str] = (None, "")
+    if card.features is not None:  # statistics of others have none
+        kernel = [kernel_distance(card.features, features, seed) for features in sets]
+        found["kd"] = [value for value, _, _ in kernel]
+        subsets = (mean(deviation for _, deviation, _ in kernel), f"100 subsets of {kernel[0][2]}")
+        if not quick:
+            pairs = [precision_recall(card.features, features) for features in sets]
+            found["precision"], found["recall"] = ([pair[i] for pair in pairs] for i in (0, 1))
     figures = []
     for key, values in found.items():
-        spread: tuple[float | None, str] = subsets if key == "kd" else (None, "")
+        spread = subsets if key == "kd" else (None, "")
         if len(values) >= 3:
             spread = (stdev(values), f"{len(values)} disjoint seeds")
-        of_all = card.count if key == "fd" else len(card.features)
+        real = card.count or 0 if key == "fd" else len(card.places if card.places is not None else ())
         note = bias_note(n) if key == "fd" else ""
-        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, card.split, n, of_all, note))
+        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, card.split or "", n, real, note))
     return figures
 
 
@@ -83,7 +85,7 @@ def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) 
     scores = []
     for features in sets:
         metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS)
-        metric.update((features.double() @ detector.head.double().T))
+        metric.update(features.double() @ detector.head.double().T)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             scores.append([float(part) for part in metric.compute()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from cdm_lightning import InputError
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
-from cdm_lightning.evaluation.cards import ReferenceCard, read_card, reference
+from cdm_lightning.evaluation.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.features import extract, read_features
 from cdm_lightning.evaluation.figures import Figure
+from cdm_lightning.evaluation.making_cards import reference
 from cdm_lightning.evaluation.measure import measure
 from cdm_lightning.evaluation.reference import real_images_of
 from cdm_lightning.sample_shards import draw, plan, wait_for_all
@@ -26,7 +27,7 @@ from cdm_lightning.shards import find_folder, read_manifest, write_atomically, w
 
 @dataclass(frozen=True)
 class Point:
-    """A setting of the first stages of a cascade, up to number `number`; a sampler and steps of null are the stage's own.
+    """A setting of the stages of a cascade up to `number`; a sampler and steps of None are the stage's own.
 
     kind: how its low-resolution input came about. truncated: the reverse process stopped at s. non-truncated: finished
     samples, noised to s. generated: either of the two where s = 0. real low-res: real images, reduced and noised to s.
@@ -176,7 +177,7 @@ class Workshop:
         return folder
 
     def stage_folders(self, row: Row) -> list[Path]:
-        """The folders of shards of a row's samples, low to high; truncated sampling leaves the last resolution alone."""
+        """The folders of shards of a row's samples, low to high; truncated sampling keeps the last resolution alone."""
         point = Point(len(row.levels), row.levels, row.kind)
         last = Path(row.folders[0]) / "train" / str(row.resolution)
         if row.kind in ("truncated", "real low-res"):

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cdm_lightning.bundle import read_about
 from cdm_lightning.evaluation import page
 from cdm_lightning.evaluation.figures import Accuracy, Figure
 from cdm_lightning.evaluation.memory import memorisation, neighbour_rows, sheet, stage_rows, stored
+from cdm_lightning.evaluation.page_elements import paragraph
 from cdm_lightning.shards import write_atomically
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "diffusers")
@@ -46,7 +47,7 @@ def provenance() -> dict[str, str]:
 
 def print_figures(figures: Sequence[Figure]) -> None:
     """The figures as lines, with their error bars and what those are."""
-    table = Table("figure", "value", "±", "over", "against", "n", "n real")
+    table = Table(Column("figure", overflow="fold"), "value", "±", "over", "against", "n", "n real")
     for f in figures:
         spread = "" if f.spread is None else f"{f.spread:.4g}"
         over = f.spread_of if spread else ""
@@ -76,7 +77,7 @@ def write_evaluation(out: Path, measured: Any, real: Path | None, cas: Path | No
         said = memorisation_sentence(results["memorisation"])
         rows = [] if real is None else neighbour_rows(card, measured.features[0], measured.folders[0], real)
         grid = page.neighbours_grid(rows, f"the features of {measured.detector.name}")
-        sections.append(("Memorisation", page.paragraph(said) + grid))
+        sections.append(("Memorisation", paragraph(said) + grid))
     sections += [("How it was made", made_section(results)), ("Commands", page.commands([results["made"]["command"]]))]
     lead = f"{measured.figures[0].n:,} samples of {resolution} × {resolution}, judged by {measured.detector.name}."
     page.write_page(out / "report.html", "Evaluation of a cascade", sections, lead)
@@ -101,7 +102,7 @@ def cas_section(path: Path, resolution: int, classes: Sequence[str]) -> str:
         top5 = 100 * five["mean"] if len(classes) > 10 else None
         rows.append(Accuracy(f"{kind} images", found["n"], 100 * one["mean"], top5, spread, over))
     table = page.cas_table(rows, found["recipe"]["architecture"], resolution if is_imagenet(classes) else None)
-    return table + page.paragraph(found["conclusion"])
+    return table + paragraph(found["conclusion"])
 
 
 def memorisation_sentence(found: dict[str, Any]) -> str:

@@ -73,8 +73,8 @@ def search(
     cascade = CascadeModule.of(stages, seed)
     cascade.set_sampler(sampler, sampling_steps)
     run = Workshop(
-        cascade, about, Path(out), Path(shards), split, judge, detector, n, list(range(seed, seed + repeats)), block_size,
-        devices, accelerator,
+        cascade, about, Path(out), Path(shards), split, judge, detector, n, list(range(seed, seed + repeats)),
+        block_size, devices, accelerator,
     )  # fmt: skip
     kinds = [kind for kind, wanted in (("truncated", True), ("non-truncated", False)) if truncated in (None, wanted)]
     run.begin()

@@ -1,0 +1,115 @@
+"""`cdm reference`: measure a set of real images once, and keep its moments and features as a reference card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
+from cdm_lightning import InputError
+from cdm_lightning.evaluation.cards import ReferenceCard, bias_note, write_card
+from cdm_lightning.evaluation.detectors import Detector, load_detector
+from cdm_lightning.evaluation.distance import Moments
+from cdm_lightning.evaluation.features import extract, read_features
+from cdm_lightning.sampling import digest_of
+from cdm_lightning.shards import Manifest, find_folder, read_manifest
+
+
+def reference(
+    shards: Path,
+    out: Path,
+    resolution: int,
+    split: str = "train",
+    detector: str = "inception",
+    keep: int = 10_000,
+    count: int | None = None,
+    devices: int = 1,
+    accelerator: str = "auto",
+    batch_size: int = 50,
+    trust_detector: bool = False,
+) -> None:
+    """Measure real images once: moments and features for FID, KID, precision and recall, in one file with its making.
+
+    Stopped and called again, it goes on where it was, from <out>.partial-features. The numbers do not depend on the
+    number of processes.
+
+    Args:
+        shards: Root of the images, with <split>/<resolution>/ in it.
+        out: The .safetensors file to write.
+        resolution: Of the images; larger ones are reduced to it.
+        split: Which split to measure.
+        detector: inception, fashion-cnn-64, or the path of a detector's file.
+        keep: Features of so many images are kept, the first in stored order, which is random.
+        count: Measure exactly the first so many images, instead of all.
+        devices: Processes to share the work.
+        accelerator: cpu, gpu or auto.
+        batch_size: Images the detector works on at a time, per process.
+        trust_detector: Run a TorchScript that is not the canonical Inception.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out} does not end in .safetensors, as a reference card does")
+    if out.exists():
+        raise InputError(f"{out} exists already: remove it or give another name")
+    if keep < 0 or batch_size < 1:
+        raise InputError(
+            f"keep = {keep}, batch_size = {batch_size}: keep is 0 or more, and a batch has 1 image or more"
+        )
+    folder = find_folder(shards, split, resolution)
+    stored = read_manifest(folder)
+    n = stored.count if count is None else count
+    if not 2 <= n <= stored.count:
+        raise InputError(f"count is {n}: moments take 2 images or more, and {folder} holds {stored.count}")
+    judge = load_detector(detector, trust_detector)
+    work = out.with_name(out.name + ".partial-features")
+    needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
+    manifest = extract(shards, split, resolution, judge, work, devices, accelerator, batch_size, needed)
+    if getattr(rank_zero_only, "rank", 0):  # Lightning sets it when processes start
+        return
+    card = summarize(out, manifest, n, resolution, judge, keep, work)
+    write_card(card)
+    shutil.rmtree(work)
+    present = [name for name, c in zip(manifest.classes, card.counts or [], strict=True) if c]
+    print(
+        f"{out}: {n:,} images {resolution}x{resolution} of {len(present)} of {len(manifest.classes)} classes, "
+        f"{judge.num_features} features of {judge.name} each, {min(keep, n):,} kept"
+    )
+    for note in (f"all of them are of one class, {present[0]}" if len(present) == 1 else "", bias_note(n)):
+        print(f"note: {note}") if note else None
+
+
+def summarize(
+    out: Path, manifest: Manifest, n: int, resolution: int, judge: Detector, keep: int, work: Path
+) -> ReferenceCard:
+    """The card of the first n images whose features lie in `work`; one shard at a time."""
+    kept: list[torch.Tensor] = []
+    counts = torch.zeros(len(manifest.classes), dtype=torch.int64)
+
+    def passing() -> Iterator[torch.Tensor]:
+        left, wanted = n, min(keep, n)
+        for features, label in tqdm(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
+            counts.add_(label[:left].bincount(minlength=len(counts)))
+            kept.append(features[:left][:wanted].clone())
+            yield features[:left]
+            left, wanted = max(0, left - len(features)), max(0, wanted - len(features))
+
+    moments = Moments.of(passing())
+    packages = ("torch", "lightning", "numpy", "pillow")
+    made = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stored_resolution": manifest.resolution,
+        "versions": {name: version(name) for name in ("cdm_lightning", *packages)},
+    }
+    return ReferenceCard(
+        source=manifest.source or None, split=manifest.split, resolution=resolution, channels=manifest.channels,
+        crop=manifest.crop, filter=manifest.filter, count=n, classes=manifest.classes, counts=counts.tolist(),
+        detector=judge.name, detector_sha256=judge.sha256, shards_sha256=digest_of(manifest.shards), made=made,
+        path=out, moments=moments, features=torch.cat(kept) if keep else None,
+        places=torch.arange(min(keep, n)) if keep else None,
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""What a detector is, and the small one of this project: frozen networks that turn uint8 images into features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cdm_lightning import InputError
+from cdm_lightning.images import to_float
+
+
+class Detector(nn.Module):
+    """What every detector has; its forward maps uint8 (B, C, H, W) to features, float32 (B, num_features)."""
+
+    name: str
+    sha256: str  # of its weights
+    num_features: int
+    canonical: bool = False  # whether distances on its features may be called FID, KID and Inception Score
+
+
+class SmallCNN(Detector):
+    """A classifier of small images, whose 64 numbers before the last layer, max(0, a (W h) + b), are the features.
+
+    image: uint8 (B, channels, H, W), H, W >= 8, of any size: resized bilinearly without antialiasing to the 32x32 it
+    was trained on. Another number of channels and float images are refused.
+
+    channels: 1 for grey images, 3 for colour. width: channels of the first convolution. num_classes: of the classifier.
+    """
+
+    name = "small-cnn"
+    sha256 = ""  # until weights are loaded
+    num_features, resolution = 64, 32
+
+    def __init__(self, channels: int = 1, width: int = 24, num_classes: int = 10) -> None:
+        super().__init__()
+        self.channels, self.num_classes = channels, num_classes
+        self.convolutions = nn.Sequential(
+            *convolution(channels, width),
+            nn.MaxPool2d(2),  # (B, width, 16, 16)
+            *convolution(width, 2 * width),
+            nn.MaxPool2d(2),  # (B, 2 width, 8, 8)
+            *convolution(2 * width, 4 * width),
+            nn.MaxPool2d(2),  # (B, 4 width, 4, 4)
+            nn.Flatten(),
+        )
+        self.penultimate = nn.Sequential(
+            nn.Linear(4 * width * 4 * 4, self.num_features, bias=False),
+            nn.BatchNorm1d(self.num_features),  # keeps every feature alive
+            nn.ReLU(),
+        )
+        self.last = nn.Linear(self.num_features, num_classes)
+
+    @classmethod
+    def of(cls, state: dict[str, torch.Tensor]) -> SmallCNN:
+        """The network that these weights fit, its sizes read from their shapes; raises KeyError, RuntimeError."""
+        width, channels = state["convolutions.0.weight"].shape[:2]
+        made = cls(channels, width, len(state["last.weight"]))
+        made.load_state_dict(state)
+        return made
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Features, float32 (B, 64), of uint8 (B, C, H, W)."""
+        return self.features(self.prepare(image))
+
+    def classify(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits of the classes, float32 (B, num_classes), of uint8 (B, C, H, W)."""
+        return self.last(self(image))
+
+    def prepare(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) to float32 (B, C, 32, 32) in [-1, 1]."""
+        channels = self.channels
+        fits = (
+            image.dtype == torch.uint8 and image.ndim == 4 and image.shape[1] == channels and min(image.shape[2:]) >= 8
+        )
+        if not fits:
+            raise InputError(
+                f"detector {self.name} takes uint8 images (B, {channels}, H, W) of 8 pixels or more, "
+                f"not {image.dtype} {tuple(image.shape)}"
+            )
+        size = (self.resolution, self.resolution)
+        return F.interpolate(to_float(image), size, mode="bilinear", align_corners=False, antialias=False)
+
+    def features(self, prepared: torch.Tensor) -> torch.Tensor:
+        return self.penultimate(self.convolutions(prepared))
+
+
+def convolution(channels: int, out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
