@@ -133,6 +133,7 @@ def test_the_contents_lead_to_every_section_that_has_something(whole):
     ids = [attributes["id"] for _, attributes in whole.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert [a["href"][1:] for a in whole.all("a")] == [a["id"] for a in whole.all("section")]
+    assert {a["aria-labelledby"] for a in whole.all("section")} == {a["id"] for a in whole.all("h2")}
     assert len(whole.all("section")) == 1 + len(headings) and len(whole.all("h1")) == 1
     assert all(heading in whole.text for heading in headings) and "Nothing" not in whole.text
 
@@ -315,13 +316,19 @@ def test_pictures_keep_every_pixel(images):
 
 def test_neighbours_are_in_order_and_copies_are_called_so(images):
     rows = [(images[0], [images[1], images[2]], [0.5, 1.25], True), (images[2], [images[1]], [2.0], False)]
+    rows.append((images[1], [], [], False))
     shown = Reader(page.neighbours_grid(rows, "features of fashion-cnn-64"))
     assert shown.tables[0] == [
-        ["generated", "nearest", "nearest 2"], ["copy", "0.500", "1.25"], ["generated", "2.00", "–"]
+        ["generated", "nearest", "nearest 2"], ["copy", "0.500", "1.25"], ["generated", "2.00", "–"],
+        ["generated", "–", "–"],
     ]  # fmt: skip
-    order = [images[0], images[1], images[2], images[2], images[1]]
+    order = [images[i] for i in (0, 1, 2, 2, 1, 1)]
     assert all(torch.equal(pixels_of(a["src"]), image) for a, image in zip(shown.all("img"), order, strict=True))
-    assert "1 of the 2 images shown" in shown.text and "distance in features of fashion-cnn-64" in shown.text
+    assert (
+        "1 of the 3 images shown" in shown.text
+        and [a.get("class") for a in shown.all("tr")][1:] == ["marked", None, None]
+        and "distance in features of fashion-cnn-64" in shown.text
+    )
 
 
 def test_the_slider_shows_every_level_without_a_script(images):
