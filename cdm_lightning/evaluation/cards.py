@@ -183,7 +183,7 @@ def check_card(
 
 
 def bias_note(n: int | None) -> str:
-    """What to say beside a distance of n images: "" for 50,000 or more, else that their small number makes it larger."""
+    """What to say beside a distance of n images: "" for 50,000 or more, else that so few make it larger."""
     if n is None:
         return "the number of images is not known, and the fewer there are the larger the distance"
     if n >= ENOUGH:

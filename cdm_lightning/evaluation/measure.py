@@ -57,10 +57,9 @@ def reference(
         raise InputError(f"{out} does not end in .safetensors, as a reference card does")
     if out.exists():
         raise InputError(f"{out} exists already: remove it or give another name")
-    if keep < 0 or batch_size < 1:
-        raise InputError(
-            f"keep = {keep}, batch_size = {batch_size}: keep is 0 or more, and a batch has 1 image or more"
-        )
+    for name, number, least in (("keep", keep, 0), ("batch_size", batch_size, 1), ("devices", devices, 1)):
+        if number < least:
+            raise InputError(f"{name} is {number}: it must be at least {least}")
     folder = find_folder(shards, split, resolution)
     stored = read_manifest(folder)
     n = stored.count if count is None else count
@@ -78,7 +77,7 @@ def reference(
     present = [name for name, c in zip(manifest.classes, card.counts or [], strict=True) if c]
     print(
         f"{out}: {n:,} images {resolution}x{resolution} of {len(present)} of {len(manifest.classes)} classes, "
-        f"{judge.num_features} features of {judge.name} each, {len(card.places or []):,} kept"
+        f"{judge.num_features} features of {judge.name} each, {min(keep, n):,} kept"
     )
     for note in (f"all of them are of one class, {present[0]}" if len(present) == 1 else "", bias_note(n)):
         print(f"note: {note}") if note else None
