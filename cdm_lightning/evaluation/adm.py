@@ -42,7 +42,7 @@ class Images:
                     batch = np.frombuffer(data, np.uint8).reshape(shape).transpose(0, 3, 1, 2)
                 except BROKEN as error:
                     raise InputError(f"{self.path} cannot be read: {reason(error)}") from error
-                yield torch.from_numpy(np.ascontiguousarray(batch))
+                yield torch.from_numpy(batch.copy())  # its own memory, in torch's order
 
 
 def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -99,6 +99,10 @@ class Scripted(Detector):
         super().__init__()
         self.script, self.name, self.sha256, self.num_features = script, name, sha256, num_features
 
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Whatever the script makes of uint8 (B, C, H, W)."""
+        return self.script(image)
+
     @classmethod
     def of(cls, path: Path, data: bytes, sha256: str) -> Scripted:
         """Run it on black images of usual sizes, to see how many features it makes."""

@@ -57,10 +57,9 @@ def reference(
         raise InputError(f"{out} does not end in .safetensors, as a reference card does")
     if out.exists():
         raise InputError(f"{out} exists already: remove it or give another name")
-    if keep < 0 or batch_size < 1:
-        raise InputError(
-            f"keep = {keep}, batch_size = {batch_size}: keep is 0 or more, and a batch has 1 image or more"
-        )
+    for name, number, least in (("keep", keep, 0), ("batch_size", batch_size, 1), ("devices", devices, 1)):
+        if number < least:
+            raise InputError(f"{name} is {number}: it must be at least {least}")
     folder = find_folder(shards, split, resolution)
     stored = read_manifest(folder)
     n = stored.count if count is None else count
