@@ -1,4 +1,4 @@
-# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, ARGS.
+# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, SWEEP, OFFLINE, ARGS.
 PYTHON ?= python3
 EXPERIMENT ?= imagenet
 CDM := .venv/bin/cdm
@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-stage clean
+.PHONY: help setup demo test lint train-stage sweep clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ $(RUN)/samples.png: $(RUN)/bundle/bundle.json
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
+
+sweep: setup ## Run a sweep and print its table: make sweep SWEEP=level [OFFLINE=1] [ARGS="--trainer.devices 1"]
+	$(CDM) sweep --file experiments/sweeps/$(SWEEP).yaml $(if $(filter 1 true yes,$(OFFLINE)),--offline true) $(if $(ARGS),--arguments='$(ARGS)')
 
 test: setup ## Run every test
 	.venv/bin/pytest

@@ -26,6 +26,7 @@ from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.levels import evaluate
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.sampling import sample
+from cdm_lightning.sweeps import sweep
 
 LIGHTNING = {
     "fit": "Train one stage.",
@@ -86,6 +87,7 @@ COMMANDS: dict[str, Any] = {
     "bundle": bundle,
     "sample": sample,
     "evaluate": evaluate,
+    "sweep": sweep,
 }
 
 HARMLESS = (  # said by libraries about each other, or about what is so on purpose

@@ -25,6 +25,10 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "sample": ["--sampling_steps", "[2,2,2]"],
     "prepare": ["--workers", "1", "--max_corrupt", "0.5"],
     "bundle": [],
+    "sweep": [
+        "--count=1",
+        "--arguments=--trainer.limit_test_batches=2 --data.batch_size=20 --model.sampling_steps=[2,2,2]",
+    ],
 }
 
 
