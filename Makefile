@@ -1,4 +1,4 @@
-# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, ARGS.
+# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, SAMPLES, CAS, RECIPE, ARGS.
 PYTHON ?= python3
 EXPERIMENT ?= imagenet
 CDM := .venv/bin/cdm
@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-stage clean
+.PHONY: help setup demo cas test lint train-stage clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,14 @@ $(RUN)/samples.png: $(RUN)/bundle/bundle.json
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
+
+# The demo's samples.png shows 40 images; a score needs thousands: cdm sample --count 10000 into SAMPLES first.
+SAMPLES ?= $(RUN)/samples
+RECIPE ?= experiments/fashion/cas.yaml
+CAS ?= runs/cas
+
+cas: setup ## Classification accuracy score of samples: make cas SAMPLES=runs/demo/samples [CAS=runs/cas] [RECIPE=experiments/fashion/cas.yaml]
+	$(CDM) cas --config $(RECIPE) --samples $(SAMPLES) --out $(CAS) $(ARGS)
 
 test: setup ## Run every test
 	.venv/bin/pytest

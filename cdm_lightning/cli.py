@@ -23,6 +23,7 @@ from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
 from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.evaluation.cas import cas
 from cdm_lightning.evaluation.levels import evaluate
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.sampling import sample
@@ -86,6 +87,7 @@ COMMANDS: dict[str, Any] = {
     "bundle": bundle,
     "sample": sample,
     "evaluate": evaluate,
+    "cas": cas,
 }
 
 HARMLESS = (  # said by libraries about each other, or about what is so on purpose

@@ -196,8 +196,8 @@ def plan(
     )
 
 
-def begin(out: Path, manifest: SampleManifest) -> None:
-    """Write the manifest into a new folder; in one begun before, refuse to go on with another."""
+def begin(out: Path, manifest: Any) -> None:
+    """Write the manifest, a dataclass, into a new folder; in one begun before, refuse to go on with another."""
     path = Path(out) / "manifest.json"
     if path.is_file():
         try:

@@ -17,7 +17,7 @@ from cdm_lightning.images import encode_png
 from cdm_lightning.shards import Manifest, write_manifest, write_shard
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.stem not in ("defaults", "cascade"))
+EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.stem not in ("defaults", "cascade", "cas"))
 QUICK = [
     "--trainer.logger=false", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.precision=32-true",
     "--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.enable_progress_bar=false",
