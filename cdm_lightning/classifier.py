@@ -48,6 +48,7 @@ class ResidualBlock(nn.Module):
             layers += [nn.ReLU(), *convolution(width, out, 1)]
         else:
             layers = [*convolution(channels, width, 3, stride), nn.ReLU(), *convolution(width, out, 3)]
+        nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]  # a BatchNorm2d's
         self.branch = nn.Sequential(*layers)
         changes = stride > 1 or channels != out
         self.shortcut = nn.Sequential(*convolution(channels, out, 1, stride)) if changes else nn.Identity()
@@ -80,8 +81,6 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.branch[-1].weight)  # type: ignore[arg-type]  # a BatchNorm2d's
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # much faster on a CPU
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
