@@ -28,7 +28,7 @@ from cdm_lightning.shards import read_manifest, write_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[1]
-QUICK = Recipe(architecture="resnet8", steps=60, batch_size=64, lr=0.1, crop="none", warmup_steps=5)
+QUICK = Recipe(architecture="resnet8", steps=45, batch_size=64, lr=0.1, crop="none", warmup_steps=5)
 COUNTS = [60, 50, 60, 60, 60, 60, 60, 60, 60, 60]
 CPU = {"accelerator": "cpu"}
 
@@ -79,11 +79,11 @@ def test_images_that_teach_score_high_and_the_report_says_what_was_done(scored, 
     for kind in ("generated", "real"):
         runs = [json.loads((out / "runs" / f"{kind}-{seed}" / "result.json").read_text()) for seed in (0, 1)]
         top1 = [run["top1"] for run in runs]
-        assert min(top1) > 0.55 and results[kind]["top1"]["per_seed"] == top1
+        assert min(top1) > 0.5 and results[kind]["top1"]["per_seed"] == top1
         assert results[kind]["top1"]["mean"] == pytest.approx(sum(top1) / 2)
         assert results[kind]["top1"]["sd"] == pytest.approx(abs(top1[0] - top1[1]) / 2**0.5)
         for run in runs:
-            assert run["top5"] > run["top1"] and run["steps"] == 60
+            assert run["top5"] > run["top1"] and run["steps"] == 45
             assert np.mean(run["per_class"]) == pytest.approx(run["top1"], abs=1e-6)  # 60 validation images each
     both = (results[kind]["top1"]["per_seed"] for kind in ("generated", "real"))
     ratio = [g / r for g, r in zip(*both, strict=True)]
@@ -93,13 +93,13 @@ def test_images_that_teach_score_high_and_the_report_says_what_was_done(scored, 
         "protocol": "fewer images", "samples": {"bundle": "abc", "levels": [251, 0]},
     }  # fmt: skip
     assert {name: results[name] for name in expected} == expected
-    assert results["classes"][8] == "bag" and results["recipe"]["lr"] == 0.1 and results["epochs"] == 60 * 64 / 590
+    assert results["classes"][8] == "bag" and results["recipe"]["lr"] == 0.1 and results["epochs"] == 45 * 64 / 590
     assert "this is fewer" in results["conclusion"] and (out / "cas.png").stat().st_size > 5000
 
 
 def test_labels_that_say_nothing_score_as_chance(scored, toy, tmp_path):
     results = cas(toy / "shuffled", tmp_path, toy / "real", QUICK, seeds=[0], **CPU)
-    assert results["generated"]["top1"]["mean"] < 0.2 < 0.55 < results["real"]["top1"]["mean"]
+    assert results["generated"]["top1"]["mean"] < 0.2 < 0.5 < results["real"]["top1"]["mean"]
     assert results["generated"]["top1"]["sd"] is None
 
 
