@@ -1,4 +1,4 @@
-# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, SWEEP, OFFLINE, ARGS.
+# `make help` lists everything. Options: PYTHON, STAGE, EXPERIMENT, SWEEP, OFFLINE, SAMPLES, CAS, RECIPE, ARGS.
 PYTHON ?= python3
 EXPERIMENT ?= imagenet
 CDM := .venv/bin/cdm
@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-stage sweep detector clean
+.PHONY: help setup demo detector train-stage cas sweep test lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,14 @@ detector: setup ## Fetch the canonical Inception of FID and KID (87 MB) into $CD
 
 sweep: setup ## Run a sweep and print its table: make sweep SWEEP=level [OFFLINE=1] [ARGS="--trainer.devices 1"]
 	$(CDM) sweep --file experiments/sweeps/$(SWEEP).yaml $(if $(filter 1 true yes,$(OFFLINE)),--offline true) $(if $(ARGS),--arguments='$(ARGS)')
+
+# The demo's samples.png shows 40 images; a score needs thousands: cdm sample --count 10000 into SAMPLES first.
+SAMPLES ?= $(RUN)/samples
+RECIPE ?= experiments/fashion/cas.yaml
+CAS ?= runs/cas
+
+cas: setup ## Classification accuracy score of samples: make cas SAMPLES=runs/demo/samples [CAS=runs/cas] [RECIPE=experiments/fashion/cas.yaml]
+	$(CDM) cas --config $(RECIPE) --samples $(SAMPLES) --out $(CAS) $(ARGS)
 
 test: setup ## Run every test
 	.venv/bin/pytest

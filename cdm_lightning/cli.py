@@ -24,9 +24,10 @@ from cdm_lightning.cascade import CascadeModule, check_stages
 from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.adm import npz
+from cdm_lightning.evaluation.cas import cas
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.inception import detector
-from cdm_lightning.evaluation.making_cards import reference
+from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.evaluation.search import search
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.sampling import sample
@@ -96,6 +97,7 @@ COMMANDS: dict[str, Any] = {
     "reference": reference,
     "npz": npz,
     "sweep": sweep,
+    "cas": cas,
 }
 
 HARMLESS = (  # said by libraries about each other, or about what is so on purpose

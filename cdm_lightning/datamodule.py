@@ -137,17 +137,27 @@ class ShardDataModule(L.LightningDataModule):
         flip: Mirror half of the training images.
         window: Neighbouring shards whose images are shuffled among themselves.
         seed: Keys order and flips.
+        val_root: Folder whose `val` split validates and tests; null for root. With it a folder that `cdm sample` wrote,
+            which has no such split, can be trained on and tested on real images.
     """
 
     trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
 
     def __init__(
-        self, root: Path, batch_size: int = 64, num_workers: int = 2, flip: bool = False, window: int = 4, seed: int = 0
+        self,
+        root: Path,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        flip: bool = False,
+        window: int = 4,
+        seed: int = 0,
+        val_root: Path | None = None,
     ) -> None:
         super().__init__()
         if window < 1 or num_workers < 0:
             raise InputError(f"window {window} must be at least 1, and num_workers {num_workers} at least 0")
-        self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
+        self.roots = {"train": Path(root), "val": Path(root if val_root is None else val_root)}
+        self.batch_size, self.num_workers = batch_size, num_workers
         self.flip, self.window, self.seed = flip, window, seed
         self.seen, self.batches_before = 0, 0
 
@@ -160,7 +170,7 @@ class ShardDataModule(L.LightningDataModule):
     def manifest(self, split: str) -> tuple[Path, Manifest]:
         """The folder and manifest of a split, checked against the module that will be fed."""
         module: Any = self.trainer.lightning_module
-        folder = find_folder(self.root, split, module.resolution)
+        folder = find_folder(self.roots[split], split, module.resolution)
         manifest = read_manifest(folder)
         if manifest.resolution != int(folder.name):
             raise InputError(f"{folder} holds images of resolution {manifest.resolution}, its name says {folder.name}")

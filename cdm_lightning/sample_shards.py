@@ -23,6 +23,7 @@ from cdm_lightning.shards import (
     Manifest,
     Shard,
     decode_sample,
+    digest_of,
     read_manifest,
     read_places,
     write_atomically,
@@ -216,8 +217,8 @@ class Blocks(L.LightningDataModule):
         return DataLoader(BlockData(self.manifest, own, self.start), batch_size=None)
 
 
-def begin(out: Path, manifest: SampleManifest) -> None:
-    """Write the manifest into a new folder; in one begun before, refuse to go on with another."""
+def begin(out: Path, manifest: Any) -> None:
+    """Write the manifest, a dataclass, into a new folder; in one begun before, refuse to go on with another."""
     path = Path(out) / "manifest.json"
     if path.is_file():
         try:
@@ -247,8 +248,3 @@ def finish(folder: Path, manifest: SampleManifest, cascade: CascadeModule, about
         about.get("crop") or "none", about.get("filter") or "none", "samples", extra={"samples": asdict(manifest)},
     )  # fmt: skip
     write_manifest(folder, made)
-
-
-def digest_of(shards: Sequence[Shard]) -> str:
-    """One hash that says whether two folders of shards hold the same."""
-    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()

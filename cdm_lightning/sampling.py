@@ -15,8 +15,8 @@ from cdm_lightning.bundle import read_about
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import decode_png, save_grid
-from cdm_lightning.sample_shards import SampleManifest, digest_of, draw, plan, shard_name
-from cdm_lightning.shards import read_manifest, read_shard
+from cdm_lightning.sample_shards import SampleManifest, draw, plan, shard_name
+from cdm_lightning.shards import digest_of, read_manifest, read_shard
 
 
 def sample(

@@ -182,6 +182,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def digest_of(shards: Sequence[Shard]) -> str:
+    """One hash that says whether two folders of shards hold the same."""
+    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+
+
 def check_types(manifest: Manifest) -> None:
     """Raise ValueError where a field that others compute with is of another type, which JSON lets pass."""
     numbers = {"resolution": manifest.resolution, "channels": manifest.channels}

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(
     p
     for p in (ROOT / "experiments").glob("*/*.yaml")
-    if {"defaults", "cascade", "sweeps"}.isdisjoint((p.stem, p.parent.name))
+    if {"defaults", "cascade", "cas", "sweeps"}.isdisjoint((p.stem, p.parent.name))
 )
 QUICK = [
     "--trainer.logger=false", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.precision=32-true",
@@ -60,6 +60,8 @@ def test_every_experiment_trains_a_step(path, colour_shards, tmp_path, monkeypat
     arguments = ["fit", *configs(path), *QUICK, f"--trainer.default_root_dir={run}"]
     if path.parent.name == "imagenet":
         arguments.append(f"--data.root={colour_shards}")
+    elif path.parent.name == "study":
+        arguments += ["--data.root=data/fashion", "--model.image_channels=1"]
     main(arguments)
     stage = load_stage(run / "checkpoints" / "last.ckpt")
     stated = yaml.safe_load(path.read_text())["model"]["init_args"]

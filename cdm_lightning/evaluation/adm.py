@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from tqdm import tqdm
 
 from cdm_lightning import InputError
-from cdm_lightning.evaluation.reference import read_images
+from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.shards import find_folder, read_manifest
 
 TORN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)

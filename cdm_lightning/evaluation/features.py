@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.detectors import Detector
-from cdm_lightning.evaluation.reference import stream
+from cdm_lightning.evaluation.real_images import stream
 from cdm_lightning.shards import Manifest, find_folder, read_manifest, write_atomically
 
 

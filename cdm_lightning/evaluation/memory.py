@@ -12,8 +12,7 @@ from cdm_lightning import InputError
 from cdm_lightning.evaluation.cards import ReferenceCard
 from cdm_lightning.evaluation.manifold import copy_threshold, nearest
 from cdm_lightning.images import downscale, encode_png
-from cdm_lightning.sample_shards import digest_of
-from cdm_lightning.shards import decode_sample, find_folder, read_manifest, read_places
+from cdm_lightning.shards import decode_sample, digest_of, find_folder, read_manifest, read_places
 
 EXPECTED = 0.01  # share of honest samples that the threshold takes for copies
 SHOWN, NEIGHBOURS, CLASSES, SHEET, COLUMNS = 8, 4, 20, 40, 10

@@ -17,9 +17,9 @@ from cdm_lightning.evaluation.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.features import extract, read_features
 from cdm_lightning.evaluation.figures import Figure
-from cdm_lightning.evaluation.making_cards import reference
 from cdm_lightning.evaluation.measure import measure
-from cdm_lightning.evaluation.reference import real_images_of
+from cdm_lightning.evaluation.real_images import real_images_of
+from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.sample_shards import draw, plan, wait_for_all
 from cdm_lightning.sampling import origin
 from cdm_lightning.shards import find_folder, read_manifest, write_atomically, write_images

@@ -1,68 +1,113 @@
-"""Real images to compare with: the validation shards, streamed at the resolution that is asked for."""
+"""`cdm reference`: measure a set of real images once, and keep its moments and features as a reference card."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from cdm_lightning import InputError
-from cdm_lightning.images import downscale
-from cdm_lightning.shards import Manifest, Shard, decode_sample, find_folder, read_manifest, read_shard
+from cdm_lightning.evaluation.cards import ReferenceCard, bias_note, write_card
+from cdm_lightning.evaluation.detectors import Detector, load_detector
+from cdm_lightning.evaluation.distance import Moments
+from cdm_lightning.evaluation.features import extract, read_features
+from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
 
 
-def read_images(
-    root: Path, split: str, resolution: int, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All images of <root>/<split> in stored order: uint8 (B, C, R, R), reduced to R by 2x2 means, and their labels.
+def reference(
+    shards: Path,
+    out: Path,
+    resolution: int,
+    split: str = "train",
+    detector: str = "inception",
+    keep: int = 10_000,
+    count: int | None = None,
+    devices: int = 1,
+    accelerator: str = "auto",
+    batch_size: int = 50,
+    trust_detector: bool = False,
+) -> None:
+    """Measure real images once: moments and features for FID, KID, precision and recall, in one file with its making.
 
-    Raises InputError where no stored resolution leads to R, or a folder is unfinished or holds what cannot be read.
+    Stopped and called again, it goes on where it was, from <out>.partial-features. The numbers do not depend on the
+    number of processes.
+
+    Args:
+        shards: Root of the images, with <split>/<resolution>/ in it.
+        out: The .safetensors file to write.
+        resolution: Of the images; larger ones are reduced to it.
+        split: Which split to measure.
+        detector: inception, fashion-cnn-64, or the path of a detector's file.
+        keep: Features of so many images are kept, the first in stored order, which is random.
+        count: Measure exactly the first so many images, instead of all.
+        devices: Processes to share the work.
+        accelerator: cpu, gpu or auto.
+        batch_size: Images the detector works on at a time, per process.
+        trust_detector: Run a TorchScript that is not the canonical Inception.
     """
-    folder = find_folder(root, split, resolution)
-    manifest = read_manifest(folder)
-    yield from stream(folder, manifest, manifest.shards, resolution, batch_size)
-
-
-def stream(
-    folder: Path, manifest: Manifest, shards: Sequence[Shard], resolution: int, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of the images of some shards of a folder, as `read_images` gives them."""
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    for shard in shards:
-        for sample in read_shard(folder / shard.name, shard.count):
-            image, label = decode_sample(sample, manifest)
-            images.append(image)
-            labels.append(label)
-            if len(images) == batch_size:
-                yield batch_of(images, labels, resolution)
-                images, labels = [], []
-    if images:
-        yield batch_of(images, labels, resolution)
-
-
-def batch_of(images: list[np.ndarray], labels: list[int], resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
-    image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return downscale(image, resolution), torch.tensor(labels)
-
-
-def real_images_of(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
-    """Real images, uint8 (N, C, R, R), of the classes in `label`, (N,): the first of each class, in stored order.
-
-    Raises InputError where a class has fewer images than `label` asks for.
-    """
-    wanted = {c: (label == c).nonzero()[:, 0].tolist() for c in label.unique().tolist()}
-    found: dict[int, torch.Tensor] = {}
-    for batch, classes in read_images(root, split, resolution, 500):
-        for image, c in zip(batch, classes.tolist(), strict=True):
-            if wanted.get(c):
-                found[wanted[c].pop(0)] = image
-        if len(found) == len(label):
-            return torch.stack([found[i] for i in range(len(label))])
-    c = next(c for c, places in wanted.items() if places)
-    asked = int((label == c).sum())
-    raise InputError(
-        f"n = {len(label)} asks for {asked} real images of class {c}, and {root}/{split} has {asked - len(wanted[c])}"
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out} does not end in .safetensors, as a reference card does")
+    if out.exists():
+        raise InputError(f"{out} exists already: remove it or give another name")
+    for name, number, least in (("keep", keep, 0), ("batch_size", batch_size, 1), ("devices", devices, 1)):
+        if number < least:
+            raise InputError(f"{name} is {number}: it must be at least {least}")
+    folder = find_folder(shards, split, resolution)
+    stored = read_manifest(folder)
+    n = stored.count if count is None else count
+    if not 2 <= n <= stored.count:
+        raise InputError(f"count is {n}: moments take 2 images or more, and {folder} holds {stored.count}")
+    judge = load_detector(detector, trust_detector)
+    work = out.with_name(out.name + ".partial-features")
+    needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
+    manifest = extract(shards, split, resolution, judge, work, devices, accelerator, batch_size, needed)
+    if getattr(rank_zero_only, "rank", 0):  # Lightning sets it when processes start
+        return
+    card = summarize(out, manifest, n, resolution, judge, keep, work)
+    write_card(card)
+    shutil.rmtree(work)
+    present = [name for name, c in zip(manifest.classes, card.counts or [], strict=True) if c]
+    print(
+        f"{out}: {n:,} images {resolution}x{resolution} of {len(present)} of {len(manifest.classes)} classes, "
+        f"{judge.num_features} features of {judge.name} each, {min(keep, n):,} kept"
     )
+    for note in (f"all of them are of one class, {present[0]}" if len(present) == 1 else "", bias_note(n)):
+        print(f"note: {note}") if note else None
+
+
+def summarize(
+    out: Path, manifest: Manifest, n: int, resolution: int, judge: Detector, keep: int, work: Path
+) -> ReferenceCard:
+    """The card of the first n images whose features lie in `work`; one shard at a time."""
+    kept: list[torch.Tensor] = []
+    counts = torch.zeros(len(manifest.classes), dtype=torch.int64)
+
+    def passing() -> Iterator[torch.Tensor]:
+        left, wanted = n, min(keep, n)
+        for features, label in tqdm(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
+            counts.add_(label[:left].bincount(minlength=len(counts)))
+            kept.append(features[:left][:wanted].clone())
+            yield features[:left]
+            left, wanted = max(0, left - len(features)), max(0, wanted - len(features))
+
+    moments = Moments.of(passing())
+    packages = ("torch", "lightning", "numpy", "pillow")
+    made = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stored_resolution": manifest.resolution,
+        "versions": {name: version(name) for name in ("cdm_lightning", *packages)},
+    }
+    return ReferenceCard(
+        source=manifest.source or None, split=manifest.split, resolution=resolution, channels=manifest.channels,
+        crop=manifest.crop, filter=manifest.filter, count=n, classes=manifest.classes, counts=counts.tolist(),
+        detector=judge.name, detector_sha256=judge.sha256, shards_sha256=digest_of(manifest.shards), made=made,
+        path=out, moments=moments, features=torch.cat(kept) if keep else None,
+        places=torch.arange(min(keep, n)) if keep else None,
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+"""What a classification accuracy score is measured with and how: the recipe, the folders, the counts; checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from cdm_lightning import InputError
+from cdm_lightning.classifier import Architecture, Crop, LearningRate
+from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How every classifier is trained, on generated images and on real ones alike.
+
+    Args:
+        architecture: resnet8, resnet14 or resnet20 for images of about 32x32, resnet50 for ImageNet.
+        steps: Optimizer steps of a training.
+        batch_size: Images per optimizer step, over all devices.
+        lr: SGD's learning rate after the warm-up.
+        momentum: Of SGD, in Nesterov's form.
+        weight_decay: Of every parameter.
+        label_smoothing: Share of the target spread evenly over the classes.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        schedule: cosine to 0, or steps: a tenth after each of 1/3, 2/3 and 8/9 of the training.
+        crop: pad (shift by up to 4 pixels), resized (random area and aspect ratio) or none.
+        flip: Mirror half of the training images.
+        precision: Lightning's name of it, such as 32-true or bf16-mixed.
+    """
+
+    architecture: Architecture = "resnet14"
+    steps: int = 1000
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    warmup_steps: int = 0
+    schedule: LearningRate = "cosine"
+    crop: Crop = "pad"
+    flip: bool = True
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Recipe):
+    """What a folder of results is begun with, and continued with nothing else; counts are training images per class."""
+
+    samples: str  # SHA-256 of the generated shards
+    training: str  # of the real shards that the control is chosen from
+    validation: str  # of the real shards to test on
+    resolution: int
+    channels: int
+    devices: int  # each normalises its own part of a batch
+    counts: list[int]
+    classes: list[str]
+
+    def recipe(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(Recipe)}
+
+
+def manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Manifest]:
+    """Of the generated images, the real training images and the real validation images; refuses what does not fit."""
+    folder = Path(samples) / "train"
+    stored = [int(f.name) for f in folder.iterdir() if f.name.isdecimal()] if folder.is_dir() else []
+    if not stored:
+        raise InputError(f"{folder} holds no shards: samples must be a folder that `cdm sample` has finished")
+    resolution = max(stored)
+    generated = read_manifest(folder / str(resolution))
+    real, validation = (read_manifest(find_folder(shards, split, resolution)) for split in ("train", "val"))
+    for split, other in (("train", real), ("val", validation)):
+        if other.channels != generated.channels:
+            raise InputError(f"{samples} has {generated.channels} channels, and {shards}/{split} {other.channels}")
+        if len(other.classes) != len(generated.classes):
+            raise InputError(
+                f"{samples} has {len(generated.classes)} classes, and {shards}/{split} {len(other.classes)}"
+            )
+        unnamed = generated.classes == [str(c) for c in range(len(generated.classes))]
+        if other.classes != generated.classes and not unnamed:
+            pairs = zip(generated.classes, other.classes, strict=True)
+            c, (ours, theirs) = next((c, pair) for c, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise InputError(f"class {c} of {samples} is {ours!r}, and of {shards}/{split} {theirs!r}")
+    if len(real.classes) < 2:
+        raise InputError(f"{shards} has {len(real.classes)} class: a classification accuracy takes 2 or more")
+    for where, manifest in ((samples, generated), (f"{shards}/val", validation)):
+        if 0 in manifest.counts:
+            c = manifest.counts.index(0)
+            raise InputError(f"{where} has no images of class {c} ({real.classes[c]}): every class must be there")
+    return generated, real, validation
+
+
+def make_plan(
+    generated: Manifest, real: Manifest, validation: Manifest, count: int | None, recipe: Recipe, devices: int
+) -> Plan:
+    """The plan of a call; refuses a count or a recipe that cannot be trained."""
+    n = generated.count if count is None else count
+    if not len(generated.classes) <= n <= generated.count:
+        raise InputError(f"count {n} must lie between one image a class and the {generated.count} generated images")
+    if recipe.steps < 1 or recipe.batch_size < 2:
+        raise InputError(f"steps {recipe.steps} must be at least 1, and batch_size {recipe.batch_size} at least 2")
+    if devices < 1 or recipe.batch_size % devices:
+        raise InputError(f"batch_size {recipe.batch_size} cannot be shared by {devices} devices")
+    counts = share(n, generated.counts)
+    for name, asked, held in zip(real.classes, counts, real.counts, strict=True):
+        if asked > held:
+            raise InputError(
+                f"the control takes as many real images as generated ones, {asked} of class {name}, "
+                f"and there are {held}: ask for a smaller count"
+            )
+    return Plan(
+        **asdict(recipe),
+        samples=digest_of(generated.shards),
+        training=digest_of(real.shards),
+        validation=digest_of(validation.shards),
+        resolution=generated.resolution,
+        channels=generated.channels,
+        devices=devices,
+        counts=counts,
+        classes=real.classes,
+    )
+
+
+def share(n: int, counts: Sequence[int]) -> list[int]:
+    """n in proportion to counts, in whole numbers by largest remainders; ties go to the lower class."""
+    total = sum(counts)
+    parts = [n * count // total for count in counts]
+    order = sorted(range(len(counts)), key=lambda c: -(n * counts[c] % total))  # sorted is stable
+    for c in order[: n - sum(parts)]:
+        parts[c] += 1
+    return parts

@@ -1,0 +1,138 @@
+"""Real images to compare with: the shards of a split, streamed at the resolution that is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cdm_lightning import InputError
+from cdm_lightning.images import downscale, encode_png
+from cdm_lightning.randomness import key
+from cdm_lightning.shards import (
+    Manifest,
+    Shard,
+    decode_sample,
+    find_folder,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
+
+IMAGES_PER_SHARD = 1000
+
+
+def read_images(
+    root: Path, split: str, resolution: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All images of <root>/<split> in stored order: uint8 (B, C, R, R), reduced to R by 2x2 means, and their labels.
+
+    Raises InputError where no stored resolution leads to R, or a folder is unfinished or holds what cannot be read.
+    """
+    folder = find_folder(root, split, resolution)
+    manifest = read_manifest(folder)
+    yield from stream(folder, manifest, manifest.shards, resolution, batch_size)
+
+
+def stream(
+    folder: Path, manifest: Manifest, shards: Sequence[Shard], resolution: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the images of some shards of a folder, as `read_images` gives them."""
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for shard in shards:
+        for sample in read_shard(folder / shard.name, shard.count):
+            image, label = decode_sample(sample, manifest)
+            images.append(image)
+            labels.append(label)
+            if len(images) == batch_size:
+                yield batch_of(images, labels, resolution)
+                images, labels = [], []
+    if images:
+        yield batch_of(images, labels, resolution)
+
+
+def batch_of(images: list[np.ndarray], labels: list[int], resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+    image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return downscale(image, resolution), torch.tensor(labels)
+
+
+def real_images_of(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
+    """Real images, uint8 (N, C, R, R), of the classes in `label`, (N,): the first of each class, in stored order.
+
+    Raises InputError where a class has fewer images than `label` asks for.
+    """
+    wanted = {c: (label == c).nonzero()[:, 0].tolist() for c in label.unique().tolist()}
+    found: dict[int, torch.Tensor] = {}
+    for batch, classes in read_images(root, split, resolution, 500):
+        for image, c in zip(batch, classes.tolist(), strict=True):
+            if wanted.get(c):
+                found[wanted[c].pop(0)] = image
+        if len(found) == len(label):
+            return torch.stack([found[i] for i in range(len(label))])
+    c = next(c for c, places in wanted.items() if places)
+    asked = int((label == c).sum())
+    raise InputError(
+        f"n = {len(label)} asks for {asked} real images of class {c}, and {root}/{split} has {asked - len(wanted[c])}"
+    )
+
+
+def write_subset(root: Path, split: str, resolution: int, counts: Sequence[int], out: Path, seed: int) -> Manifest:
+    """Write out/train/<resolution>: counts[c] images of each class c, a random choice of `seed` among those of a split.
+
+    One pass in stored order, one shard in memory; the images keep their keys and their order, which is random already.
+    Bytes are copied where `resolution` is stored, else images are reduced by 2x2 means. A folder finished before is
+    left as it is. Raises InputError where a class has too few images, or `out` holds another subset.
+    """
+    source = find_folder(root, split, resolution)
+    manifest, folder = read_manifest(source), Path(out) / "train" / str(resolution)
+    digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+    extra = {"subset": {"split": split, "shards_sha256": digest, "counts": list(counts), "seed": seed}}
+    if (folder / "manifest.json").is_file():
+        found = read_manifest(folder)
+        if found.extra != extra:
+            raise InputError(f"{folder} holds another choice of images than the one asked for: choose another folder")
+        return found
+    if len(counts) != len(manifest.classes):
+        raise InputError(f"{len(counts)} counts are given, and {source} has {len(manifest.classes)} classes")
+    for c, (asked, held) in enumerate(zip(counts, manifest.counts, strict=True)):
+        if asked > held:
+            raise InputError(f"{asked} images of class {c} ({manifest.classes[c]}) are asked for, {source} has {held}")
+    shards: list[Shard] = []
+    with tqdm(total=sum(counts), desc=f"subset of {source}", unit="image") as bar:
+        chosen = chosen_samples(source, manifest, resolution, counts, seed)
+        while samples := list(islice(chosen, IMAGES_PER_SHARD)):
+            shards.append(write_shard(folder / f"{len(shards):06d}.tar", samples))
+            bar.update(len(samples))
+    about: dict[str, Any] = {"crop": manifest.crop, "filter": manifest.filter, "source": str(root), "extra": extra}
+    subset = Manifest(resolution, manifest.channels, "train", manifest.classes, list(counts), shards, seed, **about)
+    if subset.count != sum(counts):
+        raise InputError(f"{source} holds fewer images of some class than its manifest's counts {manifest.counts}")
+    write_manifest(folder, subset)
+    return subset
+
+
+def chosen_samples(
+    source: Path, manifest: Manifest, resolution: int, counts: Sequence[int], seed: int
+) -> Iterator[tuple[str, bytes, int]]:
+    """(key, png, label) of counts[c] random images of each class c, in stored order."""
+    kept = []
+    for c, (asked, held) in enumerate(zip(counts, manifest.counts, strict=True)):
+        kept.append(set(np.random.default_rng(key(seed, "subset", c)).choice(held, asked, replace=False).tolist()))
+    ranks = [count() for _ in counts]  # the next image of class c is its ranks[c]-th
+    for shard in manifest.shards:
+        for sample in read_shard(source / shard.name, shard.count):
+            label = int(sample["cls"])
+            if next(ranks[label]) in kept[label]:
+                image, label = decode_sample(sample, manifest)
+                png = sample["png"]
+                if resolution != manifest.resolution:
+                    png = encode_png(batch_of([image], [label], resolution)[0][0].permute(1, 2, 0).numpy())
+                yield sample["__key__"], png, label
