@@ -107,6 +107,8 @@ HARMLESS = (  # said by libraries about each other, or about what is so on purpo
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*predict returned None if it was on purpose.*",
+    ".*Couldn't infer the batch indices.*",
+    ".*Kernel Inception Distance. will save all extracted features.*",
     ".*__array__ implementation doesn't accept a copy keyword.*",
 )
 
@@ -134,8 +136,11 @@ def run(arguments: list[str]) -> None:
     """Hand the arguments to Lightning's command line or to a command of our own."""
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     command, rest = arguments[0], arguments[1:]
+    chatter = ("litlogger", "litmodels", *(() if command in LIGHTNING else ("GPU available", "TPU available")))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(word in str(record.msg) for word in chatter)
+    )
     if command in LIGHTNING:
         if not logged_in():
             os.environ.setdefault("WANDB_MODE", "offline")

@@ -138,10 +138,15 @@ def draw(
         )  # fmt: skip
         trainer.predict(cascade, datamodule=Blocks(manifest, todo, start), return_predictions=False)
     for folder in folders:
-        if rank_zero_only.rank == 0 and not (folder / "manifest.json").is_file():
+        if first_process() and not (folder / "manifest.json").is_file():
             finish(folder, manifest, cascade, about or {})
     wait_for_all()
     return folders
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes and speaks; Lightning sets the rank when processes start."""
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def wait_for_all() -> None:

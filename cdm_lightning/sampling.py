@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from cdm_lightning import InputError
 from cdm_lightning.bundle import read_about
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import decode_png, save_grid
-from cdm_lightning.sample_shards import SampleManifest, draw, plan, shard_name
+from cdm_lightning.sample_shards import SampleManifest, draw, first_process, plan, shard_name
 from cdm_lightning.shards import digest_of, read_manifest, read_shard
 
 
@@ -65,7 +64,7 @@ def sample(
     total = count if count is not None else each * (per_class or 0)
     manifest = plan(cascade, about["stages_sha256"], total, classes, block_size, start)
     folders = draw(cascade, manifest, out, start, devices, accelerator, origin(about))
-    if rank_zero_only.rank == 0:
+    if first_process():
         say(folders, manifest, Path(out) / "samples.png")
 
 

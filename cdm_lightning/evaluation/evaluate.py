@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.cards import ReferenceCard, check_card, read_card
@@ -17,7 +16,7 @@ from cdm_lightning.evaluation.features import extract, read_features
 from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import inception_score, measure
 from cdm_lightning.evaluation.report import print_figures, write_evaluation
-from cdm_lightning.sample_shards import wait_for_all
+from cdm_lightning.sample_shards import first_process, wait_for_all
 from cdm_lightning.shards import Manifest, read_manifest
 
 
@@ -63,17 +62,16 @@ def evaluate(
     cards = [read_card(path, judge) for path in references]
     if head is not None:
         judge.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, or inception_score refuses it
-    resolution = resolution or cards[0].resolution
-    folders = [sample_folder(folder, resolution) for folder in samples]
+    folders = [sample_folder(folder, resolution or cards[0].resolution) for folder in samples]
     manifests = [manifest for _, manifest in folders]
     check_samples(manifests, samples)
     for card in cards:
         check_against(card, judge, manifests[0])
     features = []
     for (folder, manifest), place in zip(folders, places(out, len(folders)), strict=True):
-        extract(folder.parents[1], "train", resolution, judge, place, devices, accelerator, batch_size)
+        extract(folder.parents[1], "train", manifest.resolution, judge, place, devices, accelerator, batch_size)
         features.append(torch.cat([batch for batch, _ in read_features(place, manifest)]))
-    if rank_zero_only.rank:
+    if not first_process():
         wait_for_all()
         return {}
     figures = [figure for card in cards for figure in measure(features, card, judge, seed)]
@@ -114,11 +112,14 @@ def places(out: Path, count: int) -> list[Path]:
     return [Path(out) / "features" / str(number) for number in range(count)]
 
 
-def sample_folder(folder: Path, resolution: int) -> tuple[Path, Manifest]:
-    """The finished shards of samples of that resolution in a folder of `cdm sample`."""
+def sample_folder(folder: Path, resolution: int | None) -> tuple[Path, Manifest]:
+    """The finished shards of samples of that resolution, None for the finest, in a folder of `cdm sample`."""
+    have = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
+    if not have:
+        raise InputError(f"{folder} holds no samples: `cdm sample` leaves them in {folder}/train")
+    resolution = resolution or have[-1]
     stored = Path(folder) / "train" / str(resolution)
     if not stored.is_dir():
-        have = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
         raise InputError(f"{folder} holds no samples of {resolution}x{resolution}: stored are {have}")
     return stored, read_manifest(stored)
 

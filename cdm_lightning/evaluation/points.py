@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from cdm_lightning import InputError
 from cdm_lightning.cascade import CascadeModule
@@ -20,7 +19,7 @@ from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import measure
 from cdm_lightning.evaluation.real_images import real_images_of
 from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.sample_shards import draw, plan, wait_for_all
+from cdm_lightning.sample_shards import draw, first_process, plan, wait_for_all
 from cdm_lightning.sampling import origin
 from cdm_lightning.shards import find_folder, read_manifest, write_atomically, write_images
 
@@ -79,7 +78,7 @@ class Workshop:
     ) -> None:
         self.cascade, self.about, self.out, self.shards, self.split = cascade, about, out, shards, split
         self.detector, self.detector_source = detector, detector_source
-        self.n, self.seeds, self.block_size = n, seeds, block_size
+        self.n, self.seeds, self.block_size = n, seeds, min(block_size, n)
         self.devices, self.accelerator = devices, accelerator
         self.cards: dict[int, ReferenceCard] = {}
 
@@ -103,7 +102,7 @@ class Workshop:
                     raise InputError(
                         f"{self.out} was begun with {name} {before.get(name)}, not {value}: choose another"
                     )
-        if rank_zero_only.rank == 0:
+        if first_process():
             write_atomically(path, (json.dumps(stated, indent=1) + "\n").encode())
 
     def card(self, resolution: int) -> ReferenceCard:
@@ -166,7 +165,7 @@ class Workshop:
         """Real images at the stage's low resolution, of the classes of the samples, in their order."""
         resolution = self.cascade.stages[point.number].low_resolution
         folder = self.out / "real" / "train" / str(resolution)
-        if rank_zero_only.rank == 0 and not (folder / "manifest.json").is_file():
+        if first_process() and not (folder / "manifest.json").is_file():
             label = plan(self.cascade, "", self.n).labels()
             images = real_images_of(label, self.shards, self.split, resolution).permute(0, 2, 3, 1).numpy()
             classes = read_manifest(find_folder(self.shards, self.split, resolution)).classes

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from cdm_lightning import InputError
@@ -17,6 +16,7 @@ from cdm_lightning.evaluation.cards import ReferenceCard, bias_note, write_card
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.distance import Moments
 from cdm_lightning.evaluation.features import extract, read_features
+from cdm_lightning.sample_shards import first_process
 from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
 
 
@@ -68,7 +68,7 @@ def reference(
     work = out.with_name(out.name + ".partial-features")
     needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
     manifest = extract(shards, split, resolution, judge, work, devices, accelerator, batch_size, needed)
-    if getattr(rank_zero_only, "rank", 0):  # Lightning sets it when processes start
+    if not first_process():  # Lightning sets it when processes start
         return
     card = summarize(out, manifest, n, resolution, judge, keep, work)
     write_card(card)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from cdm_lightning import InputError
 from cdm_lightning.bundle import read_bundle
@@ -14,6 +14,7 @@ from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import load_detector
 from cdm_lightning.evaluation.points import Point, Row, Workshop
 from cdm_lightning.evaluation.report import print_rows, store_in_bundle, write_search
+from cdm_lightning.sample_shards import first_process
 
 
 def search(
@@ -83,13 +84,14 @@ def search(
     best: dict[str, list[int]] = {kind: [] for kind in kinds}  # the levels chosen so far, per kind of truncation
     rows: list[Row] = []
     for number, grid in enumerate(grids, 1):
-        found = [run.measure(point) for point in points_of(number, grid, best)]
+        points = points_of(number, grid, best)
+        found = [run.measure(point) for point in tqdm(points, f"points of {stages[number].name}", unit="point")]
         for kind in kinds:
             best[kind] = [*best[kind], lowest(found, kind).s]
         rows += found
     kind = min(kinds, key=lambda k: lowest([r for r in rows if r.stage == stages[-1].name], k).figures[0].value)
     rows += [run.measure(point, compared=True) for point in compared(cascade, best[kind], kind, samplers, steps)]
-    if rank_zero_only.rank:
+    if not first_process():
         return {}
     noisy = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
     chosen = lowest([r for r in rows if r.stage == stages[noisy + 1].name and r.s == best[kind][noisy]], kind)
