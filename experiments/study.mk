@@ -1,28 +1,104 @@
 # The comparison of arms in docs/results.md: make -f experiments/study.mk [DATA=cifar] [SEED=0]
 # Cascades of 8x8 -> 32x32 against one model at 32x32, at equal training FLOPs. What is finished is not made again, and
-# a run that was stopped goes on. Several seeds, data sets or targets may run side by side, a core each.
+# a run that was stopped goes on. Several data sets and seeds may run side by side, a core each. CIFAR-10 is prepared by
+# data/cifar.py; `make -f experiments/study.mk table` gathers what has been measured.
 DATA ?= cifar
 SEED ?= 0
-CDM ?= cdm
+CDM ?= .venv/bin/cdm
+PYTHON ?= .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 CHANNELS_cifar := 3
 CHANNELS_fashion := 1
-RUN := runs/study/$(DATA)/$(SEED)
-ARMS := base8 sr32 sr32_plain base32 sr32_blur sr32_unlabelled
+DETECTOR_cifar := runs/detectors/cifar-cnn-64.safetensors
+DETECTOR_fashion := fashion-cnn-64
+ROOT := runs/study/$(DATA)
+RUN := $(ROOT)/$(SEED)
+N := 2000
+S := 501
 
+.SECONDARY:
+.PHONY: all train search measure cas table
+all: train search measure cas
+
+# -- training: one run a stage
+
+STAGES := base8 sr32 sr32_plain base32 sr32_blur sr32_unlabelled
+sr32_plain := --model.augmentation none
+sr32_blur := --model.augmentation blur
+sr32_unlabelled := --model.num_classes null
 # Steps where they are not the files': the grey images take half.
 fashion_base8 := --trainer.max_steps 192 --trainer.val_check_interval 192
 fashion_sr32 := --trainer.max_steps 320 --trainer.val_check_interval 320
 fashion_base32 := --trainer.max_steps 568 --trainer.val_check_interval 568
+file = $(firstword $(subst _, ,$(1)))
 
-sr32_plain := --model.augmentation none
-sr32_blur := --model.augmentation blur
-sr32_unlabelled := --model.num_classes null
-
-.PHONY: train
-train: $(ARMS:%=$(RUN)/%/loss.png)
+train: $(STAGES:%=$(RUN)/%/loss.png)
 
 $(RUN)/%/loss.png:
-	$(CDM) fit --config experiments/defaults.yaml --config experiments/study/defaults.yaml --config experiments/study/$(firstword $(subst _, ,$*)).yaml $($*) $($(DATA)_$(firstword $(subst _, ,$*))) --data.root data/$(DATA) --model.image_channels $(CHANNELS_$(DATA)) --trainer.default_root_dir $(RUN)/$* --seed_everything $(SEED)
+	$(CDM) fit --config experiments/defaults.yaml --config experiments/study/defaults.yaml --config experiments/study/$(call file,$*).yaml $($*) $($(DATA)_$(call file,$*)) --data.root data/$(DATA) --model.image_channels $(CHANNELS_$(DATA)) --trainer.default_root_dir $(RUN)/$* --seed_everything $(SEED)
+
+# -- bundles, references, and the search over s of the cascade with Gaussian augmentation
+
+STAGES_single := $(RUN)/base32
+STAGES_plain := $(RUN)/base8,$(RUN)/sr32_plain
+STAGES_gaussian := $(RUN)/base8,$(RUN)/sr32
+STAGES_blur := $(RUN)/base8,$(RUN)/sr32_blur
+STAGES_unlabelled := $(RUN)/base8,$(RUN)/sr32_unlabelled
+
+$(RUN)/bundles/%/bundle.json:
+	$(CDM) bundle --checkpoints "[$(STAGES_$*)]" --out $(RUN)/bundles/$*
+
+runs/detectors/%-cnn-64.safetensors:
+	mkdir -p runs/detectors
+	$(PYTHON) data/detector.py data/$* $@ --width 32 --epochs 8 --seed 0
+
+$(ROOT)/%-32.safetensors: $(filter runs/%,$(DETECTOR_$(DATA)))
+	$(CDM) reference --shards data/$(DATA) --split $* --resolution 32 --detector $(DETECTOR_$(DATA)) --keep 5000 --out $@
+
+search: $(RUN)/search/results.json
+
+$(RUN)/search/results.json: $(RUN)/bundles/gaussian/bundle.json $(filter runs/%,$(DETECTOR_$(DATA)))
+	$(CDM) search --bundle $(RUN)/bundles/gaussian --out $(RUN)/search --shards data/$(DATA) --detector $(DETECTOR_$(DATA)) --n $(N) --levels "[501,1001]" --seed $(SEED) --store true
+
+# -- samples of the arms and their figures
+
+OPTIONS_single := --levels "[]"
+OPTIONS_plain := --levels "[0]" --truncated false
+OPTIONS_blur := --levels "[0]" --truncated false
+OPTIONS_unlabelled := --levels "[$(S)]" --truncated false
+SAMPLED := single plain blur unlabelled
+POINT := $(RUN)/search/points/sr32
+FOLDER_clean := $(POINT)-generated-s0-ddpm-10-seed$(SEED)
+FOLDER_noised := $(POINT)-non-truncated-s$(S)-ddpm-10-seed$(SEED)
+FOLDER_truncated := $(POINT)-truncated-s$(S)-ddpm-10-seed$(SEED)
+FOLDER_4steps := $(RUN)/samples/4steps
+FOLDER_25steps := $(RUN)/samples/25steps
+FOLDER_100steps := $(RUN)/samples/100steps
+$(foreach arm,$(SAMPLED),$(eval FOLDER_$(arm) := $(RUN)/samples/$(arm)))
+ARMS := $(SAMPLED) clean noised truncated
+STEPS := 4steps 25steps 100steps
+
+measure: $(SAMPLED:%=$(RUN)/samples/%/samples.png) $(ARMS:%=$(RUN)/evaluations/%/results.json) $(STEPS:%=$(RUN)/samples/%/samples.png) $(STEPS:%=$(RUN)/evaluations/%/results.json)
+
+$(SAMPLED:%=$(RUN)/samples/%/samples.png): $(RUN)/samples/%/samples.png: $(RUN)/bundles/%/bundle.json
+	$(CDM) sample --bundle $(RUN)/bundles/$* --out $(RUN)/samples/$* --count $(N) $(OPTIONS_$*) --seed $(SEED) --block_size 100
+
+# The last stage with other numbers of steps, on the low-resolution samples that the search stored.
+$(RUN)/samples/%steps/samples.png: $(RUN)/search/results.json
+	$(CDM) sample --bundle $(RUN)/bundles/gaussian --out $(RUN)/samples/$*steps --start $(RUN)/search/low_res/base8-seed$(SEED)/train/8 --count 500 --levels "[$(S)]" --truncated false --sampling_steps "[25,$*]" --seed $(SEED) --block_size 100
+
+$(RUN)/evaluations/%/results.json: $(ROOT)/train-32.safetensors $(ROOT)/val-32.safetensors
+	$(CDM) evaluate --samples "[$(FOLDER_$*)]" --references "[$(ROOT)/train-32.safetensors,$(ROOT)/val-32.safetensors]" --detector $(DETECTOR_$(DATA)) --out $(RUN)/evaluations/$* --real data/$(DATA)
+
+# The control on real images is the same for every arm: it is trained for the first one.
+cas: $(ARMS:%=$(RUN)/cas/%/results.json)
+
+$(RUN)/cas/%/results.json:
+	mkdir -p $(RUN)/cas/$*
+	if test -d $(RUN)/cas/single/runs/real-0 && test $* != single; then cp -rn $(RUN)/cas/single/real $(RUN)/cas/$*/; mkdir -p $(RUN)/cas/$*/runs; cp -rn $(RUN)/cas/single/runs/real-0 $(RUN)/cas/$*/runs/; fi
+	$(CDM) cas --config experiments/study/cas.yaml --samples $(FOLDER_$*) --shards data/$(DATA) --out $(RUN)/cas/$*
+
+table:
+	$(PYTHON) experiments/study_table.py runs/study
