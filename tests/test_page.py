@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cdm_lightning import InputError
-from cdm_lightning.evaluation import page, paper
+from cdm_lightning.evaluation import page, page_levels, paper
 from cdm_lightning.evaluation.figures import Accuracy, Figure
 from cdm_lightning.evaluation.page_elements import number, size_of
 from cdm_lightning.evaluation.page_pictures import plot
@@ -392,3 +392,31 @@ def test_the_page_shows_all_the_paper_has_at_a_resolution(resolution):
     for table in (paper.TABLE_1A, paper.TABLE_1B, paper.ABLATIONS):
         known = {value for figures in table.get(resolution, {}).values() for value in figures.values()}
         assert known <= cells
+
+
+def test_the_generated_point_at_s_0_belongs_to_both_curves(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(page_levels, "curve", lambda *given: drawn.append(given) or "")
+    rows = [level(0, "generated", 9.0), level(0, "real low-res", 5.0), level(251, "real low-res", 6.0)]
+    rows += [level(251, "truncated", 8.0), level(251, "non-truncated", 7.0)]
+    page.curves(rows, rows[0])
+    lines, mark, *_ = drawn[0]
+    assert {kind: [(s, value) for s, value, _ in points] for kind, points in lines.items()} == {
+        "truncated": [(0, 9.0), (251, 8.0)], "non-truncated": [(0, 9.0), (251, 7.0)],
+        "real low-res": [(0, 5.0), (251, 6.0)],
+    }  # fmt: skip
+    assert mark == ("truncated", 0)
+
+
+def test_samplers_and_steps_are_one_table_and_one_plot_over_calls(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(page_levels, "curve", lambda *given: drawn.append(given) or "")
+    rows = [replace(level(501, "truncated", 9.0, sampler="ddpm", steps=4), calls=29)]
+    rows += [replace(level(501, "truncated", 8.0, sampler="dpm++", steps=10), calls=35)]
+    read = Reader(page.costs(rows))
+    assert read.tables == [[
+        ["sampler", "steps", "calls", f"{OWN} against the validation set"],
+        ["ddpm", "4", "29", "9.000 ± 0.030"], ["dpm++", "10", "35", "8.000 ± 0.030"],
+    ]]  # fmt: skip
+    assert drawn[0][0] == {"ddpm": [(29, 9.0, 0.03)], "dpm++": [(35, 8.0, 0.03)]}
+    assert page.costs([]) == ""

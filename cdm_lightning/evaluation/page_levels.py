@@ -11,6 +11,7 @@ from cdm_lightning.evaluation.page_elements import Html, notes, number, paragrap
 from cdm_lightning.evaluation.page_pictures import Point, curve
 
 REAL = "real low-res"
+BOTH = "generated"  # at s = 0, where truncated and non-truncated sampling are one
 
 
 class Level(Protocol):
@@ -67,10 +68,14 @@ def figures_of(rows: Sequence[Level]) -> dict[str, list[tuple[Level, Figure]]]:
 def one_curve(title: str, name: str, rows: Sequence[Level], chosen: Level | None) -> str:
     """The plot of one distance."""
     found = figures_of(rows)[name]
-    lines: dict[str, list[Point]] = {}
+    kinds = list(dict.fromkeys(row.kind for row in rows if row.kind not in (REAL, BOTH))) or [BOTH]
+    lines: dict[str, list[Point]] = {kind: [] for kind in kinds}
     for row, f in found:
-        lines.setdefault(row.kind, []).append((row.s, f.value, f.spread))
-    mark = (chosen.kind, chosen.s) if chosen is not None and chosen in rows else None
+        for kind in kinds if row.kind == BOTH else [row.kind]:
+            lines.setdefault(kind, []).append((row.s, f.value, f.spread))
+    mark = None
+    if chosen is not None and chosen in rows:
+        mark = (kinds[0] if chosen.kind == BOTH else chosen.kind, chosen.s)
     over = spreads(f for _, f in found)
     bars = f" Error bars: one standard deviation over {over}." if over else ""
     return curve(lines, mark, found[0][1].name, f"{title}: {name}, over s.{bars}")
@@ -103,6 +108,29 @@ def calls_table(title: str, rows: Sequence[Level]) -> str:
     calls = {(row.s, row.kind): f"{row.calls:,g}" for row in rows}
     lines = [[s, *(calls.get((s, kind), "") for kind in kinds)] for s in sorted({row.s for row in rows})]
     return table(f"{title}: network calls per image", ["s", *kinds], lines, range(1 + len(kinds)))
+
+
+def costs(rows: Sequence[Level]) -> str:
+    """Quality against cost: every figure of each sampler and number of steps, and a plot of the distance over calls.
+
+    Nothing where there are no rows.
+    """
+    if not rows:
+        return ""
+    names = list(figures_of(rows))
+    lines: dict[str, list[Point]] = {}
+    for row in rows:
+        first = row.figures[0]
+        lines.setdefault(row.sampler, []).append((row.calls, first.value, first.spread))
+    across = "network calls per image, of all stages"
+    made: str = curve(lines, None, rows[0].figures[0].name, f"{rows[0].stage}: {names[0]}, over {across}.", across)
+    cells = [
+        [row.sampler, row.steps, f"{row.calls:,g}", *(number(f.value, f.spread) for f in row.figures)] for row in rows
+    ]
+    heads = ["sampler", "steps", "calls", *names]
+    made += table(f"{rows[0].stage} at s = {rows[0].s}, {rows[0].kind}", heads, cells, range(1, len(heads)))
+    over = spreads(f for row in rows for f in row.figures)
+    return made + (paragraph(f"± is one standard deviation over {over}.") if over else "")
 
 
 def gap_table(rows: Sequence[Level]) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 
 from cdm_lightning.evaluation.page_elements import Html, Picture, escape, number, paragraph, pixels, size_of, table, uri
 
-Point = tuple[int, float, float | None]  # s, value, one standard deviation
+Point = tuple[float, float, float | None]  # s or calls, value, one standard deviation
 THEMES = {  # text, grid, and a colour per line; each line has a marker and a dash of its own besides
     "light": ("#333333", "#d9d9d6", ("#0b5fa5", "#b4480f", "#4d7a1e")),
     "dark": ("#d6d6d2", "#44444a", ("#7cb8ee", "#f0a070", "#a9cf7a")),
@@ -19,8 +19,13 @@ THEMES = {  # text, grid, and a colour per line; each line has a marker and a da
 STYLES = ("o-", "s--", "^:")
 
 
-def plot(lines: Mapping[str, Sequence[Point]], chosen: tuple[str, int] | None, axis: str, theme: str) -> bytes:
-    """PNG of value against s on a transparent ground, a line per name, a ring around the point (name, s) chosen."""
+LEVEL = "level s of the noise on the low-resolution input"
+
+
+def plot(
+    lines: Mapping[str, Sequence[Point]], chosen: tuple[str, float] | None, axis: str, theme: str, across: str = LEVEL
+) -> bytes:
+    """PNG of value against s, or what `across` says: a line per name, a ring around the point (name, s) chosen."""
     ink, faint, colours = THEMES[theme]
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
     settings: dict[Any, Any] = {**dict.fromkeys(inked, ink), "font.size": 9.5}
@@ -41,7 +46,7 @@ def plot(lines: Mapping[str, Sequence[Point]], chosen: tuple[str, int] | None, a
         for at in (point for name, points in lines.items() for point in points if (name, point[0]) == chosen):
             label = f"chosen: s = {at[0]}"
             axes.plot(at[0], at[1], "o", markersize=13, markerfacecolor="none", color=ink, label=label)
-        axes.set_xlabel("level s of the noise on the low-resolution input")
+        axes.set_xlabel(across)
         axes.set_ylabel(axis)
         canvas.legend(loc="outside lower center", ncols=2, frameon=False)
         buffer = io.BytesIO()
@@ -49,13 +54,20 @@ def plot(lines: Mapping[str, Sequence[Point]], chosen: tuple[str, int] | None, a
     return buffer.getvalue()
 
 
-def curve(lines: Mapping[str, Sequence[Point]], chosen: tuple[str, int] | None, axis: str, caption: str) -> Html:
+def curve(
+    lines: Mapping[str, Sequence[Point]],
+    chosen: tuple[str, float] | None,
+    axis: str,
+    caption: str,
+    across: str = LEVEL,
+) -> Html:
     """A plot with its caption, in the reader's colours, light or dark."""
-    light, dark = (plot(lines, chosen, axis, theme) for theme in ("light", "dark"))
+    light, dark = (plot(lines, chosen, axis, theme, across) for theme in ("light", "dark"))
     width, height = size_of(light)
     levels = sorted({s for points in lines.values() for s, _, _ in points})
     alt = (
-        f"Line chart of {axis} at s = {', '.join(map(str, levels))} for {', '.join(lines)}; the table has the numbers."
+        f"Line chart of {axis} over {across}, at {', '.join(map(str, levels))}, for {', '.join(lines)}; "
+        "the table has the numbers."
     )
     return Html(
         f'<figure class="curve"><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{uri(dark)}">'

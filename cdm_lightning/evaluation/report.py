@@ -164,7 +164,7 @@ def write_search(run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], 
     sections = [
         ("The distance over s", page.curves(searched, chosen)),
         ("The cascade gap", page.gap_table(searched)),
-        ("Samplers and steps", page.curves([row for row in rows if row.compared])),
+        ("Samplers and steps", page.costs([row for row in rows if row.compared])),
         ("Samples by level", page.level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
         ("Stages side by side", page.stages_grid(stage_rows(run.stage_folders(last)))),
         ("How it was made", made_section(results)),
