@@ -93,6 +93,8 @@ def test_every_combination_reaches_the_configuration(name, capsys, monkeypatch):
         for key, value in parameters.items():
             where, option = key.split(".")
             assert where == "model" and printed["model"]["init_args"][option] == yaml.safe_load(str(value))
+            kind = {"max_level": "gaussian", "blur_sigma": "blur", "blur_probability": "blur"}.get(option)
+            assert kind is None or printed["model"]["init_args"]["augmentation"] == kind  # else the value does nothing
         folder = f"runs/sweeps/{name}/{run}"
         loggers = {logger["class_path"].split(".")[-1]: logger["init_args"] for logger in printed["trainer"]["logger"]}
         assert printed["trainer"]["default_root_dir"] == folder and len(loggers) == 2
@@ -155,8 +157,9 @@ def test_two_trainings_offline(tmp_path, monkeypatch, capsys):
             assert row["value"] == [float(line["val/loss"]) for line in csv.DictReader(lines) if line["val/loss"]][-1]
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
         (record,) = run.glob("wandb/offline-run-*/run-*.wandb")
-        content = record.read_bytes()
-        assert b"model.lr" in content and f"model.lr = {row['parameters']['model.lr']}".encode() in content
+        content, value = record.read_bytes(), json.dumps(row["parameters"]["model.lr"]).encode()
+        assert b"\x08model.lr\x82\x01" + bytes([len(value)]) + value in content  # the run's config, as protobuf has it
+        assert b"model.lr = " + value in content  # its name
     written = (out / "results.json").read_bytes()
     with Image.open(out / "sweep.png") as picture:
         assert min(picture.size) > 300
