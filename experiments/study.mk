@@ -32,12 +32,12 @@ sr32_unlabelled := --model.num_classes null
 fashion_base8 := --trainer.max_steps 192 --trainer.val_check_interval 192
 fashion_sr32 := --trainer.max_steps 320 --trainer.val_check_interval 320
 fashion_base32 := --trainer.max_steps 568 --trainer.val_check_interval 568
-file = $(firstword $(subst _, ,$(1)))
+yaml_of = $(firstword $(subst _, ,$(1)))
 
 train: $(STAGES:%=$(RUN)/%/loss.png)
 
 $(RUN)/%/loss.png:
-	$(CDM) fit --config experiments/defaults.yaml --config experiments/study/defaults.yaml --config experiments/study/$(call file,$*).yaml $($*) $($(DATA)_$(call file,$*)) --data.root data/$(DATA) --model.image_channels $(CHANNELS_$(DATA)) --trainer.default_root_dir $(RUN)/$* --seed_everything $(SEED)
+	$(CDM) fit --config experiments/defaults.yaml --config experiments/study/defaults.yaml --config experiments/study/$(call yaml_of,$*).yaml $($*) $($(DATA)_$(call yaml_of,$*)) --data.root data/$(DATA) --model.image_channels $(CHANNELS_$(DATA)) --trainer.default_root_dir $(RUN)/$* --seed_everything $(SEED)
 
 # -- bundles, references, and the search over s of the cascade with Gaussian augmentation
 
