@@ -13,6 +13,9 @@ from cdm_lightning.evaluation.cards import check_card, read_card
 from cdm_lightning.evaluation.detectors import load_detector
 from cdm_lightning.evaluation.features import features_of
 from cdm_lightning.evaluation.measure import log_key, measure
+from cdm_lightning.evaluation.report import write_test
+
+SHOWN = 20  # samples of the first batch, on the page
 
 
 class CascadeFigures(L.Callback):
@@ -20,8 +23,9 @@ class CascadeFigures(L.Callback):
 
     `test/fid`, `test/kid`, ... with the canonical detector, else `test/fd_<detector>`, ... are figures against the
     first card; the same names with `_train` or `_val` behind them belong to the card of that split; `test/n` counts the
-    images. The detector lives here, not in the module. Every process works on its own images, each dealt out once, and
-    their features are gathered and put in order, so that the number of processes changes nothing.
+    images. Leaves results.json and report.html in the run's folder. The detector lives here, not in the module. Every
+    process works on its own images, each dealt out once, and their features are gathered and put in order, so that the
+    number of processes changes nothing.
 
     Args:
         references: Cards written by `cdm reference`.
@@ -47,6 +51,11 @@ class CascadeFigures(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         features = features_of(self.detector, outputs["generated"])
+        if not batch_idx:
+            classes = (outputs["index"] % (pl_module.num_classes or 1)).tolist()
+            named = self.cards[0].classes or [str(c) for c in range(max(classes) + 1)]
+            pairs = zip(classes, outputs["generated"].cpu(), strict=True)
+            self.shown = [(named[c], [image]) for c, image in pairs][:SHOWN]
         self.found.append((outputs["index"].cpu(), features.cpu()))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -56,10 +65,15 @@ class CascadeFigures(L.Callback):
             torch.distributed.all_gather_object(parts, (index, features))
             index, features = (torch.cat(part) for part in zip(*parts, strict=True))
         features = features[index.argsort()]
-        logged = {"test/n": float(len(features))}
+        logged, figures = {"test/n": float(len(features))}, []
         for card in self.cards:
             for figure in measure([features], card, self.detector, self.seed):
+                figures.append(figure)
                 name = f"test/{log_key(figure, self.detector)}"
                 logged.setdefault(name, figure.value)
                 logged[f"{name}_{card.split}"] = figure.value
         pl_module.log_dict(logged, rank_zero_only=False)
+        if trainer.is_global_zero:
+            detector = {"name": self.detector.name, "sha256": self.detector.sha256}
+            about = {"detector": detector, "seed": self.seed, "references": [card.about() for card in self.cards]}
+            write_test(Path(trainer.default_root_dir), figures, about, self.shown)

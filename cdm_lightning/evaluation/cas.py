@@ -17,7 +17,7 @@ from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.cas_plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas_report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
-from cdm_lightning.evaluation.report import write_results
+from cdm_lightning.evaluation.report import write_cas
 from cdm_lightning.sample_shards import begin
 from cdm_lightning.shards import Manifest, write_atomically
 
@@ -84,8 +84,8 @@ def cas(
         "sha256": {"samples": plan.samples, "training": plan.training, "validation": plan.validation},
         "samples": generated.extra.get("samples"),
     }
-    write_results(out, results)
     plot_classes(results, Path(out) / "cas.png")
+    results = write_cas(Path(out), results)
     print_table(results)
     print(results["conclusion"])
     return results

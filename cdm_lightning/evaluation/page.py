@@ -12,12 +12,12 @@ from cdm_lightning.evaluation import paper
 from cdm_lightning.evaluation.figures import Accuracy, Figure, against, spreads
 from cdm_lightning.evaluation.page_elements import escape, notes, number, paragraph, table
 from cdm_lightning.evaluation.page_levels import Level, costs, curves, gap_table
-from cdm_lightning.evaluation.page_pictures import level_slider, neighbours_grid, stages_grid
+from cdm_lightning.evaluation.page_pictures import level_slider, neighbours_grid, picture, stages_grid
 from cdm_lightning.shards import write_atomically
 
 __all__ = [
     "Level", "cas_table", "commands", "costs", "curves", "facts", "figures_table", "gap_table", "level_slider", 
-    "neighbours_grid", "paper_table", "stages_grid", "write_page",
+    "neighbours_grid", "paper_table", "picture", "stages_grid", "write_page",
 ]  # fmt: skip
 CANONICAL = ("FID", "KID", "Inception Score")  # names that belong to the canonical Inception alone
 BETTER = {"fd": "lower", "kd": "lower", "precision": "higher", "recall": "higher", "is": "higher"}

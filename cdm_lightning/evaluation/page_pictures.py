@@ -54,6 +54,12 @@ def plot(
     return buffer.getvalue()
 
 
+def picture(png: bytes, alt: str) -> Html:
+    """A picture that was drawn elsewhere."""
+    width, height = size_of(png)
+    return Html(f'<figure><img src="{uri(png)}" width="{width}" height="{height}" alt="{escape(alt)}"></figure>\n')
+
+
 def curve(
     lines: Mapping[str, Sequence[Point]],
     chosen: tuple[str, float] | None,

@@ -1,4 +1,4 @@
-"""What an evaluation and a search leave behind: results.json, a printed table, and one page to look at."""
+"""What every evaluation leaves behind: results.json, a printed table, and one page to look at."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from cdm_lightning.bundle import read_about
 from cdm_lightning.evaluation import page
 from cdm_lightning.evaluation.figures import Accuracy, Figure
-from cdm_lightning.evaluation.memory import memorisation, neighbour_rows, sheet, stage_rows, stored
+from cdm_lightning.evaluation.memory import memorisation, neighbour_rows, stage_rows, stored
 from cdm_lightning.evaluation.page_elements import paragraph
 from cdm_lightning.shards import write_atomically
 
@@ -70,7 +69,12 @@ def write_evaluation(out: Path, measured: Any, real: Path | None, cas: Path | No
     if is_imagenet(manifest.classes):
         sections.append(("Beside the paper", page.paper_table(resolution, measured.figures)))
     if cas is not None:
-        sections.append(("Classification accuracy score", cas_section(cas, resolution, manifest.classes)))
+        sections.append(
+            (
+                "Classification accuracy score",
+                cas_section(json.loads(Path(cas).read_text()), resolution, manifest.classes),
+            )
+        )
     sections.append(("Stages side by side", page.stages_grid(stage_rows(stored(measured.folders[0])))))
     if card.features is not None and len(card.features) > 1:
         results["memorisation"] = memorisation(card, measured.features)
@@ -91,9 +95,39 @@ def is_imagenet(classes: Sequence[str]) -> bool:
     return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
-def cas_section(path: Path, resolution: int, classes: Sequence[str]) -> str:
-    """The table of a results.json of `cdm cas`."""
-    found = json.loads(Path(path).read_text())
+def write_test(out: Path, figures: Sequence[Figure], about: dict[str, Any], rows: Sequence[Any]) -> None:
+    """report.html of a test that stores no samples. about: detector, seed and references; rows: (class, [image])."""
+    results = {**about, "figures": [asdict(figure) for figure in figures], "made": provenance()}
+    sections = [
+        ("Figures", page.figures_table(figures)),
+        ("Samples", page.stages_grid(rows)),
+        ("How it was made", made_section(results)),
+        ("Commands", page.commands([results["made"]["command"]])),
+    ]
+    lead = f"{figures[0].n:,} samples, judged by {about['detector']['name']}."
+    page.write_page(Path(out) / "report.html", "Test of a cascade", sections, lead)
+    write_results(Path(out), results)
+
+
+def write_cas(out: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """results.json and report.html of `cdm cas`; cas.png must lie in `out` already."""
+    results = {**results, "made": provenance()}
+    picture = page.picture((Path(out) / "cas.png").read_bytes(), "Accuracy of each class, trained on each set")
+    known = {name.capitalize(): json.dumps(results[name]) for name in ("recipe", "seeds", "samples", "sha256")}
+    known |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
+    sections = [
+        ("Classification accuracy score", cas_section(results, results["resolution"], results["classes"])),
+        ("Class by class", picture),
+        ("How it was made", page.facts(known)),
+        ("Commands", page.commands([results["made"]["command"]])),
+    ]
+    page.write_page(Path(out) / "report.html", "Classification accuracy score", sections)
+    write_results(Path(out), results)
+    return results
+
+
+def cas_section(found: dict[str, Any], resolution: int, classes: Sequence[str]) -> str:
+    """The table of what `cdm cas` found."""
     rows = []
     for kind in ("generated", "real"):
         one, five = found[kind]["top1"], found[kind]["top5"]
@@ -123,70 +157,3 @@ def made_section(results: dict[str, Any]) -> str:
     for number, samples in enumerate(results.get("samples", []), 1):
         known[f"Samples {number}"] = json.dumps(samples)
     return page.facts(known)
-
-
-def print_rows(rows: Sequence[Any], chosen: Any) -> None:
-    """The points of a search as lines, the chosen one marked by a star."""
-    first = rows[0].figures
-    table = Table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
-    for row in rows:
-        star = " *" if row is chosen else ""
-        cells = [f"{f.value:.4g}" + ("" if f.spread is None else f" ± {f.spread:.2g}") for f in row.figures[:2]]
-        cells[0] += star
-        table.add_row(row.stage, str(row.s), row.kind, row.sampler, str(row.steps), str(row.calls), *cells)
-    console = Console()
-    console.print(table)
-    over = dict.fromkeys(f"{f.name}: ± over {f.spread_of}" for f in first if f.spread is not None)
-    console.print(f"* chosen. {'; '.join(over)}. n = {first[0].n} images a seed.", highlight=False)
-
-
-def write_search(run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], kind: str) -> dict[str, Any]:
-    """results.json and report.html of a search: all points, the chosen setting, and the curves.
-
-    chosen: the row of the last stage with a choice of s. levels, kind: what the whole cascade shall use.
-    """
-    results = {
-        "levels": levels,
-        "truncated": kind == "truncated" and any(levels),
-        "rows": [asdict(row) for row in rows],
-        "chosen": asdict(chosen),
-        "n": run.n,
-        "seeds": run.seeds,
-        "seed": run.seeds[0],
-        "detector": {"name": run.detector.name, "sha256": run.detector.sha256},
-        "references": [card.about() for card in run.cards.values()],
-        "made": provenance(),
-    }
-    searched = [row for row in rows if not row.compared]
-    same = [row for row in searched if row.stage == chosen.stage and row.kind in (kind, "generated")]
-    last = next(row for row in searched if row.levels == levels and row.kind in (kind, "generated"))
-    slider = {row.s: sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
-    sections = [
-        ("The distance over s", page.curves(searched, chosen)),
-        ("The cascade gap", page.gap_table(searched)),
-        ("Samplers and steps", page.costs([row for row in rows if row.compared])),
-        ("Samples by level", page.level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
-        ("Stages side by side", page.stages_grid(stage_rows(run.stage_folders(last)))),
-        ("How it was made", made_section(results)),
-        ("Commands", page.commands([results["made"]["command"]])),
-    ]
-    name = chosen.figures[0].name
-    lead = f"Chosen: s = {levels}, {kind if any(levels) else 'without noise'}, by {name} of {run.n:,} samples a seed."
-    page.write_page(run.out / "report.html", "Search over the levels of a cascade", sections, lead)
-    write_results(run.out, results)
-    print(f"{run.out / 'report.html'}: curves and pictures, {run.out / 'results.json'}: the same as data")
-    return results
-
-
-def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
-    """Write the chosen levels, and how they were found, into bundle.json, atomically; weights and hashes stay."""
-    chosen = results["chosen"]
-    found = {
-        "n": results["n"], "seeds": results["seeds"], "detector": results["detector"], "date": results["made"]["date"],
-        "references": results["references"], "figures": chosen["figures"], "kind": chosen["kind"],
-        "samplers": chosen["sampler"], "steps": chosen["steps"],
-    }  # fmt: skip
-    about = {**read_about(bundle), "levels": results["levels"], "truncated": results["truncated"], "search": found}
-    about.pop("results", None)
-    write_atomically(Path(bundle) / "bundle.json", (json.dumps(about, indent=1) + "\n").encode())
-    print(f"{bundle}: stores s = {results['levels']}, truncated {results['truncated']}")

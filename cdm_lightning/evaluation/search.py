@@ -13,7 +13,7 @@ from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import load_detector
 from cdm_lightning.evaluation.points import Point, Row, Workshop
-from cdm_lightning.evaluation.report import print_rows, store_in_bundle, write_search
+from cdm_lightning.evaluation.search_report import print_rows, store_in_bundle, write_search
 from cdm_lightning.sample_shards import first_process
 
 

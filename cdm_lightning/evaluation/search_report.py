@@ -1,0 +1,85 @@
+"""What a search leaves behind: a printed table, results.json, one page, and the choice in the bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cdm_lightning.bundle import read_about
+from cdm_lightning.evaluation import page
+from cdm_lightning.evaluation.memory import sheet, stage_rows
+from cdm_lightning.evaluation.report import made_section, provenance, write_results
+from cdm_lightning.shards import write_atomically
+
+
+def print_rows(rows: Sequence[Any], chosen: Any) -> None:
+    """The points of a search as lines, the chosen one marked by a star."""
+    first = rows[0].figures
+    table = Table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
+    for row in rows:
+        star = " *" if row is chosen else ""
+        cells = [f"{f.value:.4g}" + ("" if f.spread is None else f" ± {f.spread:.2g}") for f in row.figures[:2]]
+        cells[0] += star
+        table.add_row(row.stage, str(row.s), row.kind, row.sampler, str(row.steps), str(row.calls), *cells)
+    console = Console()
+    console.print(table)
+    over = dict.fromkeys(f"{f.name}: ± over {f.spread_of}" for f in first if f.spread is not None)
+    console.print(f"* chosen. {'; '.join(over)}. n = {first[0].n} images a seed.", highlight=False)
+
+
+def write_search(run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], kind: str) -> dict[str, Any]:
+    """results.json and report.html of a search: all points, the chosen setting, and the curves.
+
+    chosen: the row of the last stage with a choice of s. levels, kind: what the whole cascade shall use.
+    """
+    results = {
+        "levels": levels,
+        "truncated": kind == "truncated" and any(levels),
+        "rows": [asdict(row) for row in rows],
+        "chosen": asdict(chosen),
+        "n": run.n,
+        "seeds": run.seeds,
+        "seed": run.seeds[0],
+        "detector": {"name": run.detector.name, "sha256": run.detector.sha256},
+        "references": [card.about() for card in run.cards.values()],
+        "made": provenance(),
+    }
+    searched = [row for row in rows if not row.compared]
+    same = [row for row in searched if row.stage == chosen.stage and row.kind in (kind, "generated")]
+    last = next(row for row in searched if row.levels == levels and row.kind in (kind, "generated"))
+    slider = {row.s: sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
+    sections = [
+        ("The distance over s", page.curves(searched, chosen)),
+        ("The cascade gap", page.gap_table(searched)),
+        ("Samplers and steps", page.costs([row for row in rows if row.compared])),
+        ("Samples by level", page.level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
+        ("Stages side by side", page.stages_grid(stage_rows(run.stage_folders(last)))),
+        ("How it was made", made_section(results)),
+        ("Commands", page.commands([results["made"]["command"]])),
+    ]
+    name = chosen.figures[0].name
+    lead = f"Chosen: s = {levels}, {kind if any(levels) else 'without noise'}, by {name} of {run.n:,} samples a seed."
+    page.write_page(run.out / "report.html", "Search over the levels of a cascade", sections, lead)
+    write_results(run.out, results)
+    print(f"{run.out / 'report.html'}: curves and pictures, {run.out / 'results.json'}: the same as data")
+    return results
+
+
+def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
+    """Write the chosen levels, and how they were found, into bundle.json, atomically; weights and hashes stay."""
+    chosen = results["chosen"]
+    found = {
+        "n": results["n"], "seeds": results["seeds"], "detector": results["detector"], "date": results["made"]["date"],
+        "references": results["references"], "figures": chosen["figures"], "kind": chosen["kind"],
+        "samplers": chosen["sampler"], "steps": chosen["steps"],
+    }  # fmt: skip
+    about = {**read_about(bundle), "levels": results["levels"], "truncated": results["truncated"], "search": found}
+    about.pop("results", None)
+    write_atomically(Path(bundle) / "bundle.json", (json.dumps(about, indent=1) + "\n").encode())
+    print(f"{bundle}: stores s = {results['levels']}, truncated {results['truncated']}")
