@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import numpy as np
@@ -31,6 +31,8 @@ from cdm_lightning.shards import (
     write_shard,
 )
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 
 @dataclass(frozen=True)
 class SampleManifest:
@@ -49,6 +51,7 @@ class SampleManifest:
     truncated: bool
     samplers: list[str]
     sampling_steps: list[int]
+    precision: str = "32-true"  # of the networks, in Lightning's words
     start: str | None = None  # of the stored images the cascade went on from: one hash over all shards
 
     def block(self, number: int) -> dict[str, torch.Tensor]:
@@ -75,6 +78,7 @@ def plan(
     classes: Sequence[int] | None = None,
     block_size: int = 64,
     start: Path | None = None,
+    precision: Precision = "32-true",
 ) -> SampleManifest:
     """The manifest of `count` samples of a cascade as it is set; refuses what makes no sense."""
     chosen = list(range(cascade.num_classes or 1)) if classes is None else list(classes)
@@ -90,7 +94,7 @@ def plan(
     manifest = SampleManifest(
         bundle, count, chosen, cascade.seed, block_size, cascade.levels, cascade.truncated,
         [d.sampler for d in diffusions], [d.sampling_steps or d.timesteps for d in diffusions],
-        digest_of(read_manifest(start).shards) if start is not None else None,
+        precision, digest_of(read_manifest(start).shards) if start is not None else None,
     )  # fmt: skip
     if start is not None:
         check_start(cascade, manifest, start)
@@ -134,6 +138,7 @@ def draw(
         trainer = L.Trainer(
             accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
             callbacks=[BlockWriter(folders, manifest)], enable_model_summary=False, default_root_dir=out,
+            precision=manifest.precision,  # type: ignore[arg-type]  # a word that plan() took
             use_distributed_sampler=False,  # whole blocks are shared out below
         )  # fmt: skip
         trainer.predict(cascade, datamodule=Blocks(manifest, todo, start), return_predictions=False)

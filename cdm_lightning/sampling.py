@@ -14,7 +14,7 @@ from cdm_lightning.bundle import read_about
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import decode_png, save_grid
-from cdm_lightning.sample_shards import SampleManifest, draw, first_process, plan, shard_name
+from cdm_lightning.sample_shards import Precision, SampleManifest, draw, first_process, plan, shard_name
 from cdm_lightning.shards import digest_of, read_manifest, read_shard
 
 
@@ -31,6 +31,7 @@ def sample(
     sampling_steps: list[int] | None = None,
     start: Path | None = None,
     block_size: int = 64,
+    precision: Precision = "32-true",
     devices: int = 1,
     accelerator: str = "auto",
 ) -> None:
@@ -53,6 +54,7 @@ def sample(
         start: Stored images to go on from, a finished folder of a lower resolution such as OUT/train/32 of another call
             with the same classes; null to start from noise.
         block_size: Images the network works on at a time, per process.
+        precision: Of the networks: 32-true, or bf16-mixed or 16-mixed, which are faster and other images.
         devices: Processes to share the work.
         accelerator: cpu, gpu or auto.
     """
@@ -62,7 +64,7 @@ def sample(
     about = read_about(bundle)
     each = len(classes) if classes is not None else cascade.num_classes or 1
     total = count if count is not None else each * (per_class or 0)
-    manifest = plan(cascade, about["stages_sha256"], total, classes, block_size, start)
+    manifest = plan(cascade, about["stages_sha256"], total, classes, block_size, start, precision)
     folders = draw(cascade, manifest, out, start, devices, accelerator, origin(about))
     if first_process():
         say(folders, manifest, Path(out) / "samples.png")

@@ -17,6 +17,7 @@ ROOT := runs/study/$(DATA)
 RUN := $(ROOT)/$(SEED)
 N := 2000
 S := 501
+FAST := --precision bf16-mixed
 
 .SECONDARY:
 .PHONY: all train search measure cas table
@@ -60,14 +61,16 @@ $(ROOT)/%-32.safetensors: $(filter runs/%,$(DETECTOR_$(DATA)))
 search: $(RUN)/search/results.json
 
 $(RUN)/search/results.json: $(RUN)/bundles/gaussian/bundle.json $(filter runs/%,$(DETECTOR_$(DATA)))
-	$(CDM) search --bundle $(RUN)/bundles/gaussian --out $(RUN)/search --shards data/$(DATA) --detector $(DETECTOR_$(DATA)) --n $(N) --levels "[501,1001]" --seed $(SEED) --store true
+	$(CDM) search --bundle $(RUN)/bundles/gaussian --out $(RUN)/search --shards data/$(DATA) --detector $(DETECTOR_$(DATA)) --n $(N) --levels "[501,1001]" $(FAST) --seed $(SEED) --store true
 
 # -- samples of the arms and their figures
 
 OPTIONS_single := --levels "[]"
-OPTIONS_plain := --levels "[0]" --truncated false
-OPTIONS_blur := --levels "[0]" --truncated false
-OPTIONS_unlabelled := --levels "[$(S)]" --truncated false
+# The base model is the same one: they go on from the low-resolution samples that the search stored.
+START := --start $(RUN)/search/low_res/base8-seed$(SEED)/train/8 --truncated false
+OPTIONS_plain := $(START) --levels "[0]"
+OPTIONS_blur := $(START) --levels "[0]"
+OPTIONS_unlabelled := $(START) --levels "[$(S)]"
 SAMPLED := single plain blur unlabelled
 POINT := $(RUN)/search/points/sr32
 FOLDER_clean := $(POINT)-generated-s0-ddpm-10-seed$(SEED)
@@ -82,12 +85,12 @@ STEPS := 4steps 25steps 100steps
 
 measure: $(SAMPLED:%=$(RUN)/samples/%/samples.png) $(ARMS:%=$(RUN)/evaluations/%/results.json) $(STEPS:%=$(RUN)/samples/%/samples.png) $(STEPS:%=$(RUN)/evaluations/%/results.json)
 
-$(SAMPLED:%=$(RUN)/samples/%/samples.png): $(RUN)/samples/%/samples.png: $(RUN)/bundles/%/bundle.json
-	$(CDM) sample --bundle $(RUN)/bundles/$* --out $(RUN)/samples/$* --count $(N) $(OPTIONS_$*) --seed $(SEED) --block_size 100
+$(SAMPLED:%=$(RUN)/samples/%/samples.png): $(RUN)/samples/%/samples.png: $(RUN)/bundles/%/bundle.json $(RUN)/search/results.json
+	$(CDM) sample --bundle $(RUN)/bundles/$* --out $(RUN)/samples/$* --count $(N) $(OPTIONS_$*) $(FAST) --seed $(SEED) --block_size 100
 
 # The last stage with other numbers of steps, on the low-resolution samples that the search stored.
 $(RUN)/samples/%steps/samples.png: $(RUN)/search/results.json
-	$(CDM) sample --bundle $(RUN)/bundles/gaussian --out $(RUN)/samples/$*steps --start $(RUN)/search/low_res/base8-seed$(SEED)/train/8 --count 500 --levels "[$(S)]" --truncated false --sampling_steps "[25,$*]" --seed $(SEED) --block_size 100
+	$(CDM) sample --bundle $(RUN)/bundles/gaussian --out $(RUN)/samples/$*steps $(START) --count 500 --levels "[$(S)]" --sampling_steps "[25,$*]" $(FAST) --seed $(SEED) --block_size 100
 
 $(RUN)/evaluations/%/results.json: $(ROOT)/train-32.safetensors $(ROOT)/val-32.safetensors
 	$(CDM) evaluate --samples "[$(FOLDER_$*)]" --references "[$(ROOT)/train-32.safetensors,$(ROOT)/val-32.safetensors]" --detector $(DETECTOR_$(DATA)) --out $(RUN)/evaluations/$* --real data/$(DATA)

@@ -164,3 +164,19 @@ def test_stored_images_that_do_not_fit_are_refused(bundle, tmp_path, start, opti
     sample(bundle, tmp_path / "whole", count=4)
     with pytest.raises(InputError, match=sentence):
         sample(bundle, tmp_path / "more", start=tmp_path / "whole" / "train" / start, **options)
+
+
+def test_mixed_precision_is_part_of_what_samples_are(bundle, tmp_path):
+    sample(bundle, tmp_path / "full", count=2)
+    sample(bundle, tmp_path / "mixed", count=2, precision="bf16-mixed")
+    pixels = []
+    for name in ("full", "mixed"):
+        folder = tmp_path / name / "train" / "8"
+        samples = [s for shard in read_manifest(folder).shards for s in read_shard(folder / shard.name)]
+        pixels.append(torch.stack([torch.from_numpy(decode_png(s["png"])).int() for s in samples]))
+    difference = (pixels[0] - pixels[1]).abs()
+    assert 0 < difference.float().mean() < 2 and json.loads((tmp_path / "mixed" / "manifest.json").read_text())[
+        "precision"
+    ] == "bf16-mixed"
+    with pytest.raises(InputError, match="was begun with precision 32-true, not bf16-mixed"):
+        sample(bundle, tmp_path / "full", count=2, precision="bf16-mixed")

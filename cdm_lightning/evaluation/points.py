@@ -19,7 +19,7 @@ from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import measure
 from cdm_lightning.evaluation.real_images import real_images_of
 from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.sample_shards import draw, first_process, plan, wait_for_all
+from cdm_lightning.sample_shards import Precision, draw, first_process, plan, wait_for_all
 from cdm_lightning.sampling import origin
 from cdm_lightning.shards import find_folder, read_manifest, write_atomically, write_images
 
@@ -73,13 +73,14 @@ class Workshop:
         n: int,
         seeds: list[int],
         block_size: int,
+        precision: Precision,
         devices: int,
         accelerator: str,
     ) -> None:
         self.cascade, self.about, self.out, self.shards, self.split = cascade, about, out, shards, split
         self.detector, self.detector_source = detector, detector_source
         self.n, self.seeds, self.block_size = n, seeds, min(block_size, n)
-        self.devices, self.accelerator = devices, accelerator
+        self.precision, self.devices, self.accelerator = precision, devices, accelerator
         self.cards: dict[int, ReferenceCard] = {}
 
     def begin(self) -> None:
@@ -91,6 +92,7 @@ class Workshop:
         stated = {
             "bundle": self.about["stages_sha256"], "shards": str(self.shards), "split": self.split,
             "detector": self.detector.name, "detector_sha256": self.detector.sha256, "n": self.n, "seeds": self.seeds,
+            "precision": self.precision,
             "samplers": [stage.diffusion.sampler for stage in stages],
             "sampling_steps": [calls_of(stage) for stage in stages],
         }  # fmt: skip
@@ -185,7 +187,7 @@ class Workshop:
         return [*sorted(lower.iterdir(), key=lambda folder: int(folder.name)), last]
 
     def draw(self, part: CascadeModule, out: Path, start: Path | None) -> Path:
-        manifest = plan(part, self.about["stages_sha256"], self.n, None, self.block_size, start)
+        manifest = plan(part, self.about["stages_sha256"], self.n, None, self.block_size, start, self.precision)
         return draw(part, manifest, out, start, self.devices, self.accelerator, origin(self.about))[-1]
 
     def features(self, folder: Path) -> torch.Tensor:

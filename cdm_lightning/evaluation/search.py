@@ -14,7 +14,7 @@ from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import load_detector
 from cdm_lightning.evaluation.points import Point, Row, Workshop
 from cdm_lightning.evaluation.search_report import print_rows, store_in_bundle, write_search
-from cdm_lightning.sample_shards import first_process
+from cdm_lightning.sample_shards import Precision, first_process
 
 
 def search(
@@ -34,6 +34,7 @@ def search(
     store: bool = False,
     trust_detector: bool = False,
     block_size: int = 100,
+    precision: Precision = "32-true",
     seed: int = 0,
     devices: int = 1,
     accelerator: str = "auto",
@@ -63,6 +64,7 @@ def search(
         store: Write the chosen levels, and what was measured, into the bundle.
         trust_detector: Run a detector's TorchScript that this project does not know.
         block_size: Images the network works on at a time.
+        precision: Of the networks while sampling: 32-true, bf16-mixed or 16-mixed.
         seed: The first of the seeds of the samples.
         devices: Processes to share the work.
         accelerator: cpu, gpu or auto.
@@ -75,7 +77,7 @@ def search(
     cascade.set_sampler(sampler, sampling_steps)
     run = Workshop(
         cascade, about, Path(out), Path(shards), split, judge, detector, n, list(range(seed, seed + repeats)),
-        block_size, devices, accelerator,
+        block_size, precision, devices, accelerator,
     )  # fmt: skip
     kinds = [kind for kind, wanted in (("truncated", True), ("non-truncated", False)) if truncated in (None, wanted)]
     run.begin()

@@ -45,6 +45,7 @@ def write_search(run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], 
         "chosen": asdict(chosen),
         "n": run.n,
         "seeds": run.seeds,
+        "precision": run.precision,
         "seed": run.seeds[0],
         "detector": {"name": run.detector.name, "sha256": run.detector.sha256},
         "references": [card.about() for card in run.cards.values()],
@@ -77,7 +78,7 @@ def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
     found = {
         "n": results["n"], "seeds": results["seeds"], "detector": results["detector"], "date": results["made"]["date"],
         "references": results["references"], "figures": chosen["figures"], "kind": chosen["kind"],
-        "samplers": chosen["sampler"], "steps": chosen["steps"],
+        "sampler": chosen["sampler"], "steps": chosen["steps"],
     }  # fmt: skip
     about = {**read_about(bundle), "levels": results["levels"], "truncated": results["truncated"], "search": found}
     about.pop("results", None)
