@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from cdm_lightning.evaluation.levels import evaluate
-from cdm_lightning.evaluation.real_images import read_images, real_images_of
 from scipy.linalg import sqrtm
 
 from cdm_lightning import InputError
@@ -21,6 +20,7 @@ from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation import detectors
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.distance import FrechetDistance, add_images, frechet_distance, frechet_metric
+from cdm_lightning.evaluation.real_images import read_images, real_images_of
 from cdm_lightning.evaluation.report import Row, choose, conclude
 from cdm_lightning.images import downscale, to_float, to_uint8
 from cdm_lightning.shards import read_manifest, read_shard, write_manifest, write_shard
