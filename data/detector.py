@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cdm_lightning.evaluation.real_images import read_images
 from safetensors.torch import save
 
 from cdm_lightning.evaluation.detectors import SmallCNN
+from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.images import downscale
 from cdm_lightning.shards import write_atomically
 

@@ -1,12 +1,19 @@
 """Small stages and cascades that many tests share."""
 
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
+from cdm_lightning.shards import read_manifest, read_shard, write_manifest, write_shard
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 torch.set_num_threads(1)  # the networks here are too small to share, and threads that wait for a busy core crawl
 
+FASHION = Path(__file__).parents[1] / "data" / "fashion"
 SMALL = dict(
     image_channels=1, num_classes=10, channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[4],
     num_heads=2, norm_groups=4, sampling_steps=4,
@@ -46,3 +53,32 @@ def stages():
             )
         ),
     ]
+
+
+def tiny(augmentations=("gaussian",), **options):
+    """A base stage of 8x8 and a super-resolution stage per augmentation, random in all their weights; T is 20."""
+    torch.manual_seed(0)
+    sizes = dict(channels=4, channel_mult=[1], num_heads=1, attention_resolutions=[], norm_groups=2, timesteps=20)
+    about = {**SMALL, **sizes, "sampling_steps": 2, **options}
+    made = [BaseStage(resolution=8, **about)]
+    for number, kind in enumerate(augmentations):
+        low = 8 * 2**number
+        clock = {"low_res_timesteps": 20, "low_res_schedule": "cosine"} if kind == "gaussian" else {}
+        made.append(SuperResolutionStage(low_resolution=low, augmentation=kind, resolution=2 * low, **clock, **about))
+    for parameter in (p for stage in made for p in stage.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)  # the last layers start at zero
+    return made
+
+
+@pytest.fixture(scope="session")
+def few_real(tmp_path_factory):
+    """Root of the first 60 training images of Fashion in two shards, and of the first 200 validation images in three."""
+    root = tmp_path_factory.mktemp("few_real")
+    for split, ends in (("train", [0, 40, 60]), ("val", [0, 120, 180, 200])):
+        source = FASHION / split / "32"
+        samples = [(s["__key__"], s["png"], int(s["cls"])) for s in islice(read_shard(source / "000.tar.gz"), ends[-1])]
+        folder = root / split / "32"
+        shards = [write_shard(folder / f"{a}.tar", samples[a:b]) for a, b in pairwise(ends)]
+        counts = np.bincount([label for _, _, label in samples], minlength=10).tolist()
+        write_manifest(folder, replace(read_manifest(source), shards=shards, counts=counts))
+    return root

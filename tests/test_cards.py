@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cdm_lightning.evaluation.real_images import read_images
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,6 +21,7 @@ from cdm_lightning.evaluation.adm import npz
 from cdm_lightning.evaluation.cards import Facts, bias_note, check_card, read_card
 from cdm_lightning.evaluation.detectors import Detector, Inception, load_detector
 from cdm_lightning.evaluation.distance import frechet_distance
+from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.images import decode_png, downscale
 from cdm_lightning.shards import digest_of, read_manifest, read_shard, write_manifest, write_shard

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cdm_lightning.evaluation.real_images import read_images, write_subset
 from test_cli import refused
 from test_shards import FASHION, make_folder, read_raw, refuses
 
@@ -23,6 +22,7 @@ from cdm_lightning.evaluation import cas as module
 from cdm_lightning.evaluation.cas import cas
 from cdm_lightning.evaluation.cas_plan import Recipe, share
 from cdm_lightning.evaluation.cas_report import plot_classes, summarise
+from cdm_lightning.evaluation.real_images import read_images, write_subset
 from cdm_lightning.images import downscale
 from cdm_lightning.shards import read_manifest, write_images
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cdm_lightning.evaluation.real_images import read_images
 from test_shards import FASHION, refuses
 
 from cdm_lightning.classifier import Classifier, ResidualBlock, ResNet, pad_and_crop, random_box, resized_crop
 from cdm_lightning.cli import main
 from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.images import to_float
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,7 +15,8 @@ from cdm_lightning.evaluation.detectors import Detector, load_detector, load_hea
 from cdm_lightning.evaluation.features import extract, read_features
 from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import inception_score, measure
-from cdm_lightning.evaluation.report import print_figures, write_evaluation
+from cdm_lightning.evaluation.memory import real_folder, searched
+from cdm_lightning.evaluation.report import print_figures, read_cas, write_evaluation
 from cdm_lightning.sample_shards import first_process, wait_for_all
 from cdm_lightning.shards import Manifest, read_manifest
 
@@ -67,6 +68,9 @@ def evaluate(
     check_samples(manifests, samples)
     for card in cards:
         check_against(card, judge, manifests[0])
+    score = None if cas is None else read_cas(cas)
+    if real is not None and searched(cards).features is not None:
+        real_folder(searched(cards), real)  # refuses other images before hours are spent
     features = []
     for (folder, manifest), place in zip(folders, places(out, len(folders)), strict=True):
         extract(folder.parents[1], "train", manifest.resolution, judge, place, devices, accelerator, batch_size)
@@ -79,7 +83,7 @@ def evaluate(
         figures.append(inception_score(features, judge, seed))
     print_figures(figures)
     measured = Evaluation(figures, judge, cards, manifests, [folder for folder, _ in folders], features, seed)
-    results = write_evaluation(Path(out), measured, real, cas)
+    results = write_evaluation(Path(out), measured, real, score)
     wait_for_all()
     return results
 
@@ -144,6 +148,10 @@ def check_against(card: ReferenceCard, detector: Detector, manifest: Manifest) -
     check_card(card, detector, manifest.resolution, manifest.channels, manifest.classes, crop, kind)
     if card.counts is None:
         return
+    if len(card.counts) != len(manifest.counts):
+        raise InputError(
+            f"{card.path} is of {len(card.counts)} classes, which do not compare with {len(manifest.counts)}"
+        )
     missing = [c for c, (real, made) in enumerate(zip(card.counts, manifest.counts, strict=True)) if real and not made]
     if missing:
         held = sum(count > 0 for count in manifest.counts)

@@ -38,9 +38,7 @@ def neighbour_rows(card: ReferenceCard, features: torch.Tensor, samples: Path, r
     samples: the folder of shards behind `features`. real: root of the shards behind the card; others are refused.
     """
     assert card.features is not None and card.places is not None
-    folder = find_folder(real, str(card.split), int(card.resolution or 0))
-    if digest_of(read_manifest(folder).shards) != card.shards_sha256:
-        raise InputError(f"{folder} does not hold the images that {card.path} was made of")
+    folder = real_folder(card, real)
     distance, row = nearest(card.features, features, NEIGHBOURS)
     shown = distance[:, 0].argsort()[:SHOWN]
     threshold = copy_threshold(card.features, EXPECTED)
@@ -51,6 +49,21 @@ def neighbour_rows(card: ReferenceCard, features: torch.Tensor, samples: Path, r
         around = found[number * row.shape[1] : (number + 1) * row.shape[1]]
         rows.append((generated[number], around, distance[index].tolist(), bool(distance[index, 0] <= threshold)))
     return rows
+
+
+def searched(cards: Sequence[ReferenceCard]) -> ReferenceCard:
+    """The card whose images are searched for copies: the training images', where there is one."""
+    return next((card for card in cards if card.split == "train"), cards[0])
+
+
+def real_folder(card: ReferenceCard, real: Path) -> Path:
+    """The folder of shards under `real` that a card was made of; refuses any other."""
+    if card.shards_sha256 is None:
+        raise InputError(f"{card.path} does not say which images it was made of, so that none of {real} can be shown")
+    folder = find_folder(real, str(card.split), int(card.resolution or 0))
+    if digest_of(read_manifest(folder).shards) != card.shards_sha256:
+        raise InputError(f"{folder} does not hold the images that {card.path} was made of")
+    return folder
 
 
 def pictures(folder: Path, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:

@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at a point. calls: network calls an image, of all stages that ran."""
+    """What was measured at a point. calls: network calls an image, of all stages that ran, as far as they ran."""
 
     stage: str
     resolution: int
@@ -53,9 +53,7 @@ class Row:
     calls: int
     figures: list[Figure]
     folders: list[str]  # of the samples, one a seed
-    compared: bool = (
-        False  # whether it belongs to the comparison of samplers and steps rather than to the search over s
-    )
+    compared: bool = False  # whether it belongs to the comparison of samplers and steps, not to the search over s
 
 
 class Workshop:
@@ -107,6 +105,23 @@ class Workshop:
         if first_process():
             write_atomically(path, (json.dumps(stated, indent=1) + "\n").encode())
 
+    def check_real_images(self) -> None:
+        """Refuse real images that the points of a later stage could not be measured with, before hours are spent."""
+        channels, classes = self.cascade.image_channels, self.cascade.num_classes or 1
+        asked = plan(self.cascade, "", self.n).labels().bincount().tolist()
+        for stage in list(self.cascade.stages)[1:]:
+            folder = find_folder(self.shards, self.split, stage.resolution)
+            has = read_manifest(folder)
+            if has.channels != channels:
+                raise InputError(f"{folder} holds images of {has.channels} channels, and the cascade makes {channels}")
+            if len(has.classes) != classes:
+                raise InputError(f"{folder} has {len(has.classes)} classes, and the cascade makes {classes}")
+            for c, (number, held) in enumerate(zip(asked, has.counts, strict=False)):  # n may leave some classes out
+                if number > held:
+                    raise InputError(
+                        f"n = {self.n} asks for {number} real images of class {c}, and {folder} has {held}"
+                    )
+
     def card(self, resolution: int) -> ReferenceCard:
         """The reference at one resolution, made where it is not there yet."""
         if resolution not in self.cards:
@@ -130,8 +145,10 @@ class Workshop:
         try:
             folders = [self.samples(point, seed) for seed in self.seeds]
             sets = [self.features(folder) for folder in folders]
-            ran = [stage] if point.kind == "real low-res" else list(self.cascade.stages)[: point.number + 1]
-            calls = sum(len(other.diffusion.sampling_grid(0)[1]) for other in ran)
+            stops = [*point.levels, 0] if point.kind == "truncated" else [0] * (point.number + 1)
+            first = point.number if point.kind == "real low-res" else 0
+            ran = zip(list(self.cascade.stages)[first : point.number + 1], stops[first:], strict=True)
+            calls = sum(len(other.diffusion.sampling_grid(stop)[1]) for other, stop in ran)
             return Row(
                 stage.name, stage.resolution, point.levels[-1], point.levels, point.kind, stage.diffusion.sampler,
                 calls_of(stage), calls, measure(sets, card, self.detector, self.seeds[0], quick=True),

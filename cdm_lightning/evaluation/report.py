@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from cdm_lightning import InputError
 from cdm_lightning.evaluation import page
 from cdm_lightning.evaluation.figures import Accuracy, Figure
-from cdm_lightning.evaluation.memory import memorisation, neighbour_rows, stage_rows, stored
+from cdm_lightning.evaluation.memory import memorisation, neighbour_rows, searched, stage_rows, stored
 from cdm_lightning.evaluation.page_elements import paragraph
 from cdm_lightning.shards import write_atomically
 
@@ -57,24 +58,30 @@ def print_figures(figures: Sequence[Figure]) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def write_evaluation(out: Path, measured: Any, real: Path | None, cas: Path | None) -> dict[str, Any]:
+def read_cas(path: Path) -> dict[str, Any]:
+    """What `cdm cas` found; refuses any other file."""
+    try:
+        found = json.loads(Path(path).read_text())
+        if {"generated", "real", "recipe", "seeds", "conclusion"} <= set(found):
+            return dict(found)
+        raise ValueError("it holds no score")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the results.json of `cdm cas`: {error}") from error
+
+
+def write_evaluation(out: Path, measured: Any, real: Path | None, cas: dict[str, Any] | None) -> dict[str, Any]:
     """results.json and report.html of an `Evaluation`.
 
-    real: root of the shards behind a card, for the pictures of its nearest images. cas: results of `cdm cas`.
+    real: root of the shards behind a card, for the pictures of its nearest images. cas: from `read_cas`.
     """
     results = {**measured.as_dict(), "made": provenance(), "memorisation": None}
-    manifest, card = measured.manifests[0], next((c for c in measured.cards if c.split == "train"), measured.cards[0])
+    manifest, card = measured.manifests[0], searched(measured.cards)
     resolution = manifest.resolution
     sections = [("Figures", page.figures_table(measured.figures))]
     if is_imagenet(manifest.classes):
         sections.append(("Beside the paper", page.paper_table(resolution, measured.figures)))
     if cas is not None:
-        sections.append(
-            (
-                "Classification accuracy score",
-                cas_section(json.loads(Path(cas).read_text()), resolution, manifest.classes),
-            )
-        )
+        sections.append(("Classification accuracy score", cas_section(cas, resolution, manifest.classes)))
     sections.append(("Stages side by side", page.stages_grid(stage_rows(stored(measured.folders[0])))))
     if card.features is not None and len(card.features) > 1:
         results["memorisation"] = memorisation(card, measured.features)

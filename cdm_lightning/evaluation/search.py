@@ -80,9 +80,11 @@ def search(
         block_size, precision, devices, accelerator,
     )  # fmt: skip
     kinds = [kind for kind, wanted in (("truncated", True), ("non-truncated", False)) if truncated in (None, wanted)]
-    run.begin()
     grids = [level_grid(stage, levels) for stage in stages[1:]]
     check_levels(cascade, grids, kinds)
+    check_compared(stages[-1].diffusion, samplers, steps)
+    run.check_real_images()
+    run.begin()
     best: dict[str, list[int]] = {kind: [] for kind in kinds}  # the levels chosen so far, per kind of truncation
     rows: list[Row] = []
     for number, grid in enumerate(grids, 1):
@@ -92,11 +94,11 @@ def search(
             best[kind] = [*best[kind], lowest(found, kind).s]
         rows += found
     kind = min(kinds, key=lambda k: lowest([r for r in rows if r.stage == stages[-1].name], k).figures[0].value)
+    noisy = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
+    chosen = lowest([r for r in rows if r.stage == stages[noisy + 1].name and r.s == best[kind][noisy]], kind)
     rows += [run.measure(point, compared=True) for point in compared(cascade, best[kind], kind, samplers, steps)]
     if not first_process():
         return {}
-    noisy = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
-    chosen = lowest([r for r in rows if r.stage == stages[noisy + 1].name and r.s == best[kind][noisy]], kind)
     print_rows(rows, chosen)
     results = write_search(run, rows, chosen, best[kind], kind)
     if store:
@@ -126,6 +128,16 @@ def check_levels(cascade: CascadeModule, grids: list[list[int]], kinds: list[str
             cascade.set_levels(chosen, "truncated" in kinds)
             cascade.set_sampler(None, None)  # checks that the reverse process can stop there
     cascade.set_levels([0] * len(grids), False)
+
+
+def check_compared(diffusion: Any, samplers: list[Sampler] | None, steps: list[int] | None) -> None:
+    """Refuse samplers and numbers of steps that the last stage has no grid for."""
+    own = (diffusion.sampler, diffusion.sampling_steps)
+    for sampler in samplers or [own[0]]:
+        for count in steps or [own[1]]:
+            diffusion.sampler, diffusion.sampling_steps = sampler, count
+            diffusion.sampling_grid(0)
+    diffusion.sampler, diffusion.sampling_steps = own
 
 
 def points_of(number: int, grid: list[int], best: dict[str, list[int]]) -> list[Point]:
