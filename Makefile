@@ -22,13 +22,12 @@ setup: .venv/ready ## Make .venv with everything that is needed
 # The demo, as a person would type it: three stages, each trained alone, then put together, measured and sampled.
 RUN := runs/demo
 
-demo: $(RUN)/samples.png $(RUN)/results.json ## Train a small cascade on the images that ship, look at it, measure it
+demo: $(RUN)/samples.png $(RUN)/search/results.json ## Train a small cascade on the images that ship, look at it, measure it
 	@echo
 	@echo "$(RUN)/samples.png    classes by rows, the three resolutions side by side"
-	@echo "$(RUN)/results.json   the distances above; $(RUN)/fd_levels.png draws them"
+	@echo "$(RUN)/search/report.html  the distances above as a page, with curves and pictures"
 	@echo "$(RUN)/*/loss.png     loss curves, with sample grids in $(RUN)/*/grids"
 	@echo "$(RUN)/bundle         the cascade: cdm sample --bundle $(RUN)/bundle --out samples --per_class 4"
-	@.venv/bin/python -c 'import json; print("\n" + json.load(open("$(RUN)/results.json"))["conclusion"])'
 
 # Stages do not wait for one another, and networks this small gain little from a second thread: one trains beside the rest.
 fit = OMP_NUM_THREADS=1 $(CDM) fit --config experiments/defaults.yaml --config experiments/fashion/defaults.yaml --config experiments/fashion/$(1).yaml --trainer.default_root_dir $(RUN)/$(1) $(ARGS)
@@ -40,8 +39,8 @@ $(RUN)/bundle/bundle.json: | setup
 	$(call fit,base8) && $(call fit,sr16) && { wait $$sr32 || { tail -5 $(RUN)/sr32.log; exit 1; }; }
 	$(CDM) bundle --checkpoints "[$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32]" --out $(RUN)/bundle
 
-$(RUN)/results.json: $(RUN)/bundle/bundle.json
-	$(CDM) evaluate --bundle $(RUN)/bundle --shards data/fashion --out $(RUN) --levels "[501]" --n 500 --sampling_steps "[25,25,10]"
+$(RUN)/search/results.json: $(RUN)/bundle/bundle.json
+	$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --levels "[501]" --n 500 --sampling_steps "[25,25,10]"
 
 $(RUN)/samples.png: $(RUN)/bundle/bundle.json
 	rm -rf $(RUN)/samples

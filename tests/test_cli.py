@@ -45,7 +45,8 @@ def fit(*options, config=BASE8) -> list[str]:
         (["prepare", "folder", "--help"], ["--source", "--grey"]),
         (["bundle", "--help"], ["--checkpoints", "from low to high"]),
         (["sample", "--help"], ["--bundle", "--levels", "--truncated", "--sampling_steps", "--seed", "--classes"]),
-        (["evaluate", "--help"], ["--detector", "--levels"]),
+        (["evaluate", "--help"], ["--references", "--detector"]),
+        (["search", "--help"], ["--levels", "--repeats"]),
         (["fit", "--help"], ["--data.root", "--config"]),
     ],
 )
