@@ -175,8 +175,9 @@ def test_mixed_precision_is_part_of_what_samples_are(bundle, tmp_path):
         samples = [s for shard in read_manifest(folder).shards for s in read_shard(folder / shard.name)]
         pixels.append(torch.stack([torch.from_numpy(decode_png(s["png"])).int() for s in samples]))
     difference = (pixels[0] - pixels[1]).abs()
-    assert 0 < difference.float().mean() < 2 and json.loads((tmp_path / "mixed" / "manifest.json").read_text())[
-        "precision"
-    ] == "bf16-mixed"
+    assert (
+        0 < difference.float().mean() < 2
+        and json.loads((tmp_path / "mixed" / "manifest.json").read_text())["precision"] == "bf16-mixed"
+    )
     with pytest.raises(InputError, match="was begun with precision 32-true, not bf16-mixed"):
         sample(bundle, tmp_path / "full", count=2, precision="bf16-mixed")

@@ -84,7 +84,7 @@ def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) 
         raise InputError(f"the Inception Score over {IS_SPLITS} splits takes {IS_SPLITS} images or more, not {n}")
     scores = []
     for features in sets:
-        metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS)
+        metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False)
         metric.update(features.double() @ detector.head.double().T)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
