@@ -20,7 +20,7 @@ from cdm_lightning.evaluation.callback import CascadeFigures
 from cdm_lightning.evaluation.cards import read_card
 from cdm_lightning.evaluation.detectors import load_detector
 from cdm_lightning.evaluation.evaluate import evaluate
-from cdm_lightning.evaluation.features import extract, features_of, read_features
+from cdm_lightning.evaluation.features import features_of
 from cdm_lightning.evaluation.measure import measure
 from cdm_lightning.evaluation.memory import neighbour_rows
 from cdm_lightning.evaluation.real_images import read_images
@@ -62,30 +62,6 @@ def test_it_leaves_the_figures_and_a_page(made, few_real, tmp_path):
         assert got["value"] == pytest.approx(figure.value, rel=1e-4, abs=1e-9)
     page = (tmp_path / "report.html").read_text()
     assert f"Fréchet distance ({CNN})" in page and "FID" not in page and "Memorisation" in page
-
-
-def test_features_are_the_detectors_and_a_stopped_run_goes_on(made, tmp_path):
-    judge = load_detector(CNN)
-    manifest = extract(made / "s0", "train", 16, judge, tmp_path / "f", batch_size=20)
-    found = torch.cat([features for features, _ in read_features(tmp_path / "f", manifest)])
-    images = torch.cat([image for image, _ in read_images(made / "s0", "train", 16, 20)])
-    assert torch.equal(found, torch.cat([features_of(judge, batch) for batch in images.split(20)]))
-    first, second = sorted((tmp_path / "f").glob("*.safetensors"))
-    kept = first.stat().st_mtime_ns
-    second.unlink()
-    extract(made / "s0", "train", 16, judge, tmp_path / "f", batch_size=20)
-    assert second.is_file() and first.stat().st_mtime_ns == kept
-    with pytest.raises(InputError, match="features of other images or of another detector"):
-        extract(made / "s1", "train", 16, judge, tmp_path / "f")
-
-
-def test_features_that_are_not_finite_are_refused():
-    judge = load_detector(CNN)
-    judge.last_features = judge.penultimate[0].weight
-    with torch.no_grad():
-        judge.penultimate[0].weight[3] = torch.nan
-    with pytest.raises(InputError, match="detector fashion-cnn-64 makes features of image 0 of a batch that are not"):
-        features_of(judge, torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
 
 
 def test_two_processes_give_the_figures_of_one(made, tmp_path):
