@@ -108,7 +108,7 @@ HARMLESS = (  # said by libraries about each other, or about what is so on purpo
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*predict returned None if it was on purpose.*",
     ".*Couldn't infer the batch indices.*",
-    ".*Kernel Inception Distance. will save all extracted features.*",
+    ".*(Kernel Inception Distance|InceptionScore). will save all extracted features.*",
     ".*__array__ implementation doesn't accept a copy keyword.*",
 )
 

@@ -72,7 +72,7 @@ def tiny(augmentations=("gaussian",), **options):
 
 @pytest.fixture(scope="session")
 def few_real(tmp_path_factory):
-    """Root of the first 60 training images of Fashion in two shards, and of the first 200 validation images in three."""
+    """Root of the first 60 training images of Fashion in two shards, of the first 200 validation images in three."""
     root = tmp_path_factory.mktemp("few_real")
     for split, ends in (("train", [0, 40, 60]), ("val", [0, 120, 180, 200])):
         source = FASHION / split / "32"

@@ -14,6 +14,7 @@ from cdm_lightning.evaluation.manifold import precision_recall
 from cdm_lightning.evaluation.measure import inception_score, log_key, measure
 from cdm_lightning.evaluation.networks import Detector
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*will save all extracted features")
 N, KEPT, SEED = 40, 30, 5
 
 
@@ -125,6 +126,7 @@ def test_the_inception_score_is_the_formulas(count):
     scores = [score_by_numpy(features, head, SEED) for features in SETS[:count]]
     assert figure.value == pytest.approx(mean(score for score, _ in scores), rel=1e-9) and figure.value > 1.5
     assert (figure.key, figure.name, figure.against, figure.n) == ("is", "Inception Score", "", N)
+    assert figure.note == "n = 40 is less than 50,000, which makes the score smaller: compare it at equal n only"
     assert figure.spread_of == ("3 disjoint seeds" if count == 3 else "10 splits")
     expected = stdev(score for score, _ in scores) if count == 3 else scores[0][1]
     assert figure.spread == pytest.approx(expected, rel=1e-6)

@@ -11,6 +11,7 @@ import torch
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.cards import check_card, read_card
 from cdm_lightning.evaluation.detectors import load_detector
+from cdm_lightning.evaluation.evaluate import check_counts
 from cdm_lightning.evaluation.features import features_of
 from cdm_lightning.evaluation.measure import log_key, measure
 from cdm_lightning.evaluation.report import write_test
@@ -58,13 +59,16 @@ class CascadeFigures(L.Callback):
             self.shown = [(named[c], [image]) for c, image in pairs][:SHOWN]
         self.found.append((outputs["index"].cpu(), features.cpu()))
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         index, features = (torch.cat(part) for part in zip(*self.found, strict=True))
         if torch.distributed.is_initialized():
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, (index, features))
             index, features = (torch.cat(part) for part in zip(*parts, strict=True))
         features = features[index.argsort()]
+        classes = pl_module.num_classes or 1
+        for card in self.cards:
+            check_counts(card, (index % classes).bincount(minlength=classes).tolist())
         logged, figures = {"test/n": float(len(features))}, []
         for card in self.cards:
             for figure in measure([features], card, self.detector, self.seed):

@@ -53,7 +53,10 @@ class Moments:
 
 
 def handed_over(num_features: int) -> nn.Module:
-    """What torchmetrics is given for a network: features are its input already."""
+    """What torchmetrics is given for a network: features are its input already.
+
+    A metric gets sync_on_compute=False beside it: one process holds the features of all, and others may not call it.
+    """
     network = nn.Identity()
     network.num_features = num_features  # type: ignore[assignment]  # torchmetrics looks for it
     return network
@@ -62,7 +65,7 @@ def handed_over(num_features: int) -> nn.Module:
 def frechet_distance(real: Moments, generated: Moments) -> float:
     """d^2 = ||mu_r - mu_g||^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2)), by torchmetrics; >= 0 up to rounding."""
     check_moments(real, generated)
-    metric = FrechetInceptionDistance(feature=handed_over(len(real.total)))
+    metric = FrechetInceptionDistance(feature=handed_over(len(real.total)), sync_on_compute=False)
     for side, moments in (("real", real), ("fake", generated)):
         getattr(metric, f"{side}_features_sum").copy_(moments.total)
         getattr(metric, f"{side}_features_cov_sum").copy_(moments.outer)
@@ -110,7 +113,9 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int) -> t
         raise InputError(
             f"a kernel distance takes 4 images or more, not {len(real)} real and {len(generated)} generated"
         )
-    metric = KernelInceptionDistance(feature=handed_over(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    metric = KernelInceptionDistance(
+        feature=handed_over(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+    )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng(devices=[]):

@@ -146,15 +146,18 @@ def check_against(card: ReferenceCard, detector: Detector, manifest: Manifest) -
     """Refuse a card made of other images or by another detector, and samples that lack some of its classes."""
     crop, kind = (None if value == "none" else value for value in (manifest.crop, manifest.filter))
     check_card(card, detector, manifest.resolution, manifest.channels, manifest.classes, crop, kind)
+    check_counts(card, manifest.counts)
+
+
+def check_counts(card: ReferenceCard, counts: Sequence[int]) -> None:
+    """Refuse samples, of so many images per class, that lack some class of a card's images."""
     if card.counts is None:
         return
-    if len(card.counts) != len(manifest.counts):
-        raise InputError(
-            f"{card.path} is of {len(card.counts)} classes, which do not compare with {len(manifest.counts)}"
-        )
-    missing = [c for c, (real, made) in enumerate(zip(card.counts, manifest.counts, strict=True)) if real and not made]
+    if len(card.counts) != len(counts):
+        raise InputError(f"{card.path} is of {len(card.counts)} classes, which do not compare with {len(counts)}")
+    missing = [c for c, (real, made) in enumerate(zip(card.counts, counts, strict=True)) if real and not made]
     if missing:
-        held = sum(count > 0 for count in manifest.counts)
+        held = sum(count > 0 for count in counts)
         raise InputError(
             f"the samples hold {held} of the {len(card.counts)} classes of {card.path}, without class {missing[0]}: "
             "a distance to images of all classes would not be theirs"

@@ -10,7 +10,7 @@ import torch
 from torchmetrics.image.inception import InceptionScore
 
 from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import ReferenceCard, bias_note
+from cdm_lightning.evaluation.cards import ENOUGH, ReferenceCard, bias_note
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
 from cdm_lightning.evaluation.figures import Figure
@@ -84,11 +84,12 @@ def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) 
         raise InputError(f"the Inception Score over {IS_SPLITS} splits takes {IS_SPLITS} images or more, not {n}")
     scores = []
     for features in sets:
-        metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS)
+        metric = InceptionScore(handed_over(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False)
         metric.update(features.double() @ detector.head.double().T)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             scores.append([float(part) for part in metric.compute()])
     values = [score for score, _ in scores]
     spread = (stdev(values), f"{len(values)} disjoint seeds") if len(values) >= 3 else (scores[0][1], "10 splits")
-    return Figure("is", name_of("is", detector), mean(values), *spread, "", n, 0, bias_note(n))
+    few = f"n = {n:,} is less than {ENOUGH:,}, which makes the score smaller: compare it at equal n only"
+    return Figure("is", name_of("is", detector), mean(values), *spread, "", n, 0, few if n < ENOUGH else "")

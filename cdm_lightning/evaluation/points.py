@@ -106,7 +106,9 @@ class Workshop:
     def check_real_images(self) -> None:
         """Refuse real images that the points of a later stage could not be measured with, before hours are spent."""
         channels, classes = self.cascade.image_channels, self.cascade.num_classes or 1
-        asked = plan(self.cascade, "", self.n).labels().bincount().tolist()
+        asked = plan(self.cascade, "", self.n).labels().bincount(minlength=classes).tolist()
+        if not all(asked):
+            raise InputError(f"n = {self.n} leaves out classes: a distance to images of {classes} would not be theirs")
         for stage in list(self.cascade.stages)[1:]:
             folder = find_folder(self.shards, self.split, stage.resolution)
             has = read_manifest(folder)
@@ -114,7 +116,7 @@ class Workshop:
                 raise InputError(f"{folder} holds images of {has.channels} channels, and the cascade makes {channels}")
             if len(has.classes) != classes:
                 raise InputError(f"{folder} has {len(has.classes)} classes, and the cascade makes {classes}")
-            for c, (number, held) in enumerate(zip(asked, has.counts, strict=False)):  # n may leave some classes out
+            for c, (number, held) in enumerate(zip(asked, has.counts, strict=True)):
                 if number > held:
                     raise InputError(
                         f"n = {self.n} asks for {number} real images of class {c}, and {folder} has {held}"

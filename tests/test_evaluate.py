@@ -1,0 +1,158 @@
+"""`cdm evaluate` on a tiny random cascade: figures as from direct calls, and copies of real images are found."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from html import unescape
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+from cdm_lightning.bundle import write_bundle
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.evaluation.cards import read_card
+from cdm_lightning.evaluation.detectors import FOLDER, load_detector
+from cdm_lightning.evaluation.evaluate import evaluate
+from cdm_lightning.evaluation.features import features_of
+from cdm_lightning.evaluation.measure import measure
+from cdm_lightning.evaluation.memory import neighbour_rows
+from cdm_lightning.evaluation.real_images import read_images
+from cdm_lightning.evaluation.reference import reference
+from cdm_lightning.images import to_uint8
+from cdm_lightning.sampling import sample
+from cdm_lightning.shards import read_manifest, write_images
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CNN, CPU, N = "fashion-cnn-64", {"accelerator": "cpu"}, 20
+
+
+def prepare(root, real):
+    """Cards of real images at 16x16, a bundle, and three sets of its samples, in shards of 8, 8 and 4 images."""
+    made = SimpleNamespace(root=root, real=real, bundle=root / "bundle", cards=[])
+    for split, keep in (("val", 100), ("train", 50)):
+        made.cards.append(root / f"{split}.safetensors")
+        reference(real, made.cards[-1], 16, split, CNN, keep=keep, **CPU)
+    write_bundle(made.bundle, tiny(), {"levels": [5], "classes": read_manifest(real / "val" / "32").classes})
+    made.samples = [root / f"samples{seed}" for seed in range(3)]
+    for seed, folder in enumerate(made.samples):
+        sample(made.bundle, folder, count=N, seed=seed, block_size=8, **CPU)
+    return made
+
+
+@pytest.fixture(scope="module")
+def toy(few_real, tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("toy"), few_real)
+
+
+@pytest.fixture(scope="module")
+def evaluated(toy):
+    """Three sets against both cards: results and folder."""
+    return evaluate(toy.samples, toy.cards, toy.root / "out", real=toy.real, seed=4, **CPU), toy.root / "out"
+
+
+def test_the_figures_are_those_of_direct_calls(toy, evaluated):
+    results, _ = evaluated
+    judge = load_detector(CNN)
+    label, index = torch.arange(N) % 10, torch.arange(N)
+    sets = []
+    for seed in range(3):
+        images = to_uint8(CascadeModule(toy.bundle, seed=seed).sample(label, index)[-1])
+        sets.append(features_of(judge, images))
+    expected = [figure for card in toy.cards for figure in measure(sets, read_card(card), judge, 4)]
+    assert len(results["figures"]) == len(expected) == 8
+    for found, figure in zip(results["figures"], map(asdict, expected), strict=True):
+        assert found.pop("value") == pytest.approx(figure.pop("value"), rel=1e-3, abs=1e-6)  # another batch size
+        assert found.pop("spread") == pytest.approx(figure.pop("spread"), rel=1e-2, abs=1e-6) and found == figure
+    names = {f["name"] for f in results["figures"]}
+    assert names == {f"{n} ({CNN})" for n in ("Fréchet distance", "kernel distance", "precision", "recall")}
+
+
+def test_results_and_page_hold_what_was_measured(toy, evaluated):
+    results, out = evaluated
+    assert json.loads((out / "results.json").read_text()) | {"figures": []} == results | {"figures": []}
+    text = unescape((out / "report.html").read_text())
+    for part in (f"Fréchet distance ({CNN})", "3 disjoint seeds", "Stages side by side", "Memorisation", "set"):
+        assert part in text
+    assert results["memorisation"]["split"] == "train" and results["memorisation"]["searched"] == 50
+    assert [s["seed"] for s in results["samples"]] == [0, 1, 2] and results["resolution"] == 16
+    assert [r["split"] for r in results["references"]] == ["val", "train"] and results["seed"] == 4
+    assert results["detector"] == {"name": CNN, "sha256": load_detector(CNN).sha256}
+    assert "FID" not in text  # another detector measured
+    assert f"SHA-256 {results['detector']['sha256']}" in text and results["made"]["date"] in text
+    assert sorted(path.name for path in out.iterdir()) == ["features", "report.html", "results.json"]
+
+
+def test_it_goes_on_with_the_features_that_are_there(toy, evaluated, monkeypatch):
+    _, out = evaluated
+    before = json.loads((out / "results.json").read_text())
+    monkeypatch.setattr("lightning.pytorch.Trainer.predict", lambda *_, **__: pytest.fail("nothing is left to do"))
+    again = evaluate(toy.samples, toy.cards, out, real=toy.real, seed=4, **CPU)
+    assert again["figures"] == before["figures"] and again["memorisation"] == before["memorisation"]
+
+
+def test_two_processes_measure_what_one_does(toy, tmp_path):
+    options = dict(samples=toy.samples[:1], references=toy.cards[:1])
+    one = evaluate(out=tmp_path / "one", **options, **CPU)
+    command = [
+        sys.executable, "-m", "cdm_lightning", "evaluate", "--samples", f"[{toy.samples[0]}]", "--references",
+        f"[{toy.cards[0]}]", "--out", str(tmp_path / "two"), "--devices", "2", "--accelerator", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["figures"] == one["figures"] and two["memorisation"] == one["memorisation"]
+    assert done.stdout.count("┃ figure") == 1  # one process speaks
+    assert "Traceback" not in done.stderr
+
+
+def test_another_resolution_and_another_detector(toy, tmp_path):
+    """The 8x8 images of the same samples, by a detector from a file, against a card of its own."""
+    mine = tmp_path / "mine.safetensors"
+    shutil.copy(FOLDER / f"{CNN}.safetensors", mine)
+    reference(toy.real, tmp_path / "8.safetensors", 8, "val", str(mine), keep=0, **CPU)
+    card = tmp_path / "8.safetensors"
+    results = evaluate(toy.samples[:1], [card], tmp_path / "out", detector=str(mine), **CPU)
+    (figure,) = results["figures"]  # no features were kept
+    assert (figure["name"], figure["n_reference"]) == ("Fréchet distance (mine)", 200)
+    assert results["resolution"] == 8 and results["memorisation"] is None
+    assert "Memorisation" not in (tmp_path / "out" / "report.html").read_text()
+
+
+# -- copies
+
+
+@pytest.fixture(scope="module")
+def planted(toy):
+    """A folder of samples written by hand: those of seed 0 with training image 31 at place 7."""
+    source = toy.samples[0] / "train" / "16"
+    images, labels = (torch.cat(part) for part in zip(*read_images(toy.samples[0], "train", 16, 50), strict=True))
+    real = torch.cat([image for image, _ in read_images(toy.real, "train", 16, 50)])[31]
+    images[7] = real
+    classes = read_manifest(source).classes
+    folder = toy.root / "planted" / "train" / "16"
+    write_images(folder, images.permute(0, 2, 3, 1).numpy(), labels.numpy(), np.arange(N), classes, None, 8)
+    return folder, real
+
+
+def test_a_planted_training_image_is_found(toy, planted, tmp_path):
+    folder, real = planted
+    results = evaluate([folder.parents[1]], toy.cards, tmp_path, real=toy.real, **CPU)
+    found = results["memorisation"]
+    assert found["least"] < 0.01 * found["threshold"] and found["share"] == 1 / N
+    assert "1 of the 8 images shown count as copies" in (tmp_path / "report.html").read_text()
+    clean = evaluate(toy.samples[:1], toy.cards, tmp_path / "clean", **CPU)["memorisation"]
+    assert clean["share"] == 0 and clean["least"] > found["threshold"]
+    judge, card = load_detector(CNN), read_card(toy.cards[1])
+    features = torch.cat([features_of(judge, image) for image, _ in read_images(folder.parents[1], "train", 16, 8)])
+    rows = neighbour_rows(card, features, folder, toy.real)
+    image, neighbours, distances, is_copy = rows[0]
+    assert is_copy and torch.equal(image, real) and torch.equal(neighbours[0], real)
+    assert distances[0] == pytest.approx(found["least"], abs=1e-3) and distances == sorted(distances)
+    assert not any(row[3] for row in rows[1:]) and [r[2][0] for r in rows] == sorted(r[2][0] for r in rows)
