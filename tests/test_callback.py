@@ -1,0 +1,108 @@
+"""CascadeFigures in `cdm test`: the numbers of `cdm sample` and `cdm evaluate`, whatever the number of processes."""
+
+import json
+from html import unescape
+
+import lightning.pytorch as L
+import pytest
+import torch
+from test_evaluate import CNN, CPU, prepare
+
+from cdm_lightning import InputError
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.evaluation.callback import CascadeFigures
+from cdm_lightning.evaluation.cards import read_card, write_card
+from cdm_lightning.evaluation.evaluate import evaluate
+from cdm_lightning.evaluation.real_images import read_images
+from cdm_lightning.sampling import sample
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SETTING = {"seed": 3, "levels": [4], "truncated": True, "sampling_steps": [3, 2]}
+TWO = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"  # quicker, but not after CUDA has started
+
+
+@pytest.fixture(scope="module")
+def toy(few_real, tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("toy"), few_real)
+
+
+@pytest.fixture(scope="module")
+def expected(toy):
+    """What `cdm sample` and `cdm evaluate` make of the same setting: 20 images in blocks of 10."""
+    sample(toy.bundle, toy.root / "same", count=20, block_size=10, **SETTING, **CPU)
+    return evaluate([toy.root / "same"], toy.cards, toy.root / "figures", batch_size=10, seed=4, **CPU)["figures"]
+
+
+def run(toy, folder, module=None, batches=2, cards=None, **options):
+    """What a test logs: `batches` batches of ten of the 200 validation images."""
+    module = module or CascadeModule(toy.bundle, **SETTING)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(
+        default_root_dir=folder, use_distributed_sampler=False, limit_test_batches=batches,
+        callbacks=[CascadeFigures(cards or toy.cards, seed=4)], **quiet, **options,
+    )  # fmt: skip
+    return trainer.test(module, ShardDataModule(toy.real, batch_size=10, num_workers=0), verbose=False)[0]
+
+
+def logged(figures, rel=1e-6):
+    """The same figures under the names of a log."""
+    values = {f"test/{f['key']}_{CNN}_{f['against']}": f["value"] for f in figures}
+    first = {f"test/{f['key']}_{CNN}": f["value"] for f in figures if f["against"] == "val"}  # the first card
+    return pytest.approx({**values, **first, "test/n": 20.0}, rel=rel)
+
+
+def test_a_test_gives_the_figures_of_stored_samples(toy, expected, tmp_path):
+    module = CascadeModule(toy.bundle, **SETTING)
+    found = run(toy, tmp_path, module)
+    assert found == logged(expected) and len(found) == 8 + 4 + 1 and found[f"test/fd_{CNN}"] > 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["figures"] == expected and results["seed"] == 4
+    assert results["detector"]["name"] == CNN and [r["split"] for r in results["references"]] == ["val", "train"]
+    page = unescape((tmp_path / "report.html").read_text())
+    assert f"Fréchet distance ({CNN})" in page and "20 samples" in page and page.count("<img") >= 10
+    assert not any("detector" in name for name in module.state_dict())
+
+
+class Stored(CascadeModule):
+    """Hands out stored samples by their index, so that the batch size takes no part."""
+
+    def test_step(self, batch, batch_idx):
+        return {"generated": self.images[batch[2]], "index": batch[2]}
+
+
+def test_two_processes_measure_the_images_of_both(toy, expected, tmp_path):
+    module = Stored(toy.bundle, **SETTING)
+    module.images = torch.cat([image for image, _ in read_images(toy.root / "same", "train", 16, 50)])
+    found = run(toy, tmp_path, module, strategy=TWO, devices=2)
+    assert found == logged(expected, rel=1e-4) and found["test/n"] == 20
+
+
+class Few(CascadeModule):
+    """Makes half of every batch."""
+
+    def test_step(self, batch, batch_idx):
+        return super().test_step([part[:5] for part in batch], batch_idx)
+
+
+class Silent(L.LightningModule):
+    resolution, image_channels, num_classes = 16, 1, 10
+
+    def test_step(self, batch, batch_idx):
+        return None
+
+
+def test_what_is_refused_writes_nothing(toy, tmp_path):
+    card, other = read_card(toy.cards[0]), tmp_path / "other.safetensors"
+    about = {name: getattr(card, name) for name in type(card).__dataclass_fields__}
+    write_card(type(card)(**about | {"resolution": 32, "path": other}))
+    for options, sentence in (
+        ({"cards": [other]}, "with resolution 32, which do not compare with resolution 16"),
+        ({"module": Few(toy.bundle, **SETTING), "batches": 1}, "hold 5 of the 10 classes of .*, without class 5"),
+        ({"module": Silent()}, "belongs to the test of a cascade: Silent is none"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            run(toy, tmp_path / "run", **options)
+    assert not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("report.html"))
+    with pytest.raises(InputError, match=r"references \[\] names no card"):
+        CascadeFigures([])
