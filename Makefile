@@ -40,7 +40,7 @@ $(RUN)/bundle/bundle.json: | setup
 	$(CDM) bundle --checkpoints "[$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32]" --out $(RUN)/bundle
 
 $(RUN)/search/results.json: $(RUN)/bundle/bundle.json
-	$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --levels "[501]" --n 500 --sampling_steps "[25,25,10]"
+	$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --levels "[501]" --n 300 --sampling_steps "[20,20,10]"
 
 $(RUN)/samples.png: $(RUN)/bundle/bundle.json
 	rm -rf $(RUN)/samples

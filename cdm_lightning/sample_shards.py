@@ -142,6 +142,7 @@ def draw(
             use_distributed_sampler=False,  # whole blocks are shared out below
         )  # fmt: skip
         trainer.predict(cascade, datamodule=Blocks(manifest, todo, start), return_predictions=False)
+        wait_for_all()  # for the slowest process: what follows reads the shards of all
     for folder in folders:
         if first_process() and not (folder / "manifest.json").is_file():
             finish(folder, manifest, cascade, about or {})
@@ -184,10 +185,6 @@ class BlockWriter(BasePredictionWriter):
             samples = [(k, encode_png(a), c) for k, a, c in zip(keys, arrays, labels, strict=False)]
             write_shard(folder / shard_name(number), samples)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the slowest process: what follows reads the shards of all."""
-        trainer.strategy.barrier()
-
 
 class BlockData(Dataset):
     """The blocks still to do, with the stored images they go on from where there are some."""
@@ -221,6 +218,7 @@ class Blocks(L.LightningDataModule):
     def __init__(self, manifest: SampleManifest, todo: list[int], start: Path | None = None) -> None:
         super().__init__()
         self.manifest, self.todo, self.start = manifest, todo, start
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer blocks to do than processes
 
     def predict_dataloader(self) -> DataLoader:
         own = self.todo[self.trainer.global_rank :: self.trainer.world_size]
@@ -230,19 +228,19 @@ class Blocks(L.LightningDataModule):
 def begin(out: Path, manifest: Any) -> None:
     """Write the manifest, a dataclass, into a new folder; in one begun before, refuse to go on with another."""
     path = Path(out) / "manifest.json"
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
-        differing = [name for name, value in asdict(manifest).items() if before.get(name) != value]
-        if differing:
-            name = differing[0]
-            raise InputError(
-                f"{out} was begun with {name} {before.get(name)}, not {getattr(manifest, name)}: choose another folder"
-            )
-        return
-    write_atomically(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    if first_process() and not path.is_file():
+        write_atomically(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    wait_for_all()
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    differing = [name for name, value in asdict(manifest).items() if before.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"{out} was begun with {name} {before.get(name)}, not {getattr(manifest, name)}: choose another folder"
+        )
 
 
 def finish(folder: Path, manifest: SampleManifest, cascade: CascadeModule, about: dict[str, Any]) -> None:

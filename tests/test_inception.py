@@ -73,6 +73,7 @@ def test_fid_on_the_64_features_is_the_documented_one(canonical, documented):
 
 
 @needs_file
+@pytest.mark.timeout(1200)  # 200 images of 299x299 and 100 subsets of 2,048 features: a busy machine takes minutes
 @pytest.mark.filterwarnings("ignore:Metric `Kernel")
 def test_kid_is_the_documented_one(canonical, documented):
     mean, deviation = measured(KernelInceptionDistance(feature=canonical, subset_size=50), documented)

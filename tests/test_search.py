@@ -1,6 +1,9 @@
 """`cdm search`: every row is the distance of the cascade it names, the choice is the least, a kill loses little."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +154,19 @@ def test_what_a_search_refuses(augmentations, options, arguments, sentence, tmp_
     with pytest.raises(InputError, match=sentence):
         search(tmp_path / "bundle", tmp_path / "out", **{"shards": few_real, "levels": [5], **GREY, **arguments})
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_find_what_one_finds(tmp_path, few_real):
+    """With fewer shards to do than processes, and a choice whose lower stages are drawn for the page at the end."""
+    write_bundle(tmp_path / "bundle", tiny(), {})
+    one = search(tmp_path / "bundle", tmp_path / "one", few_real, levels=[9], truncated=False, **GREY)
+    command = [
+        sys.executable, "-m", "cdm_lightning", "search", "--bundle", str(tmp_path / "bundle"), "--out",
+        str(tmp_path / "two"), "--shards", str(few_real), "--levels", "[9]", "--truncated", "false", "--n", "20",
+        "--block_size", "20", "--devices", "2", "--accelerator", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert [row["figures"] for row in two["rows"]] == json.loads(json.dumps([row["figures"] for row in one["rows"]]))

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +136,14 @@ def test_the_command_is_that_of_wandbs_agent(monkeypatch, tmp_path):
         assert started["env"]["WANDB_RUN_ID"] == "abc"
 
 
+def written_by(record, expected, seconds=60):
+    """The bytes of a W&B file once they hold `expected`: its service writes on for a moment after the run has ended."""
+    until = time.monotonic() + seconds
+    while expected not in (content := record.read_bytes()) and time.monotonic() < until:
+        time.sleep(0.2)
+    return content
+
+
 def test_two_trainings_offline(tmp_path, monkeypatch, capsys):
     """Each trains from its own start; both leave an offline run of W&B, and a second call runs nothing."""
     config = yaml.safe_load((FOLDER / "lr.yaml").read_text())
@@ -157,7 +166,8 @@ def test_two_trainings_offline(tmp_path, monkeypatch, capsys):
             assert row["value"] == [float(line["val/loss"]) for line in csv.DictReader(lines) if line["val/loss"]][-1]
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
         (record,) = run.glob("wandb/offline-run-*/run-*.wandb")
-        content, value = record.read_bytes(), json.dumps(row["parameters"]["model.lr"]).encode()
+        value = json.dumps(row["parameters"]["model.lr"]).encode()
+        content = written_by(record, b"model.lr = " + value)
         assert b"\x08model.lr\x82\x01" + bytes([len(value)]) + value in content  # the run's config, as protobuf has it
         assert b"model.lr = " + value in content  # its name
     written = (out / "results.json").read_bytes()

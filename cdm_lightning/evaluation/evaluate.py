@@ -136,6 +136,9 @@ def check_samples(manifests: Sequence[Manifest], folders: Sequence[Path]) -> Non
     seeds = [a.get("seed") for a in about]
     if len(about) > 1 and len(set(seeds)) < len(seeds):
         raise InputError(f"the seeds {seeds} of {[str(f) for f in folders]} repeat: error bars take disjoint seeds")
+    starts = [a["start"] for a in about if a.get("start")]
+    if len(set(starts)) < len(starts):
+        raise InputError(f"{[str(f) for f in folders]} go on from the same stored images: they are no disjoint samples")
     for name in about[0]:
         values = [a.get(name) for a in about]
         if name not in ("seed", "start") and any(value != values[0] for value in values):
@@ -145,7 +148,9 @@ def check_samples(manifests: Sequence[Manifest], folders: Sequence[Path]) -> Non
 def check_against(card: ReferenceCard, detector: Detector, manifest: Manifest) -> None:
     """Refuse a card made of other images or by another detector, and samples that lack some of its classes."""
     crop, kind = (None if value == "none" else value for value in (manifest.crop, manifest.filter))
-    check_card(card, detector, manifest.resolution, manifest.channels, manifest.classes, crop, kind)
+    unnamed = manifest.classes == [str(c) for c in range(len(manifest.classes))]  # by a bundle that knows no names
+    classes = None if unnamed else manifest.classes
+    check_card(card, detector, manifest.resolution, manifest.channels, classes, crop, kind)
     check_counts(card, manifest.counts)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.real_images import stream
+from cdm_lightning.sample_shards import first_process, wait_for_all
 from cdm_lightning.shards import Manifest, find_folder, read_manifest, write_atomically
 
 
@@ -45,9 +46,10 @@ def extract(
     manifest = replace(manifest, shards=manifest.shards[:shards])
     about = {"detector": detector.sha256, "resolution": resolution, "shards": [s.sha256 for s in manifest.shards]}
     begun = Path(out) / "about.json"
-    if not begun.is_file():
+    if first_process() and not begun.is_file():
         write_atomically(begun, json.dumps(about).encode())
-    elif json.loads(begun.read_text()) != about:
+    wait_for_all()
+    if json.loads(begun.read_text()) != about:
         raise InputError(f"{out} holds features of other images or of another detector: give another folder")
     todo = [n for n in range(len(manifest.shards)) if not feature_file(out, n).is_file()]
     if todo:
@@ -58,6 +60,7 @@ def extract(
             enable_progress_bar=False, default_root_dir=out,
         )  # fmt: skip
         trainer.predict(work, datamodule=Numbers(todo), return_predictions=False)
+        wait_for_all()  # what follows reads the features of all
     return manifest
 
 
@@ -80,6 +83,7 @@ class Numbers(L.LightningDataModule):
     def __init__(self, todo: list[int]) -> None:
         super().__init__()
         self.todo = todo
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
 
     def predict_dataloader(self) -> DataLoader:
         own: Any = self.todo[self.trainer.global_rank :: self.trainer.world_size]
@@ -115,7 +119,6 @@ class Extractor(L.LightningModule):
 
     def on_predict_end(self) -> None:
         self.bar.close()
-        self.trainer.strategy.barrier()  # what follows reads the features of all
 
 
 @torch.no_grad()

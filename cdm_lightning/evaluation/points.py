@@ -21,7 +21,7 @@ from cdm_lightning.evaluation.real_images import real_images_of
 from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.sample_shards import Precision, draw, first_process, plan, wait_for_all
 from cdm_lightning.sampling import origin
-from cdm_lightning.shards import find_folder, read_manifest, write_atomically, write_images
+from cdm_lightning.shards import digest_of, find_folder, read_manifest, write_atomically, write_images
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,29 @@ class Workshop:
         The points may change: more levels, kinds, samplers or steps add points to those that are there.
         """
         stages = self.cascade.stages
+        folders = {find_folder(self.shards, self.split, stage.resolution) for stage in stages}
         stated = {
             "bundle": self.about["stages_sha256"], "shards": str(self.shards), "split": self.split,
             "detector": self.detector.name, "detector_sha256": self.detector.sha256, "n": self.n, "seeds": self.seeds,
             "precision": self.precision,
+            "shards_sha256": sorted(digest_of(read_manifest(folder).shards) for folder in folders),
             "samplers": [stage.diffusion.sampler for stage in stages],
             "sampling_steps": [calls_of(stage) for stage in stages],
         }  # fmt: skip
         path = self.out / "search.json"
         if path.is_file():
-            before = json.loads(path.read_text())
+            try:
+                before = dict(json.loads(path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{path} is not what a search was begun with: {error}") from error
             for name, value in stated.items():
                 if before.get(name) != value:
                     raise InputError(
                         f"{self.out} was begun with {name} {before.get(name)}, not {value}: choose another"
                     )
-        if first_process():
+        elif first_process():
             write_atomically(path, (json.dumps(stated, indent=1) + "\n").encode())
+        wait_for_all()
 
     def check_real_images(self) -> None:
         """Refuse real images that the points of a later stage could not be measured with, before hours are spent."""

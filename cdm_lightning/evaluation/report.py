@@ -83,7 +83,10 @@ def write_evaluation(out: Path, measured: Any, real: Path | None, cas: dict[str,
     if cas is not None:
         sections.append(("Classification accuracy score", cas_section(cas, resolution, manifest.classes)))
     sections.append(("Stages side by side", page.stages_grid(stage_rows(stored(measured.folders[0])))))
-    if card.features is not None and len(card.features) > 1:
+    if card.split != "train":
+        said = "Copies were not looked for: no reference is of the training images, the only ones that can be copied."
+        sections.append(("Memorisation", paragraph(said)))
+    elif card.features is not None and len(card.features) > 1:
         results["memorisation"] = memorisation(card, measured.features)
         said = memorisation_sentence(results["memorisation"])
         rows = [] if real is None else neighbour_rows(card, measured.features[0], measured.folders[0], real)
@@ -150,7 +153,8 @@ def memorisation_sentence(found: dict[str, Any]) -> str:
     return (
         f"{100 * found['share']:.2f} % of the generated images lie nearer to one of {found['searched']:,} real "
         f"{found['split']} images than {100 * found['expected']:.0f} % of those lie to their own nearest neighbour. "
-        "Samples of the same law as the real images would have about the latter share; more of them is memorisation."
+        "Samples of the same law as the real images would have about the latter share; more of them is memorisation. "
+        f"The card keeps the features of these {found['searched']:,} alone: a copy of another image would not be seen."
     )
 
 

@@ -97,10 +97,12 @@ def search(
     noisy = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
     chosen = lowest([r for r in rows if r.stage == stages[noisy + 1].name and r.s == best[kind][noisy]], kind)
     rows += [run.measure(point, compared=True) for point in compared(cascade, best[kind], kind, samplers, steps)]
+    last = next(r for r in rows if not r.compared and r.levels == best[kind] and r.kind in (kind, "generated"))
+    shown = run.stage_folders(last)  # which may draw, so that every process takes part
     if not first_process():
         return {}
     print_rows(rows, chosen)
-    results = write_search(run, rows, chosen, best[kind], kind)
+    results = write_search(run, rows, chosen, best[kind], kind, shown)
     if store:
         store_in_bundle(bundle, results)
     return results

@@ -33,10 +33,13 @@ def print_rows(rows: Sequence[Any], chosen: Any) -> None:
     console.print(f"* chosen. {'; '.join(over)}. n = {first[0].n} images a seed.", highlight=False)
 
 
-def write_search(run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], kind: str) -> dict[str, Any]:
+def write_search(
+    run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], kind: str, shown: Sequence[Path]
+) -> dict[str, Any]:
     """results.json and report.html of a search: all points, the chosen setting, and the curves.
 
-    chosen: the row of the last stage with a choice of s. levels, kind: what the whole cascade shall use.
+    chosen: the row of the last stage with a choice of s. levels, kind: what the whole cascade
+    shall use. shown: folders of its samples, low to high.
     """
     results = {
         "levels": levels,
@@ -53,14 +56,13 @@ def write_search(run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], 
     }
     searched = [row for row in rows if not row.compared]
     same = [row for row in searched if row.stage == chosen.stage and row.kind in (kind, "generated")]
-    last = next(row for row in searched if row.levels == levels and row.kind in (kind, "generated"))
     slider = {row.s: sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
     sections = [
         ("The distance over s", page.curves(searched, chosen)),
         ("The cascade gap", page.gap_table(searched)),
         ("Samplers and steps", page.costs([row for row in rows if row.compared])),
         ("Samples by level", page.level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
-        ("Stages side by side", page.stages_grid(stage_rows(run.stage_folders(last)))),
+        ("Stages side by side", page.stages_grid(stage_rows(shown))),
         ("How it was made", made_section(results)),
         ("Commands", page.commands([results["made"]["command"]])),
     ]
