@@ -26,7 +26,7 @@ class CascadeFigures(L.Callback):
     first card; the same names with `_train` or `_val` behind them belong to the card of that split; `test/n` counts the
     images. Leaves results.json and report.html in the run's folder. The detector lives here, not in the module. Every
     process works on its own images, each dealt out once, and their features are gathered and put in order, so that the
-    number of processes changes nothing.
+    number of processes changes nothing but the rounding of another micro-batch.
 
     Args:
         references: Cards written by `cdm reference`.
@@ -51,6 +51,7 @@ class CascadeFigures(L.Callback):
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Keep the features of a batch, and the first batch's images for the page."""
         features = features_of(self.detector, outputs["generated"])
         if not batch_idx:
             classes = (outputs["index"] % (pl_module.num_classes or 1)).tolist()
@@ -60,6 +61,7 @@ class CascadeFigures(L.Callback):
         self.found.append((outputs["index"].cpu(), features.cpu()))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Gather the features of all processes in the order of their indices, measure, log and write the page."""
         index, features = (torch.cat(part) for part in zip(*self.found, strict=True))
         if torch.distributed.is_initialized():
             parts: list[Any] = [None] * trainer.world_size

@@ -108,6 +108,7 @@ class Extractor(L.LightningModule):
         )
 
     def predict_step(self, number: torch.Tensor | int, batch_idx: int) -> None:
+        """Write the features of one shard."""
         shard = self.manifest.shards[int(number)]
         features, labels = [], []
         for image, label in stream(self.folder, self.manifest, [shard], self.resolution, self.batch_size):

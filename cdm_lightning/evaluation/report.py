@@ -159,6 +159,7 @@ def memorisation_sentence(found: dict[str, Any]) -> str:
 
 
 def made_section(results: dict[str, Any]) -> str:
+    """What was measured with what, as the last part of a page."""
     detector, made = results["detector"], results["made"]
     known = {"Detector": f"{detector['name']}, SHA-256 {detector['sha256']}", "Seed": str(results["seed"])}
     known |= {name.capitalize(): made[name] for name in ("date", "device", "versions")}

@@ -85,14 +85,7 @@ def search(
     check_compared(stages[-1].diffusion, samplers, steps)
     run.check_real_images()
     run.begin()
-    best: dict[str, list[int]] = {kind: [] for kind in kinds}  # the levels chosen so far, per kind of truncation
-    rows: list[Row] = []
-    for number, grid in enumerate(grids, 1):
-        points = points_of(number, grid, best)
-        found = [run.measure(point) for point in tqdm(points, f"points of {stages[number].name}", unit="point")]
-        for kind in kinds:
-            best[kind] = [*best[kind], lowest(found, kind).s]
-        rows += found
+    rows, best = search_levels(run, grids, kinds)
     kind = min(kinds, key=lambda k: lowest([r for r in rows if r.stage == stages[-1].name], k).figures[0].value)
     noisy = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
     chosen = lowest([r for r in rows if r.stage == stages[noisy + 1].name and r.s == best[kind][noisy]], kind)
@@ -106,6 +99,19 @@ def search(
     if store:
         store_in_bundle(bundle, results)
     return results
+
+
+def search_levels(run: Workshop, grids: list[list[int]], kinds: list[str]) -> tuple[list[Row], dict[str, list[int]]]:
+    """The rows of all stages, low to high, and the levels of least distance per kind of truncation."""
+    best: dict[str, list[int]] = {kind: [] for kind in kinds}
+    rows: list[Row] = []
+    for number, grid in enumerate(grids, 1):
+        points, name = points_of(number, grid, best), run.cascade.stages[number].name
+        found = [run.measure(point) for point in tqdm(points, f"points of {name}", unit="point")]
+        for kind in kinds:
+            best[kind] = [*best[kind], lowest(found, kind).s]
+        rows += found
+    return rows, best
 
 
 def level_grid(stage: Any, levels: list[int] | None) -> list[int]:
