@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo detector train-stage cas sweep test lint clean
+.PHONY: help setup demo detector train-stage cas sweep test test-long lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,9 @@ cas: setup ## Classification accuracy score of samples: make cas SAMPLES=runs/de
 
 test: setup ## Run every test
 	.venv/bin/pytest
+
+test-long: setup ## Run what takes longer than `make test` may: kills at random moments, 50,000 samples, the soak
+	.venv/bin/pytest -m long --timeout 0 $(ARGS)
 
 lint: setup ## Check style and types
 	.venv/bin/ruff check .
