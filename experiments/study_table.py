@@ -17,7 +17,8 @@ ARMS = {
     "single": "one model at 32x32", "plain": "cascade, no augmentation", "clean": "cascade, Gaussian, s = 0",
     "truncated": "cascade, Gaussian, s = 501, truncated", "noised": "cascade, Gaussian, s = 501, non-truncated",
     "best_truncated": "cascade, Gaussian, best s > 0, truncated",
-    "best_noised": "cascade, Gaussian, best s > 0, non-truncated", "blur": "cascade, blur", "unlabelled": "as s = 501 non-truncated, last stage without labels",
+    "best_noised": "cascade, Gaussian, best s > 0, non-truncated", "blur": "cascade, blur",
+    "unlabelled": "as s = 501 non-truncated, last stage without labels",
 }  # fmt: skip
 STEPS = {"4steps": "4", "25steps": "25", "100steps": "100"}
 KINDS = ("generated", "truncated", "non-truncated", "real low-res")
@@ -145,9 +146,9 @@ def main() -> None:
         seeds = sorted((arguments.root / name).glob("[0-9]*"))
         print(f"### {name}, seeds {', '.join(seed.name for seed in seeds)}\n")
         print(arms(seeds, ARMS))
-        chosen = [(kind, [best(seed / "search", kind)["s"] for seed in seeds if (seed / "search" / "results.json").is_file()])
-                  for kind in KINDS[1:3]]  # fmt: skip
-        print("Best s > 0: " + "; ".join(f"{kind} {' / '.join(map(str, found))}" for kind, found in chosen) + "\n")
+        searched = [seed / "search" for seed in seeds if (seed / "search" / "results.json").is_file()]
+        chosen = {kind: " / ".join(str(best(search, kind)["s"]) for search in searched) for kind in KINDS[1:3]}
+        print("Best s > 0: " + "; ".join(f"{kind} {found}" for kind, found in chosen.items()) + "\n")
         print(levels(seeds))
         print(inception(seeds))
         print(arms(seeds, {name: f"last stage at {steps} steps" for name, steps in STEPS.items()}))
