@@ -66,7 +66,7 @@ def test_a_slow_process_is_waited_for(bundle, tmp_path):
     """The first process must not close the folder while another still writes."""
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time, cdm_lightning.sample_shards as s\n"
+        "import sys, time, cdm_lightning.sample_blocks as s\n"
         "from cdm_lightning.cli import main\n"
         "real = s.write_shard\n"
         "def slow(path, samples):\n"

@@ -17,7 +17,7 @@ from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import inception_score, measure
 from cdm_lightning.evaluation.memory import real_folder, searched
 from cdm_lightning.evaluation.report import print_figures, read_cas, write_evaluation
-from cdm_lightning.sample_shards import first_process, wait_for_all
+from cdm_lightning.processes import first_process, wait_for_all
 from cdm_lightning.shards import Manifest, read_manifest
 
 
