@@ -64,6 +64,9 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
+LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
+
+
 class BlockWriter(BasePredictionWriter):
     """Writes a block's images as one shard per resolution; a block is done when all of its shards are there.
 
@@ -77,7 +80,7 @@ class BlockWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            lines = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{r_bar}\n"}
+            lines = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": LINE}
             self.bar = tqdm(
                 desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), miniters=1, **lines
             )
@@ -87,12 +90,8 @@ class BlockWriter(BasePredictionWriter):
         numbers = [int(path.stem) for path in self.folders[-1].glob("*.tar") if path.stem.isdecimal()]
         return sum(self.manifest.size(number) for number in numbers if number < self.manifest.blocks)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
     def close(self) -> None:
-        """The bar's last word, when all processes are done."""
+        """The bar's last word, when all processes are done or this one has failed."""
         if self.bar is not None:
             self.bar.update(self.done() - self.bar.n)
             self.bar.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -101,9 +102,11 @@ def draw(
             precision=manifest.precision,  # type: ignore[arg-type]  # a word that plan() took
             use_distributed_sampler=False,  # whole blocks are shared out below
         )  # fmt: skip
-        trainer.predict(cascade, datamodule=Blocks(manifest, todo, start), return_predictions=False)
-        wait_for_all()  # for the slowest process: what follows reads the shards of all
-        writer.close()
+        try:
+            trainer.predict(cascade, datamodule=Blocks(manifest, todo, start), return_predictions=False)
+            wait_for_all()  # for the slowest process: what follows reads the shards of all
+        finally:
+            writer.close()
     if first_process():
         for folder in folders:
             if not (folder / "manifest.json").is_file():
@@ -137,8 +140,10 @@ def finish(folder: Path, manifest: SampleManifest, cascade: CascadeModule, about
     shards = []
     for number in range(manifest.blocks):
         path, size = folder / shard_name(number), manifest.size(number)
-        if (holds := sum(1 for _ in read_shard(path))) != size:
-            raise InputError(f"{path} holds {holds} images, not {size}: remove it, and the same command draws it again")
+        try:
+            deque(read_shard(path, size), maxlen=0)
+        except InputError as error:
+            raise InputError(f"{error}; remove it, and the same command draws it again") from error
         data = path.read_bytes()
         shards.append(Shard(path.name, size, len(data), hashlib.sha256(data).hexdigest()))
     counts = np.bincount(manifest.labels().numpy(), minlength=len(classes)).tolist()
