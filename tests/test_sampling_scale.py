@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
-from test_survival import bundle, hashes  # noqa: F401, bundle is a fixture
+from test_survival import hashes
 
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.sample_blocks import BlockWriter, SampleManifest
 from cdm_lightning.sampling import sample
 
-
 # -- other choices from the same low resolution
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundle") / "b"
+    write_bundle(folder, tiny(("gaussian", "gaussian")), {"levels": [7, 3], "truncated": False})
+    return folder
 
 
 @pytest.mark.parametrize("resolution, levels", [(8, [2, 11]), (16, [7, 11])])
