@@ -59,7 +59,9 @@ class CLI(LightningCLI):
             raise InputError(f"precision {precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
         if self.config.fit.ckpt_path == "last":
             root = Path(self.trainer.default_root_dir)
-            savers = [saver.dirpath for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+            savers = [
+                saver.dirpath for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)
+            ]
             folders = {root / "checkpoints", *(Path(folder) for folder in savers if folder)}
             self.config_init.fit.ckpt_path = newest_checkpoint(folders)
         if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):

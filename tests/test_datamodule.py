@@ -186,7 +186,16 @@ class Recorder(L.LightningModule):
 
 
 def fit(
-    root, out, ckpt_path=None, module=None, data=None, batch_size=12, workers=0, callbacks=(), saver=Checkpoint, **options
+    root,
+    out,
+    ckpt_path=None,
+    module=None,
+    data=None,
+    batch_size=12,
+    workers=0,
+    callbacks=(),
+    saver=Checkpoint,
+    **options,
 ):
     """Train to the end and give the module; a checkpoint is left in `out` after each step."""
     module = module or Recorder()

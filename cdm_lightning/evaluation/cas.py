@@ -132,7 +132,8 @@ def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: 
         print(f"training on {title}")
     trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
     # From the file: every process has gathered running statistics of its own, and those of the first one count.
-    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=run / "checkpoints" / "last.ckpt", weights_only=True, verbose=False)
+    last = run / "checkpoints" / "last.ckpt"
+    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         result = {
             "top1": round(figures["test/cas_top1"], 7),  # of a float32
