@@ -31,6 +31,7 @@ from cdm_lightning.shards import (
     write_shard,
 )
 
+NO_CLASSES = ["0"]  # as shards name the one class of samples of a cascade without classes
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 

@@ -36,11 +36,15 @@ def extract(
     """Write the detector's features of the images of <root>/<split>, reduced to `resolution`: a file a shard in `out`.
 
     Whole shards are shared out over the processes and batches never cross a shard, so that the features are the same
-    bits for any number of processes. Stopped and called again, it goes on where it was; features of other images or of
-    another detector in `out` are refused. With several devices, every process returns when the last one is done.
+    bits for any number of processes. Stopped and called again, it goes on where it was, with another batch size where
+    that is given, which changes the shards still to do by float error alone; features of other images or of another
+    detector in `out` are refused. With several devices, every process returns when the last one is done.
 
     shards: of the first so many shards alone; the manifest that is returned lists what was done.
     """
+    for name, number in (("batch_size", batch_size), ("devices", devices)):
+        if number < 1:
+            raise InputError(f"{name} is {number}: it must be at least 1")
     folder = find_folder(root, split, resolution)
     manifest = read_manifest(folder)
     manifest = replace(manifest, shards=manifest.shards[:shards])
