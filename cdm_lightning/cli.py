@@ -17,11 +17,12 @@ import lightning.pytorch as L
 import torch
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
-from cdm_lightning.checkpoints import load_stage
+from cdm_lightning.checkpoints import WholeCheckpoints, load_stage
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.adm import npz
 from cdm_lightning.evaluation.cas import cas
@@ -47,6 +48,13 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.seed")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, its checkpoints written whole; a CheckpointIO among the configured plugins stays."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
 
     def before_validate(self) -> None:
         """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
