@@ -126,7 +126,7 @@ class DiffusionStage(L.LightningModule):
     def training_predictor(
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> tuple[Predict, dict[str, torch.Tensor]]:
-        """The network with its conditioning bound; if there is an s, its place in its range too, in (0, 1] per image."""
+        """The network with its conditioning bound; if there is an s, its place in its range too, (0, 1] per image."""
         return lambda x, t: self.unet(x, t, label), {}
 
     def check_batch(self, image: torch.Tensor) -> None:
