@@ -120,7 +120,7 @@ class DiffusionStage(L.LightningModule):
         predict, places = self.training_predictor(image, label, generator)
         losses = self.diffusion.loss(predict, image, t, randn(image.shape[1:], generator))
         for name, place in {"t": t / self.diffusion.timesteps, **places}.items() if by_quarters else ():
-            losses |= quarters(f"loss_{name}", losses["loss"], place)
+            losses |= quarters(f"loss_{name}", losses["loss"].detach(), place)
         return losses
 
     def training_predictor(
