@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
@@ -14,6 +15,27 @@ from cdm_lightning import InputError
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 
 KINDS: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
+
+
+class CannotWrite(InputError):
+    """The process that writes checkpoints could not."""
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer, where a checkpoint that the first process cannot write stops all of them alike.
+
+    Lightning would leave the others waiting for a process that is gone.
+    """
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        failed = None
+        try:
+            super().save_checkpoint(*args, **kwargs)
+        except CannotWrite as error:
+            failed = str(error)
+            self.strategy.barrier("Trainer.save_checkpoint")  # where the others are
+        if (failed := self.strategy.broadcast(failed)) is not None:
+            raise CannotWrite(failed)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -35,7 +57,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             partial.replace(path)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
-            raise InputError(f"{path} could not be written: {reason(error)}") from error
+            raise CannotWrite(f"{path} could not be written: {reason(error)}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
         if not Path(path).is_file():

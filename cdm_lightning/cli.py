@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
-from cdm_lightning.checkpoints import WholeCheckpoints, load_stage
+from cdm_lightning.checkpoints import Trainer, WholeCheckpoints, load_stage
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.adm import npz
 from cdm_lightning.evaluation.cas import cas
@@ -157,6 +157,7 @@ def run(arguments: list[str]) -> None:
             L.LightningModule,
             ShardDataModule,
             subclass_mode_model=True,
+            trainer_class=Trainer,
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},

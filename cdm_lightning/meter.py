@@ -52,15 +52,16 @@ class Meter:
         self.sums = {}
         return {n: s if n in TOTALS else s / count for n, (s, count) in zip(names, totals, strict=True) if count}
 
-    def state(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    def state(self, reduce: Callable[[torch.Tensor], torch.Tensor], rank: int, processes: int) -> dict[str, Any]:
         """What a checkpoint keeps: the rows of all processes, (processes, names, 2) each, the same on every process.
 
-        gather: (names, 2) of each process to (processes, names, 2); all processes must call this.
+        reduce: as in `read`; every process adds its row to zeros, which changes no bit of it.
         """
-        groups = [
-            {"names": list(names), "sums": gather(sums).cpu().reshape(-1, *sums.shape)}
-            for names, sums in self.sums.items()
-        ]
+        groups = []
+        for names, sums in self.sums.items():
+            rows = sums.new_zeros(processes, *sums.shape)
+            rows[rank] = sums
+            groups.append({"names": list(names), "sums": reduce(rows).cpu()})
         return {"groups": groups}
 
     def load(self, state: dict[str, Any], rank: int, processes: int, device: torch.device | str = "cpu") -> None:
@@ -95,7 +96,7 @@ class TrainingLog(Callback):
         if not every or step % every or step <= self.written:
             return None
         self.written = step
-        means = pl_module.meter.read(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
+        means = pl_module.meter.read(summing(trainer))
         row = {f"train/{name}": value for name, value in {**means, **pl_module.meter.latest}.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=step - 1)
@@ -104,9 +105,14 @@ class TrainingLog(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.write(trainer, pl_module)  # whoever saves before this callback's turn: the row comes first
-        checkpoint["meter"] = pl_module.meter.state(trainer.strategy.all_gather)
+        checkpoint["meter"] = pl_module.meter.state(summing(trainer), trainer.global_rank, trainer.world_size)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Checkpoints from before there was a meter start with an empty one."""
         state, device = checkpoint.get("meter", {"groups": []}), trainer.strategy.root_device
         pl_module.meter.load(state, trainer.global_rank, trainer.world_size, device)
+
+
+def summing(trainer: L.Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Sums a tensor over the processes of a training."""
+    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]  # a tensor is in

@@ -16,7 +16,7 @@ from test_meter import base, fit, rows
 
 from cdm_lightning import InputError, TrainingFault
 from cdm_lightning.bundle import read_bundle, write_bundle
-from cdm_lightning.checkpoints import WholeCheckpoints
+from cdm_lightning.checkpoints import CannotWrite, Trainer, WholeCheckpoints
 from cdm_lightning.cli import main
 from cdm_lightning.faults import FiniteSteps
 from cdm_lightning.images import encode_png
@@ -167,22 +167,23 @@ def test_the_gradient_scaler_skips_counts_and_backs_off(few_real, tmp_path):
     assert scaler.get_scale() == 4.0 and float(rows(tmp_path)[4]["train/skipped_steps"]) == 1
 
 
-class LastWords(Callback):
-    def __init__(self, folder):
-        self.folder = folder
+class LastWords(FiniteSteps):
+    def on_train_batch_end(self, trainer, *args, **options):
+        try:
+            super().on_train_batch_end(trainer, *args, **options)
+        except TrainingFault as error:
+            Path(trainer.default_root_dir, f"rank{trainer.global_rank}.txt").write_text(str(error))
+            trainer.strategy.barrier()  # else the first to end would have the other killed
+            raise
 
-    def on_exception(self, trainer, pl_module, exception):
-        (self.folder / f"rank{trainer.global_rank}.txt").write_text(f"{type(exception).__name__}: {exception}")
-        trainer.strategy.barrier()  # else the first to end would have the other killed
 
-
-def test_both_processes_stop_at_the_same_step(few_real, tmp_path):
+def test_both_processes_stop_at_the_same_step(few_real, tmp_path, monkeypatch):
     """Places of process 1 alone, from the second step on."""
+    monkeypatch.setattr("test_meter.FiniteSteps", LastWords)
     with pytest.raises(Exception, match="TrainingFault"):
-        fit(faulty("loss", range(9, 400, 2)), few_real, tmp_path, 50, 2, callbacks=[LastWords(tmp_path)], saves=1)
+        fit(faulty("loss", range(9, 400, 2)), few_real, tmp_path, 50, 2, saves=1)
     words = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)]
-    assert words[0] == words[1] and words[0].startswith("TrainingFault: ")
-    assert "the last of them step 7," in words[0] and "at step 4 already" in words[0]
+    assert words[0] == words[1] and "the last of them step 7," in words[0] and "at step 4 already" in words[0]
 
 
 @pytest.mark.long
@@ -226,7 +227,7 @@ def on_a_full_disk(limit, work, *args):
         except SystemExit as ending:
             queue.send(("", ending.code))
         except Exception as error:
-            queue.send((f"{type(error).__name__}: {error}", 1))
+            queue.send((str(error), 1 if isinstance(error, InputError) else -1))
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
@@ -256,7 +257,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_previous_file(tmp_path, kind
     write(1)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     message, code = on_a_full_disk(12_000, write, 10)
-    assert code == 1 and message.startswith("InputError: ") and message.endswith("could not be written: File too large")
+    assert code == 1 and message.endswith("could not be written: File too large")
     assert untouched(folder, before) and [file.name for file in tmp_path.iterdir()] == [
         {"checkpoint": "last.ckpt", "shard": "0.tar", "bundle": "bundle"}[kind]
     ]
@@ -291,6 +292,33 @@ def test_commands_end_with_2_on_a_full_disk(tmp_path, capfd, monkeypatch):
         assert "Traceback" not in heard
     assert last.read_bytes() == before and not (tmp_path / "bundle").exists()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+class Full(WholeCheckpoints):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if checkpoint["global_step"] == 4:
+            raise CannotWrite(f"{path} could not be written: No space left on device")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class Listening(Trainer):
+    def save_checkpoint(self, *args, **kwargs):
+        try:
+            super().save_checkpoint(*args, **kwargs)
+        except CannotWrite as error:
+            Path(self.default_root_dir, f"rank{self.global_rank}.txt").write_text(str(error))
+            self.strategy.barrier()  # else the first to end would have the other killed
+            raise
+
+
+def test_all_processes_stop_when_the_first_cannot_write(few_real, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_meter.WholeCheckpoints", Full)
+    monkeypatch.setattr("test_meter.Trainer", Listening)
+    with pytest.raises(Exception, match="No space left on device"):
+        fit(base(), few_real, tmp_path, 50, 2)
+    words = {(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)}
+    assert len(words) == 1 and words.pop().endswith("step=4.ckpt could not be written: No space left on device")
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_torn_and_foreign_checkpoints_are_refused(tmp_path):

@@ -3,7 +3,6 @@
 import csv
 from types import SimpleNamespace
 
-import lightning.pytorch as L
 import pytest
 import torch
 from conftest import SMALL, awaken
@@ -12,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from cdm_lightning.callbacks import EMA
-from cdm_lightning.checkpoints import WholeCheckpoints
+from cdm_lightning.checkpoints import Trainer, WholeCheckpoints
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.faults import FiniteSteps
 from cdm_lightning.meter import Meter, quarters
@@ -35,7 +34,7 @@ def fit(stage, root, folder, steps, processes=1, parts=1, every=3, resume=None, 
     )
     # DDP takes a static graph and accumulation each, and not both: the first backward pass must be one that it reduces
     many = {"strategy": DDPStrategy(start_method=START, static_graph=parts == 1, process_group_backend="gloo")}
-    trainer = L.Trainer(
+    trainer = Trainer(
         default_root_dir=folder, max_steps=steps, accelerator="cpu", devices=processes, accumulate_grad_batches=parts,
         log_every_n_steps=every, logger=CSVLogger(folder, name="logs"), use_distributed_sampler=False,
         callbacks=[EMA(0.9), FiniteSteps(2), *callbacks, saver], enable_progress_bar=False, enable_model_summary=False,
@@ -144,7 +143,7 @@ def test_the_meter_by_hand():
     meter.add({"a": torch.tensor([1.0, 2.0, torch.nan]), "nonfinite_images": torch.tensor([0.0, 0.0, 1.0])})
     meter.add({"a": torch.tensor([6.0]), "nonfinite_images": torch.tensor([1.0])})
     meter.add({"b": torch.tensor([torch.inf])})
-    state = meter.state(lambda sums: torch.stack([sums, 10 * sums]))
+    state = meter.state(lambda rows: rows + 10 * rows.flip(0), 0, 2)  # as if process 1 held ten times as much
     second, alone, other = Meter(), Meter(), Meter()
     second.load(state, 1, 2)
     alone.load(state, 0, 3)
