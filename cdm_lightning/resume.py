@@ -100,19 +100,22 @@ class Checkpoint(ModelCheckpoint):
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= begun
 
 
-def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The complete checkpoint of most steps in `folders`, None where there is none; a torn one is passed over.
+def newest_checkpoint(folders: Iterable[Path], at_most: int | None = None) -> Path | None:
+    """The whole checkpoint of most steps in `folders`, None where there is none; a torn one is passed over.
 
-    Of equal steps, the one written last. A file is complete when torch reads it; nothing is unpickled.
+    at_most: steps it may have. Of equal steps, the one written last. A file is whole when torch can open it and it
+    holds the state of a training; nothing is unpickled.
     """
-    files = sorted({file for folder in folders for file in Path(folder).glob("*.ckpt")}, key=lambda f: f.name)
     found = []
-    for file in files:
+    for file in sorted(file for folder in folders for file in Path(folder).glob("*.ckpt")):
         try:
             state = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-            found.append((int(state["global_step"]), file.stat().st_mtime_ns, file))
-        except Exception as error:  # whatever a torn file makes torch raise
+            step, _ = int(state["global_step"]), (state["state_dict"], state["optimizer_states"])
+        except Exception as error:  # whatever a torn or foreign file makes torch raise
             rank_zero_warn(f"{file} is not a whole checkpoint and is passed over: {type(error).__name__}")
+            continue
+        if at_most is None or step <= at_most:
+            found.append((step, file.stat().st_mtime_ns, file))
     return max(found)[2] if found else None
 
 

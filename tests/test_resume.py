@@ -297,8 +297,12 @@ def test_every_state_that_is_saved_is_needed(whole, tmp_path, forget):
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
     assert newest_checkpoint([tmp_path, tmp_path / "nowhere"]) is None
     for step, name in ((2, "epoch=0-step=2"), (4, "last"), (3, "other")):
-        torch.save({"global_step": step, "state_dict": {"w": torch.zeros(1000)}}, tmp_path / f"{name}.ckpt")
+        torch.save(
+            {"global_step": step, "state_dict": {"w": torch.zeros(1000)}, "optimizer_states": []},
+            tmp_path / f"{name}.ckpt",
+        )
     assert newest_checkpoint([tmp_path]) == tmp_path / "last.ckpt"
+    assert newest_checkpoint([tmp_path], at_most=3) == tmp_path / "other.ckpt"
     whole = (tmp_path / "last.ckpt").read_bytes()
     for torn in (b"", whole[: len(whole) // 2], whole[:-1], b"garbage" * 100):
         (tmp_path / "last.ckpt").write_bytes(torn)
