@@ -18,14 +18,13 @@ def load_stage(path: str | Path) -> DiffusionStage:
     """The stage of a training checkpoint with its EMA weights, in eval mode, frozen; nothing is unpickled."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist: a checkpoint of a stage is expected")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign or torn file makes torch raise
-        raise InputError(
-            f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
-        ) from error
+    checkpoint = load_safely(path)
     kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-    if kind not in KINDS or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys():
+    if (
+        not isinstance(kind, str)
+        or kind not in KINDS
+        or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys()
+    ):
         raise InputError(f"{path} is not a checkpoint of a stage: it says {kind!r}, and known are {sorted(KINDS)}")
     stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
     data = checkpoint.get("ShardDataModule", {})
@@ -36,6 +35,25 @@ def load_stage(path: str | Path) -> DiffusionStage:
         **{name: data.get(name) for name in ("classes", "crop", "filter")},
     }
     return stage
+
+
+def load_safely(path: str | Path, **options: Any) -> Any:
+    """What torch.load finds in a file with weights_only: numbers and tables, and no code runs."""
+    try:
+        return torch.load(path, **{"map_location": "cpu", **options}, weights_only=True)
+    except Exception as error:  # whatever a foreign or torn file makes torch raise
+        raise InputError(
+            f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
+        ) from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a file that Lightning could not go on from: torn, foreign, or more than numbers and tables."""
+    checkpoint = load_safely(path, map_location="meta", mmap=True)
+    needed = {"pytorch-lightning_version", "epoch", "global_step", "loops", "state_dict", "hyper_parameters"}
+    missing = sorted(needed - set(checkpoint)) if isinstance(checkpoint, dict) else sorted(needed)
+    if missing:
+        raise InputError(f"{path} is not a checkpoint of a training: it holds no {missing[0]}")
 
 
 def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:

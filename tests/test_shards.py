@@ -14,10 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cdm_lightning import InputError
-from cdm_lightning.cli import fail
-from cdm_lightning.datamodule import ShardStream
 from cdm_lightning.images import encode_png
+from cdm_lightning.refusal import fail
 from cdm_lightning.shards import Manifest, find_folder, read_manifest, read_shard, write_manifest, write_shard
+from cdm_lightning.stream import ShardStream
 
 FASHION = Path(__file__).parents[1] / "data/fashion"
 
