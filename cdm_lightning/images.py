@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cdm_lightning import InputError
 
@@ -62,7 +62,10 @@ def decode_png(data: bytes, side: int | None = None) -> np.ndarray:
 
     side: width and height it must have, which the header tells before memory is taken for the pixels.
     """
-    image = Image.open(io.BytesIO(data), formats=["PNG"])
+    try:
+        image = Image.open(io.BytesIO(data), formats=["PNG"])
+    except UnidentifiedImageError as error:
+        raise InputError("it is no PNG image") from error  # Pillow's own sentence holds a memory address
     if side is not None and image.size != (side, side):
         raise InputError(f"it is {image.width}x{image.height} where {side}x{side} is expected")
     if image.mode not in ("L", "RGB"):
