@@ -218,7 +218,8 @@ def test_the_counts_are_in_the_csv_log_of_a_stage(root, tmp_path, monkeypatch):
     SHARD["garbage"](root / "val/8/001.tar")
     options = [
         f"--data.root={root}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=3", "--data.window=3",
-        "--data.on_damage=skip", "--data.batch_size=8", "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=3",
+        "--data.on_damage=skip", "--data.batch_size=8", "--trainer.log_every_n_steps=1",
+        "--trainer.val_check_interval=3",
         "--trainer.limit_val_batches=1.0", "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
         f"--trainer.logger.save_dir={tmp_path}",
     ]  # fmt: skip
