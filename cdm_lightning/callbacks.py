@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import matplotlib
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 
 from cdm_lightning import InputError
@@ -48,15 +48,6 @@ class EMA(WeightAveraging):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the raw weights in the module, so that a checkpoint written from here on holds both kinds."""
-
-
-class LastCheckpoint(Callback):
-    """last.ckpt of the run's very last step, whether or not the steps between checkpoints divide it."""
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        saver = trainer.checkpoint_callback
-        if isinstance(saver, ModelCheckpoint) and saver.dirpath:
-            trainer.save_checkpoint(Path(saver.dirpath) / "last.ckpt")
 
 
 class SampleGrid(Callback):

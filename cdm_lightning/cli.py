@@ -16,7 +16,10 @@ from urllib.parse import urlparse
 import lightning.pytorch as L
 import torch
 from jsonargparse import auto_cli, set_parsing_settings
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 
 from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
@@ -31,6 +34,7 @@ from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.evaluation.search import search
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.refusal import broken_off, fail, together, understood
+from cdm_lightning.resume import newest_checkpoint, run_id
 from cdm_lightning.sampling import sample
 from cdm_lightning.sweeps import sweep
 
@@ -54,6 +58,21 @@ class CLI(LightningCLI):
         given = self.config[self.subcommand]
         if given.ckpt_path and Path(given.ckpt_path).is_file() and given.weights_only is not False:
             check_checkpoint(given.ckpt_path)
+
+    def before_fit(self) -> None:
+        """Refuse what would not be done as it was asked for, and settle where the run goes on."""
+        precision = str(self.config.fit.trainer.precision)
+        if precision.startswith("16") and isinstance(self.trainer.accelerator, CPUAccelerator):
+            raise InputError(f"precision {precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
+        if self.config.fit.ckpt_path == "last":
+            root = Path(self.trainer.default_root_dir)
+            savers = [
+                saver.dirpath for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)
+            ]
+            folders = {root / "checkpoints", *(Path(folder) for folder in savers if folder)}
+            self.config_init.fit.ckpt_path = newest_checkpoint(folders)
+        if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
+            os.environ.setdefault("WANDB_RUN_ID", run_id(Path(self.trainer.default_root_dir)))
 
     def before_validate(self) -> None:
         """Refuse to measure weights that nothing has trained, where Lightning would only warn."""

@@ -72,7 +72,8 @@ def together() -> Iterator[None]:
 def watch(over: threading.Event) -> None:
     while not over.wait(0.5):
         if another_refused():
-            if not over.wait(GRACE):
+            # A leader that is gone may have ended as it should, and this process have something left to do.
+            if not over.wait(10 * GRACE if follows() and led_no_more() else GRACE):
                 os._exit(2)
             return
 

@@ -1,6 +1,7 @@
 """Gather what experiments/study.mk measured: `python experiments/study_table.py runs/study [--plot docs/study.png]`.
 
-Prints Markdown: every arm with each seed's value, the distance over s, the cascade gap, and the numbers of steps.
+Prints Markdown: every arm with each seed's value, the distance over s, the cascade gap, and the numbers of steps. With
+`--best KIND` and the folder of a search: the folder of its samples of least distance at s > 0.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from matplotlib.figure import Figure
 ARMS = {
     "single": "one model at 32x32", "plain": "cascade, no augmentation", "clean": "cascade, Gaussian, s = 0",
     "truncated": "cascade, Gaussian, s = 501, truncated", "noised": "cascade, Gaussian, s = 501, non-truncated",
-    "blur": "cascade, blur", "unlabelled": "as s = 501 non-truncated, last stage without labels",
+    "best_truncated": "cascade, Gaussian, best s > 0, truncated",
+    "best_noised": "cascade, Gaussian, best s > 0, non-truncated", "blur": "cascade, blur",
+    "unlabelled": "as s = 501 non-truncated, last stage without labels",
 }  # fmt: skip
 STEPS = {"4steps": "4", "25steps": "25", "100steps": "100"}
 KINDS = ("generated", "truncated", "non-truncated", "real low-res")
@@ -85,6 +88,28 @@ def value_at(search: Any, s: int, kind: str) -> float | None:
     return rows[0]["figures"][0]["value"] if rows else None
 
 
+def best(search: Path, kind: str) -> dict[str, Any]:
+    """The row of least distance at s > 0 on generated input of one kind."""
+    rows = read(search / "results.json")["rows"]
+    return min((row for row in rows if row["s"] and row["kind"] == kind), key=lambda row: row["figures"][0]["value"])
+
+
+def inception(seeds: list[Path]) -> str:
+    """FID and KID with the canonical network, where measured."""
+    rows = []
+    for arm, title in ARMS.items():
+        found = [read(seed / "inception" / arm / "results.json") for seed in seeds]
+        if any(found):
+            kid = " / ".join("–" if f is None else cells_with_spread(figure(f, "kd", "val")) for f in found)
+            fid = [None if f is None else figure(f, "fd", "val")["value"] for f in found]
+            rows.append([title, cells(fid, 2), kid])
+    return table(["arm", "FID val", "1000 KID val"], rows) if rows else ""
+
+
+def cells_with_spread(kernel: Any) -> str:
+    return f"{1000 * kernel['value']:.1f} ± {1000 * kernel['spread']:.1f}"
+
+
 def plot(root: Path, names: list[str], path: Path) -> None:
     """One panel a data set: the distance over s, a line per kind and seed."""
     canvas = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
@@ -109,7 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--best", choices=["truncated", "non-truncated"])
     arguments = parser.parse_args()
+    if arguments.best:
+        print(best(arguments.root, arguments.best)["folders"][0])
+        return
     names = sorted(folder.name for folder in arguments.root.iterdir() if folder.is_dir())
     if not names:
         raise SystemExit(f"{arguments.root} holds no data set: make -f experiments/study.mk makes them")
@@ -117,7 +146,11 @@ def main() -> None:
         seeds = sorted((arguments.root / name).glob("[0-9]*"))
         print(f"### {name}, seeds {', '.join(seed.name for seed in seeds)}\n")
         print(arms(seeds, ARMS))
+        searched = [seed / "search" for seed in seeds if (seed / "search" / "results.json").is_file()]
+        chosen = {kind: " / ".join(str(best(search, kind)["s"]) for search in searched) for kind in KINDS[1:3]}
+        print("Best s > 0: " + "; ".join(f"{kind} {found}" for kind, found in chosen.items()) + "\n")
         print(levels(seeds))
+        print(inception(seeds))
         print(arms(seeds, {name: f"last stage at {steps} steps" for name, steps in STEPS.items()}))
     if arguments.plot:
         plot(arguments.root, names, arguments.plot)

@@ -193,7 +193,7 @@ def test_predict_samples_for_the_validation_classes(tmp_path, monkeypatch):
 
 
 def test_the_last_step_is_kept_whatever_the_interval(tmp_path):
-    options = ["--trainer.callbacks+=cdm_lightning.callbacks.LastCheckpoint", f"--trainer.default_root_dir={tmp_path}"]
+    options = [f"--trainer.default_root_dir={tmp_path}"]
     shipped = ["fit", *configs(BASE8)[:-2], *QUICK, *options, "--trainer.max_steps=63", "--trainer.limit_val_batches=0"]
     main(shipped)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

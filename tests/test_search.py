@@ -59,7 +59,7 @@ def test_a_row_is_the_distance_of_the_cascade_it_names(found, few_real, kind):
     label, index = torch.arange(N) % 10, torch.arange(N)
     part = CascadeModule.of(read_bundle(root / "bundle")[0][:2], seed=3)
     part.set_levels([9], kind == "truncated")
-    image = to_float(real_images_of(label, few_real, "val", 8)) if kind == "real low-res" else None
+    image = to_float(real_images_of(label, few_real, "train", 8)) if kind == "real low-res" else None
     expected = distance(few_real, 16, to_uint8(part.sample(label, index, image)[-1]))
     assert row["figures"][0]["value"] == pytest.approx(expected, rel=1e-3)
 

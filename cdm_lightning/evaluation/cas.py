@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from cdm_lightning import InputError
-from cdm_lightning.callbacks import LastCheckpoint
 from cdm_lightning.classifier import Classifier
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.cas_plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas_report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report import write_cas
+from cdm_lightning.resume import Checkpoint, newest_checkpoint
 from cdm_lightning.sample_shards import begin
 from cdm_lightning.shards import Manifest, write_atomically
 
@@ -113,10 +112,7 @@ def classifier_of(plan: Plan, seed: int) -> Classifier:
 def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: str, title: str) -> bool:
     """Fit one classifier, test it, and leave its figures in run/result.json; whether this is the process to report."""
     classifier = classifier_of(plan, seed)
-    last = run / "checkpoints" / "last.ckpt"
-    saver = ModelCheckpoint(
-        last.parent, every_n_train_steps=max(1, plan.steps // 20), save_last=True, enable_version_counter=False
-    )
+    saver = Checkpoint(run / "checkpoints", every_n_train_steps=max(1, plan.steps // 20))
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=plan.devices,
@@ -127,16 +123,16 @@ def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: 
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         logger=CSVLogger(run, name="logs"),
-        callbacks=[saver, LastCheckpoint()],
+        callbacks=[saver],
         use_distributed_sampler=False,  # the data module deals out the images itself
         enable_model_summary=False,
         default_root_dir=run,
     )
     if trainer.is_global_zero:
         print(f"training on {title}")
-    trainer.fit(classifier, datamodule=data, ckpt_path="last", weights_only=True)
+    trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
     # From the file: every process has gathered running statistics of its own, and those of the first one count.
-    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
+    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=run / "checkpoints" / "last.ckpt", weights_only=True, verbose=False)
     if trainer.is_global_zero:
         result = {
             "top1": round(figures["test/cas_top1"], 7),  # of a float32

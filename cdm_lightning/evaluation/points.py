@@ -66,6 +66,7 @@ class Workshop:
         out: Path,
         shards: Path,
         split: str,
+        input_split: str,
         detector: Detector,
         detector_source: str,
         n: int,
@@ -75,7 +76,8 @@ class Workshop:
         devices: int,
         accelerator: str,
     ) -> None:
-        self.cascade, self.about, self.out, self.shards, self.split = cascade, about, out, shards, split
+        self.cascade, self.about, self.out, self.shards = cascade, about, out, shards
+        self.split, self.input_split = split, input_split
         self.detector, self.detector_source = detector, detector_source
         self.n, self.seeds, self.block_size = n, seeds, min(block_size, n)
         self.precision, self.devices, self.accelerator = precision, devices, accelerator
@@ -87,11 +89,11 @@ class Workshop:
         The points may change: more levels, kinds, samplers or steps add points to those that are there.
         """
         stages = self.cascade.stages
-        folders = {find_folder(self.shards, self.split, stage.resolution) for stage in stages}
+        folders = {find_folder(self.shards, s, st.resolution) for s in (self.split, self.input_split) for st in stages}
         stated = {
             "bundle": self.about["stages_sha256"], "shards": str(self.shards), "split": self.split,
-            "detector": self.detector.name, "detector_sha256": self.detector.sha256, "n": self.n, "seeds": self.seeds,
-            "precision": self.precision,
+            "input_split": self.input_split, "detector": self.detector.name,
+            "detector_sha256": self.detector.sha256, "n": self.n, "seeds": self.seeds, "precision": self.precision,
             "shards_sha256": sorted(digest_of(read_manifest(folder).shards) for folder in folders),
             "samplers": [stage.diffusion.sampler for stage in stages],
             "sampling_steps": [calls_of(stage) for stage in stages],
@@ -118,13 +120,16 @@ class Workshop:
         if not all(asked):
             raise InputError(f"n = {self.n} leaves out classes: a distance to images of {classes} would not be theirs")
         for stage in list(self.cascade.stages)[1:]:
-            folder = find_folder(self.shards, self.split, stage.resolution)
-            has = read_manifest(folder)
-            if has.channels != channels:
-                raise InputError(f"{folder} holds images of {has.channels} channels, and the cascade makes {channels}")
-            if len(has.classes) != classes:
-                raise InputError(f"{folder} has {len(has.classes)} classes, and the cascade makes {classes}")
-            for c, (number, held) in enumerate(zip(asked, has.counts, strict=True)):
+            for split in dict.fromkeys((self.split, self.input_split)):
+                folder = find_folder(self.shards, split, stage.resolution)
+                has = read_manifest(folder)
+                if has.channels != channels:
+                    raise InputError(
+                        f"{folder} holds images of {has.channels} channels, and the cascade makes {channels}"
+                    )
+                if len(has.classes) != classes:
+                    raise InputError(f"{folder} has {len(has.classes)} classes, and the cascade makes {classes}")
+            for c, (number, held) in enumerate(zip(asked, has.counts, strict=True)):  # of the last, the input
                 if number > held:
                     raise InputError(
                         f"n = {self.n} asks for {number} real images of class {c}, and {folder} has {held}"
@@ -194,10 +199,10 @@ class Workshop:
         folder = self.out / "real" / "train" / str(resolution)
         if first_process() and not (folder / "manifest.json").is_file():
             label = plan(self.cascade, "", self.n).labels()
-            images = real_images_of(label, self.shards, self.split, resolution).permute(0, 2, 3, 1).numpy()
-            classes = read_manifest(find_folder(self.shards, self.split, resolution)).classes
+            images = real_images_of(label, self.shards, self.input_split, resolution).permute(0, 2, 3, 1).numpy()
+            classes = read_manifest(find_folder(self.shards, self.input_split, resolution)).classes
             write_images(
-                folder, images, label.numpy(), range(self.n), classes, None, source=f"{self.shards}/{self.split}"
+                folder, images, label.numpy(), range(self.n), classes, None, source=f"{self.shards}/{self.input_split}"
             )
         wait_for_all()
         return folder

@@ -22,6 +22,7 @@ def search(
     out: Path,
     shards: Path = Path("data/fashion"),
     split: str = "val",
+    input_split: str = "train",
     detector: str = "fashion-cnn-64",
     n: int = 2000,
     repeats: int = 1,
@@ -50,7 +51,8 @@ def search(
         bundle: A folder written by `cdm bundle`.
         out: Folder for the samples, results.json and report.html.
         shards: Root of the real images.
-        split: Of the real images, for reference and as low-resolution input.
+        split: Of the real images, for reference.
+        input_split: Of the real images that serve as low-resolution input; a reference that holds them flatters them.
         detector: Name of a detector, or the path of its file.
         n: Generated images of a point, spread evenly over the classes.
         repeats: Seeds of a point; three or more give the distances an error bar.
@@ -76,8 +78,8 @@ def search(
     cascade = CascadeModule.of(stages, seed)
     cascade.set_sampler(sampler, sampling_steps)
     run = Workshop(
-        cascade, about, Path(out), Path(shards), split, judge, detector, n, list(range(seed, seed + repeats)),
-        block_size, precision, devices, accelerator,
+        cascade, about, Path(out), Path(shards), split, input_split, judge, detector, n,
+        list(range(seed, seed + repeats)), block_size, precision, devices, accelerator,
     )  # fmt: skip
     kinds = [kind for kind, wanted in (("truncated", True), ("non-truncated", False)) if truncated in (None, wanted)]
     grids = [level_grid(stage, levels) for stage in stages[1:]]
