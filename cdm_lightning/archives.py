@@ -27,20 +27,25 @@ def files_of(stream: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
     with tarfile.open(fileobj=source, mode="r|") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # else it remembers every header
+            check_member(member, name)
             if member.isdir():
                 continue
-            if not member.isreg():
-                raise InputError(f"{name} holds {member.name!r}, a link or a device: a shard holds plain files alone")
-            if not member.name.isprintable():
-                raise InputError(f"{name} holds {member.name!r}: a name that cannot be printed is refused")
-            if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-                raise InputError(f"{name} holds {member.name!r}: a path that leads out of its folder is refused")
             if member.size > LARGEST:
                 raise InputError(
                     f"{name} holds {member.name!r} of {member.size} bytes: more than {LARGEST} is no image"
                 )
             data = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
             yield {"fname": member.name, "data": data, "__url__": name}
+
+
+def check_member(member: tarfile.TarInfo, name: str) -> None:
+    """Refuse a member of the tar `name` that is no plain file or folder, or whose path leads out of its folder."""
+    if not (member.isreg() or member.isdir()):
+        raise InputError(f"{name} holds {member.name!r}, a link or a device: plain files alone are read")
+    if not member.name.isprintable():
+        raise InputError(f"{name} holds {member.name!r}: a name that cannot be printed is refused")
+    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        raise InputError(f"{name} holds {member.name!r}: a path that leads out of its folder is refused")
 
 
 class Bounded:

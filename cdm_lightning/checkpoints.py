@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from cdm_lightning import InputError
@@ -47,6 +48,10 @@ def load_safely(path: str | Path, **options: Any) -> Any:
         ) from error
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
 def check_checkpoint(path: str | Path) -> None:
     """Refuse a file that Lightning could not go on from: torn, foreign, or more than numbers and tables."""
     checkpoint = load_safely(path, map_location="meta", mmap=True)
@@ -60,9 +65,13 @@ def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Ten
     """A frozen stage from its class name, its constructor's arguments and its weights."""
     arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
     try:
-        stage = KINDS[kind](**arguments)
+        parser = ArgumentParser(exit_on_error=False)  # the arguments are a stranger's, and their types are stated
+        parser.add_class_arguments(KINDS[kind], fail_untyped=False)
+        stage = KINDS[kind](**parser.parse_object(arguments).as_dict())
         stage.load_state_dict(state)
-    except (TypeError, RuntimeError, KeyError) as error:
-        raise InputError(f"{source} does not fit {kind}: {str(error).splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever arguments of other types or sizes make torch and Python raise
+        raise InputError(f"{source} does not fit {kind}: {type(error).__name__}: {first_line(error)}") from error
     nn.Module.requires_grad_(stage, False)
     return stage.eval()

@@ -20,6 +20,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
@@ -83,6 +84,12 @@ class CLI(LightningCLI):
             check_checkpoint(last)
 
     before_test = before_predict = before_validate
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse has a sentence for all others
+            raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
         """Unpickle nothing unless told to, whatever configurations are given."""

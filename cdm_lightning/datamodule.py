@@ -81,9 +81,10 @@ class ShardDataModule(L.LightningDataModule):
         if not self.batches():  # a new run, be it after another one with the same data module
             self.seen, self.batches_before, self.skipped = 0, 0, torch.zeros(2, dtype=torch.int64)
         self.found, self.left_out = {}, {}
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if self.on_damage == "skip" and not any(isinstance(c, Damage) for c in callbacks):
-            callbacks.insert(0, Damage())  # before the one that saves: its sum goes into checkpoints
+        if self.on_damage == "skip":
+            callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+            if not any(isinstance(callback, Damage) for callback in callbacks):
+                callbacks.insert(0, Damage())  # before the one that saves: its sum goes into checkpoints
         for split in ["train", "val"] if stage == "fit" else ["val"]:
             self.manifest(split)
 

@@ -192,7 +192,7 @@ def read_manifest(folder: Path, whole: bool = True) -> Manifest:
         fields = json.loads(path.read_text())
         manifest = Manifest(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
         check_types(manifest)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path} is not a manifest of shards: {type(error).__name__}: {error}") from error
     if not manifest.count:
         raise InputError(f"{folder} holds no images: its manifest lists {len(manifest.shards)} shards and 0 images")
@@ -241,6 +241,8 @@ def check_types(manifest: Manifest) -> None:
 
 def find_folder(root: Path, split: str, resolution: int) -> Path:
     """The folder of `split` stored at `resolution`, else at the smallest larger one from which halving reaches it."""
+    if resolution < 1:
+        raise InputError(f"resolution {resolution} is less than 1")
     if not (Path(root) / split).is_dir():
         raise InputError(f"{Path(root) / split} does not exist: shards are expected in <root>/<split>/<resolution>")
     stored = sorted(int(f.name) for f in (Path(root) / split).iterdir() if f.is_dir() and f.name.isdecimal())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import CSVLogger
 
 from cdm_lightning import InputError
@@ -16,6 +17,7 @@ from cdm_lightning.evaluation.cas_plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas_report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report import write_cas
+from cdm_lightning.records import read_table
 from cdm_lightning.resume import Checkpoint, newest_checkpoint
 from cdm_lightning.sample_shards import begin
 from cdm_lightning.shards import Manifest, write_atomically
@@ -33,8 +35,8 @@ def cas(
     recipe: Recipe = DEFAULT,
     count: int | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006, read only
-    devices: int = 1,
-    num_workers: int = 0,
+    devices: PositiveInt = 1,
+    num_workers: NonNegativeInt = 0,
     accelerator: str = "auto",
 ) -> dict[str, Any]:
     """Classification accuracy score: train a classifier on generated images alone, test it on real ones.
@@ -72,7 +74,8 @@ def cas(
     if todo and not reports:
         return {}  # of several processes the first one goes on
     figures = {
-        kind: [json.loads(run_of(out, kind, seed, "result.json").read_text()) for seed in seeds] for kind in KINDS
+        kind: [read_table(run_of(out, kind, seed, "result.json"), "top1", "top5", "per_class") for seed in seeds]
+        for kind in KINDS
     }
     results = summarise(figures, plan.classes, sum(plan.counts), real.count) | {
         "n_validation": validation.count,
