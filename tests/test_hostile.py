@@ -11,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from test_cli import ROOT, fit, refused
+from test_experiments import QUICK
 from test_shards import make_folder, refuses
 
 from cdm_lightning import InputError
@@ -92,17 +94,24 @@ def paths_in(value, path=()):
 
 @st.composite
 def mutated_json(draw, value):
-    """The JSON value with one or two of its parts put out, or replaced by anything."""
+    """The JSON value with one or two of its parts left out, changed a little, or replaced by anything."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from(list(paths_in(value)) or [()]))
         holder = value
         for name in path[:-1]:
             holder = holder[name]
-        if path and draw(st.booleans()):
-            holder[path[-1]] = draw(JSON)
-        elif path:
+        if not path:
+            continue
+        old, kind = holder[path[-1]], draw(st.sampled_from(["any", "any", "like", "like", "out"]))
+        if kind == "out":
             del holder[path[-1]]
+        elif kind == "like" and type(old) is int:
+            holder[path[-1]] = old + draw(st.integers(-3, 3))
+        elif kind == "like" and isinstance(old, (list, str)) and old:
+            holder[path[-1]] = draw(st.sampled_from([old[1:], old + old[:1], old * 2, old[::-1]]))
+        else:
+            holder[path[-1]] = draw(JSON)
     return value
 
 
@@ -126,7 +135,7 @@ def mutated_bytes(draw, data):
     return bytes(data)
 
 
-# ----------------------------------------------------------------------------------------------------- mutated by chance
+# ---------------------------------------------------------------------------------------------------- mutated by chance
 
 
 @examples(150, 4000)
@@ -198,8 +207,6 @@ def bundle(tmp_path_factory):
 def test_bundles(bundle, n):
     """Changed by one who knows to compute the hashes anew."""
     whole = json.loads((bundle / "bundle.json").read_text())
-    small = st.sampled_from(["resolution", "channels", "num_res_blocks", "timesteps"])
-    assert {"resolution", "channels"} <= whole["stages"][0]["arguments"].keys() and small
 
     def bounded(value):  # a network of 10^12 channels is not refused, see docs/security.md
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -379,11 +386,13 @@ def test_a_pickle_that_acts_is_refused_wherever_it_is_given(tmp_path, kind, caps
     monkeypatch.chdir(ROOT)
     trace, path = tmp_path / "pwned", tmp_path / "evil.ckpt"
     evil_checkpoint(path, trace, kind)
-    torch.load(path, weights_only=False)  # it would act indeed
+    with suppress(RuntimeError):
+        torch.load(path, weights_only=False)  # it would act indeed
     assert trace.exists()
     trace.unlink()
     here = f"--trainer.default_root_dir={tmp_path}/run"
-    plain = [a for a in fit(here)[1:] if "experiments/defaults" not in a]
+    files = [ROOT / "experiments/fashion" / name for name in ("defaults.yaml", "base8.yaml")]  # none says weights_only
+    plain = [*(word for file in files for word in ("--config", str(file))), *QUICK, "--model.sampling_steps=2", here]
     for command in ("fit", "validate", "test", "predict"):
         assert "evil.ckpt is not a checkpoint that can be loaded safely" in refused(
             capsys, [command, *plain, f"--ckpt_path={path}"]
@@ -544,9 +553,9 @@ YAML = {
     "a tag that calls": "model: !!python/object/apply:os.system ['touch pwned']",
     "a tag that builds": "trainer:\n  callbacks: !!python/object/new:subprocess.Popen [['touch', 'pwned']]",
     "a function as a callback": "trainer:\n  callbacks: [{class_path: os.system, init_args: {command: touch pwned}}]",
-    "a class that is no callback": "trainer:\n  callbacks: [{class_path: subprocess.Popen, init_args: {args: [touch, pwned]}}]",
+    "a class that is no callback": "trainer:\n  callbacks: [{class_path: subprocess.Popen, init_args: {args: [id]}}]",
     "a class that is no model": "model: {class_path: subprocess.Popen, init_args: {args: [touch, pwned]}}",
-    "a class that is no logger": "trainer:\n  logger: {class_path: subprocess.Popen, init_args: {args: [touch, pwned]}}",
+    "a class that is no logger": "trainer:\n  logger: {class_path: subprocess.Popen, init_args: {args: [touch, x]}}",
     "an unknown resolver": "data:\n  root: ${shell:touch pwned}",
 }
 
@@ -559,7 +568,7 @@ def test_a_configuration_does_not_run_what_is_no_part_of_a_training(tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--config", "given.yaml"])
     assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
-    assert not Path("pwned").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"given.yaml"}
 
 
 def test_a_configuration_imports_the_modules_that_it_names(tmp_path, capsys, monkeypatch):
@@ -569,8 +578,8 @@ def test_a_configuration_imports_the_modules_that_it_names(tmp_path, capsys, mon
     (tmp_path / "handed.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
     with pytest.raises(SystemExit):
         main([*fit(), "--trainer.callbacks+=handed.Anything"])
-    assert (tmp_path / "imported").exists() and "docs/security.md"
-    assert "imports" in (ROOT / "docs/security.md").read_text()
+    assert (tmp_path / "imported").exists()
+    assert "imports the modules" in (ROOT / "docs/security.md").read_text()
     sys.modules.pop("handed", None)
 
 
@@ -578,8 +587,8 @@ def test_a_configuration_imports_the_modules_that_it_names(tmp_path, capsys, mon
 
 
 def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
-    card = ["reference", "--shards", str(few_real), "--resolution", "16", "--split", "val", "--detector", "fashion-cnn-64",
-            "--out", str(tmp_path / "c.safetensors"), "--accelerator", "cpu"]  # fmt: skip
+    out, judge = str(tmp_path / "c.safetensors"), ["--detector", "fashion-cnn-64", "--accelerator", "cpu"]
+    card = ["reference", "--shards", str(few_real), "--resolution", "16", "--split", "val", "--out", out, *judge]
     work = tmp_path / "c.safetensors.partial-features"
     work.mkdir()
     for text in ("{", "[1]", "\xff", ""):
@@ -587,7 +596,7 @@ def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
         assert f"{work}/about.json is torn or another's" in refused(capsys, card)
     (work / "about.json").unlink()
     main(card)
-    made = (tmp_path / "c.safetensors").read_bytes()
+    made = read_card(tmp_path / "c.safetensors")
     (tmp_path / "c.safetensors").unlink()
     for data in (b"", b"x" * 50, save({"features": torch.zeros(3, 64), "label": torch.zeros(3)})):
         work.mkdir(exist_ok=True)
@@ -596,9 +605,9 @@ def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
         assert not finished(path, 60)
         main(card)
         assert f"{path} is torn or another's, and is made again" in capsys.readouterr().out
-        (again := tmp_path / "c.safetensors").replace(tmp_path / "again")
-        first, second = (read_card(tmp_path / "again").moments, made)
-        assert len(second) == len((tmp_path / "again").read_bytes()) and first.n == 200 and not again.exists()
+        again = read_card(tmp_path / "c.safetensors")
+        assert torch.equal(again.moments.outer, made.moments.outer) and torch.equal(again.features, made.features)
+        (tmp_path / "c.safetensors").unlink()
 
 
 @pytest.mark.parametrize("arguments, words", [
