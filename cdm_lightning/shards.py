@@ -20,6 +20,9 @@ from cdm_lightning.archives import files_of
 from cdm_lightning.images import decode_png, encode_png
 
 
+MOST = 10_000_000  # images in a shard
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar: its file name, how many images it holds, its size in bytes and its SHA-256."""
@@ -230,6 +233,9 @@ def check_types(manifest: Manifest) -> None:
     for name, number in numbers.items():
         if type(number) is not int or number < 0:
             raise ValueError(f"{name} is {number!r}, not a natural number")
+    for shard in manifest.shards:
+        if shard.count > min(shard.bytes, MOST):  # else a line of JSON could ask for any amount of memory
+            raise ValueError(f"{shard.name} of {shard.bytes} bytes cannot hold {shard.count} images")
     for name, text in texts.items():
         if not isinstance(text, str) or not text.isprintable():
             raise ValueError(f"{name} is {text!r}, not a line of text")
