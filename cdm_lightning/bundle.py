@@ -67,10 +67,11 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a bundle: it holds no bundle.json, which `cdm bundle` writes")
     try:
         about = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("stages"), list):
         raise InputError(f"{path} is not a bundle of format {FORMAT}")
+    check_about(path, about)
     return about
 
 
@@ -87,6 +88,19 @@ def origin(about: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
+def check_about(path: Path, about: dict[str, Any]) -> None:
+    """Refuse a bundle.json whose fields are of other types than they should be."""
+    for entry in about["stages"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("trained", {}), dict):
+            raise InputError(f"{path} lists a stage that is no table")
+    for name, kind in (("levels", int), ("classes", str)):
+        value = about.get(name)
+        if value is not None and not (isinstance(value, list) and all(type(each) is kind for each in value)):
+            raise InputError(f"{path} says {name} {value!r}: a list of {kind.__name__} is expected")
+    if type(about.get("truncated", False)) is not bool:
+        raise InputError(f"{path} says truncated {about['truncated']!r}: true or false is expected")
+
+
 def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
     """The stages, frozen and in eval mode, and bundle.json; a file that changed since it was written is refused."""
     about, stages = read_about(folder), []
@@ -95,7 +109,8 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
     for entry in about["stages"]:
         if (
             not isinstance(entry, dict)
-            or entry.get("kind") not in KINDS
+            or not isinstance(entry.get("kind"), str)
+            or entry["kind"] not in KINDS
             or not isinstance(entry.get("arguments"), dict)
         ):
             raise InputError(f"{folder}/bundle.json lists a stage that is none of {sorted(KINDS)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
@@ -62,7 +63,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist: a checkpoint is expected")
-        return read_checkpoint(path, map_location)
+        return load_safely(path, map_location=map_location)
 
 
 def reason(error: BaseException) -> str:
@@ -75,23 +76,17 @@ def reason(error: BaseException) -> str:
     return str(error).splitlines()[0]
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
-    """What a file of torch.save holds, with nothing unpickled; refuses a torn or foreign file."""
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # whatever a foreign or torn file makes torch raise
-        raise InputError(
-            f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
-        ) from error
-
-
 def load_stage(path: str | Path) -> DiffusionStage:
     """The stage of a training checkpoint with its EMA weights, in eval mode, frozen; nothing is unpickled."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist: a checkpoint of a stage is expected")
-    checkpoint = read_checkpoint(path)
+    checkpoint = load_safely(path)
     kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-    if kind not in KINDS or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys():
+    if (
+        not isinstance(kind, str)
+        or kind not in KINDS
+        or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys()
+    ):
         raise InputError(f"{path} is not a checkpoint of a stage: it says {kind!r}, and known are {sorted(KINDS)}")
     stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
     data = checkpoint.get("ShardDataModule", {})
@@ -104,13 +99,40 @@ def load_stage(path: str | Path) -> DiffusionStage:
     return stage
 
 
+def load_safely(path: str | Path, **options: Any) -> Any:
+    """What torch.load finds in a file with weights_only: numbers and tables, and no code runs."""
+    try:
+        return torch.load(path, **{"map_location": "cpu", **options}, weights_only=True)
+    except Exception as error:  # whatever a foreign or torn file makes torch raise
+        raise InputError(
+            f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a file that Lightning could not go on from: torn, foreign, or more than numbers and tables."""
+    checkpoint = load_safely(path, map_location="meta", mmap=True)
+    needed = {"pytorch-lightning_version", "epoch", "global_step", "loops", "state_dict", "hyper_parameters"}
+    missing = sorted(needed - set(checkpoint)) if isinstance(checkpoint, dict) else sorted(needed)
+    if missing:
+        raise InputError(f"{path} is not a checkpoint of a training: it holds no {missing[0]}")
+
+
 def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:
     """A frozen stage from its class name, its constructor's arguments and its weights."""
     arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
     try:
-        stage = KINDS[kind](**arguments)
+        parser = ArgumentParser(exit_on_error=False)  # the arguments are a stranger's, and their types are stated
+        parser.add_class_arguments(KINDS[kind], fail_untyped=False)
+        stage = KINDS[kind](**parser.parse_object(arguments).as_dict())
         stage.load_state_dict(state)
-    except (TypeError, RuntimeError, KeyError) as error:
-        raise InputError(f"{source} does not fit {kind}: {str(error).splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever arguments of other types or sizes make torch and Python raise
+        raise InputError(f"{source} does not fit {kind}: {type(error).__name__}: {first_line(error)}") from error
     nn.Module.requires_grad_(stage, False)
     return stage.eval()

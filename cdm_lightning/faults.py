@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cdm_lightning import InputError, TrainingFault
-from cdm_lightning.checkpoints import read_checkpoint
+from cdm_lightning.checkpoints import load_safely
 from cdm_lightning.resume import newest_checkpoint
 
 PINNED = "before_skipped_steps.ckpt"
@@ -80,10 +80,12 @@ class FiniteSteps(Callback):
         if self.rolled_back_at:
             raise TrainingFault(f"{happened}: the run went back to a checkpoint at step {self.rolled_back_at} already")
         before = self.last - self.in_a_row  # a checkpoint written since then holds the same weights
-        path = trainer.strategy.broadcast(newest_checkpoint(folders(trainer), before) if trainer.is_global_zero else 0)
+        path = trainer.strategy.broadcast(
+            newest_checkpoint(folders(trainer), before) if trainer.is_global_zero else None
+        )
         if path is None:
             raise TrainingFault(f"{happened}: there is no checkpoint from before them to go back to")
-        go_back(trainer, pl_module, read_checkpoint(path))
+        go_back(trainer, pl_module, load_safely(path))
         rank_zero_warn(f"{happened}: weights, averages and Adam's state go back to {path}, steps and data go on")
         self.rolled_back_at, self.in_a_row = trainer.global_step, 0
         trainer.save_checkpoint(folders(trainer)[0] / "last.ckpt")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from cdm_lightning.checkpoints import load_safely
 from cdm_lightning.shards import write_atomically
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -109,7 +109,7 @@ def newest_checkpoint(folders: Iterable[Path], at_most: int | None = None) -> Pa
     found = []
     for file in sorted(file for folder in folders for file in Path(folder).glob("*.ckpt")):
         try:
-            state = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+            state = load_safely(file, map_location="meta", mmap=True)
             step, _ = int(state["global_step"]), (state["state_dict"], state["optimizer_states"])
         except Exception as error:  # whatever a torn or foreign file makes torch raise
             rank_zero_warn(f"{file} is not a whole checkpoint and is passed over: {type(error).__name__}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 
 from cdm_lightning import InputError
 from cdm_lightning.bundle import origin, read_about
@@ -32,7 +33,7 @@ def sample(
     start: Path | None = None,
     block_size: int = 64,
     precision: Precision = "32-true",
-    devices: int = 1,
+    devices: PositiveInt = 1,
     accelerator: str = "auto",
 ) -> None:
     """Draw images from a trained cascade: shards of samples that training can read, and a picture to look at.

@@ -151,7 +151,8 @@ def test_one_class_is_said(tmp_path, capsys):
     folder = tmp_path / "val" / "32"
     png = next(iter(read_shard(FASHION / "val" / "32" / "000.tar.gz")))["png"]
     shard = write_shard(folder / "0.tar", [("a", png, 3), ("b", png, 3)])
-    write_manifest(folder, replace(read_manifest(FASHION / "val" / "32"), shards=[shard], counts=[0, 0, 0, 2]))
+    counts = [0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
+    write_manifest(folder, replace(read_manifest(FASHION / "val" / "32"), shards=[shard], counts=counts))
     reference(tmp_path, tmp_path / "c.safetensors", 32, "val", CNN, accelerator="cpu")
     assert "note: all of them are of one class, dress" in capsys.readouterr().out
     assert read_card(tmp_path / "c.safetensors").counts == [0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
@@ -192,7 +193,7 @@ def test_what_exists_is_kept_and_cut_shards_are_refused(few, card, tmp_path):
     (folder / "120.tar").write_bytes(
         data[:9000] + bytes(len(data) - 9000)
     )  # the size is right, the images are not there
-    with pytest.raises(InputError, match=r"120\.tar holds \d+ images where its manifest says 60"):
+    with pytest.raises(InputError, match=r"120\.tar is not the file its manifest lists"):
         reference(tmp_path, tmp_path / "c.safetensors", 16, "val", CNN, accelerator="cpu")
     assert not (tmp_path / "c.safetensors").exists()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import CSVLogger
 
 from cdm_lightning import InputError
@@ -17,6 +18,7 @@ from cdm_lightning.evaluation.cas_plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas_report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report import write_cas
+from cdm_lightning.records import read_table
 from cdm_lightning.resume import Checkpoint, newest_checkpoint
 from cdm_lightning.sample_shards import begin
 from cdm_lightning.shards import Manifest, write_atomically
@@ -34,8 +36,8 @@ def cas(
     recipe: Recipe = DEFAULT,
     count: int | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006, read only
-    devices: int = 1,
-    num_workers: int = 0,
+    devices: PositiveInt = 1,
+    num_workers: NonNegativeInt = 0,
     accelerator: str = "auto",
 ) -> dict[str, Any]:
     """Classification accuracy score: train a classifier on generated images alone, test it on real ones.
@@ -83,7 +85,8 @@ def cas(
 def found(out: Path, plan: Plan, seeds: Sequence[int], n_real: int, n_validation: int) -> dict[str, Any]:
     """The figures of all trainings together, and what they were trained and tested on."""
     figures = {
-        kind: [json.loads(run_of(out, kind, seed, "result.json").read_text()) for seed in seeds] for kind in KINDS
+        kind: [read_table(run_of(out, kind, seed, "result.json"), "top1", "top5", "per_class") for seed in seeds]
+        for kind in KINDS
     }
     return summarise(figures, plan.classes, sum(plan.counts), n_real) | {
         "n_validation": n_validation,

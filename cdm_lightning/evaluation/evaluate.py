@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.cards import ReferenceCard, about_all, check_card, read_card
@@ -26,14 +27,14 @@ def evaluate(
     references: list[Path],
     out: Path,
     detector: str | None = None,
-    resolution: int | None = None,
+    resolution: PositiveInt | None = None,
     head: Path | None = None,
     real: Path | None = None,
     cas: Path | None = None,
     trust_detector: bool = False,
-    batch_size: int = 50,
+    batch_size: PositiveInt = 50,
     seed: int = 0,
-    devices: int = 1,
+    devices: PositiveInt = 1,
     accelerator: str = "auto",
 ) -> dict[str, Any]:
     """Measure stored samples as the paper does: FID, KID, precision and recall against each reference, and the IS.

@@ -48,7 +48,7 @@ def stream(
     images: list[np.ndarray] = []
     labels: list[int] = []
     for shard in shards:
-        for sample in read_shard(folder / shard.name, shard.count):
+        for sample in read_shard(folder / shard.name, shard.count, shard.sha256):
             image, label = decode_sample(sample, manifest)
             images.append(image)
             labels.append(label)
@@ -138,7 +138,7 @@ def chosen_samples(
         kept.append(set(np.random.default_rng(key(seed, "subset", c)).choice(held, asked, replace=False).tolist()))
     ranks = [count() for _ in counts]  # the next image of class c is its ranks[c]-th
     for shard in manifest.shards:
-        for sample in read_shard(source / shard.name, shard.count):
+        for sample in read_shard(source / shard.name, shard.count, shard.sha256):
             label = int(sample["cls"])
             if next(ranks[label]) in kept[label]:
                 image, label = decode_sample(sample, manifest)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from cdm_lightning import InputError
@@ -23,12 +24,12 @@ from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
 def reference(
     shards: Path,
     out: Path,
-    resolution: int,
+    resolution: PositiveInt,
     split: str = "train",
     detector: str = "inception",
     keep: int = 10_000,
     count: int | None = None,
-    devices: int = 1,
+    devices: PositiveInt = 1,
     accelerator: str = "auto",
     batch_size: int = 50,
     trust_detector: bool = False,
