@@ -18,7 +18,8 @@ from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import check_score, inception_score, measure_all
 from cdm_lightning.evaluation.memory import real_folder, searched
 from cdm_lightning.evaluation.report import print_figures, read_cas, write_evaluation
-from cdm_lightning.sample_shards import NO_CLASSES, first_process, wait_for_all
+from cdm_lightning.processes import first_process, wait_for_all
+from cdm_lightning.sample_shards import NO_CLASSES
 from cdm_lightning.shards import Manifest, read_manifest
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.real_images import stream
+from cdm_lightning.processes import first_process, strategy_for, wait_for_all
 from cdm_lightning.records import read_table
-from cdm_lightning.sample_shards import first_process, wait_for_all
 from cdm_lightning.shards import Manifest, find_folder, read_manifest, write_atomically
 
 
@@ -60,7 +60,7 @@ def extract(
     if todo:
         work = Extractor(folder, manifest, resolution, detector, out, batch_size)
         trainer = L.Trainer(
-            accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+            accelerator=accelerator, devices=devices, strategy=strategy_for(devices), logger=False,
             use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=False,
             enable_progress_bar=False, default_root_dir=out,
         )  # fmt: skip

@@ -19,7 +19,8 @@ from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import measure
 from cdm_lightning.evaluation.real_images import first_images, real_images_of
 from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.sample_shards import NO_CLASSES, Precision, draw, first_process, plan, wait_for_all
+from cdm_lightning.processes import first_process, wait_for_all
+from cdm_lightning.sample_shards import NO_CLASSES, Precision, draw, plan
 from cdm_lightning.sampling import origin
 from cdm_lightning.shards import digest_of, find_folder, read_manifest, write_atomically, write_images
 

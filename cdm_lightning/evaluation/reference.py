@@ -17,7 +17,7 @@ from cdm_lightning.evaluation.cards import ReferenceCard, bias_note, write_card
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.distance import Moments
 from cdm_lightning.evaluation.features import extract, read_features
-from cdm_lightning.sample_shards import first_process
+from cdm_lightning.processes import first_process
 from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
 
 
