@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,11 @@ class BlockWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            lines = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": LINE}
+            form: dict[str, Any] = (
+                {"mininterval": 1} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": LINE}
+            )
             self.bar = tqdm(
-                desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), miniters=1, **lines
+                desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), miniters=1, **form
             )
 
     def done(self) -> int:
@@ -108,8 +111,8 @@ class BlockWriter(BasePredictionWriter):
             labels = batch["label"].tolist()
             samples = [(k, encode_png(a), c) for k, a, c in zip(keys, arrays, labels, strict=False)]
             write_shard(folder / shard_name(number), samples)
-        if self.bar is not None:
-            self.bar.update(self.done() - self.bar.n)
+        if self.bar is not None and time.time() - self.bar.last_print_t >= self.bar.mininterval:
+            self.bar.update(self.done() - self.bar.n)  # reads the folder: not at every block of many
 
 
 class BlockData(Dataset):
