@@ -58,7 +58,7 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse a file that is no whole checkpoint, which nothing in Lightning has a sentence for."""
         given = self.config[self.subcommand]
-        if given.ckpt_path and Path(given.ckpt_path).is_file() and given.weights_only is not False:
+        if given.ckpt_path and Path(given.ckpt_path).is_file():
             check_checkpoint(given.ckpt_path)
 
     def before_fit(self) -> None:
@@ -66,6 +66,10 @@ class CLI(LightningCLI):
         precision = str(self.config.fit.trainer.precision)
         if precision.startswith("16") and isinstance(self.trainer.accelerator, CPUAccelerator):
             raise InputError(f"precision {precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
+        options = getattr(self.trainer.strategy, "_ddp_kwargs", {})
+        if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
+            number = self.trainer.accumulate_grad_batches
+            raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
         if self.config.fit.ckpt_path == "last":
             savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
             root = Path(self.trainer.default_root_dir) / "checkpoints"

@@ -165,7 +165,7 @@ def test_two_ranks_killed_again_and_again_end_as_the_unbroken_run(tmp_path):
     [
         (signal.SIGUSR1, 1, TWO),
         pytest.param(signal.SIGTERM, 0, TWO, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, None, {**TWO, "trainer.accumulate_grad_batches": 4}, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, None, {**TWO, "trainer.accumulate_grad_batches": 4}, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_one_process_ends_all_after_the_step_in_hand(tmp_path, number, rank, options):
@@ -318,3 +318,13 @@ def test_half_precision_is_refused_by_name_where_there_is_no_gpu(tmp_path, capsy
 
 def test_a_run_keeps_its_id(tmp_path):
     assert run_id(tmp_path) == run_id(tmp_path) != run_id(tmp_path / "other")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision with a loss scaler needs a GPU")
+def test_the_loss_scaler_goes_on_too(tmp_path):
+    options = {"trainer.accelerator": "gpu", "trainer.devices": 1, "trainer.precision": "16-mixed"}
+    in_process(tmp_path / "whole", **options)
+    in_process(tmp_path / "parts", 5, **options)
+    in_process(tmp_path / "parts", **options)
+    states = [last(tmp_path / name)["MixedPrecision"] for name in ("whole", "parts")]
+    assert states[0] == states[1] and states[0]["scale"] > 0 and states[0]["_growth_tracker"] > 0

@@ -1,4 +1,4 @@
-"""Two agents of torchrun on one machine, as on two hosts: training, sampling and evaluation are those of one process."""
+"""Two agents of torchrun on one machine, as on two hosts: training, sampling and evaluation are as of one process."""
 
 import json
 import os
@@ -18,8 +18,10 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import sys
 from cdm_lightning.cli import main
+from cdm_lightning.processes import wait_for_all
 for command in open(sys.argv[1]).read().splitlines():
     main(command.split(chr(9)))
+    wait_for_all()  # the next command reads what the first process wrote
 """
 
 
