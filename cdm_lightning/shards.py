@@ -19,7 +19,6 @@ from cdm_lightning import InputError
 from cdm_lightning.archives import files_of
 from cdm_lightning.images import decode_png, encode_png
 
-
 MOST = 10_000_000  # images in a shard
 
 
