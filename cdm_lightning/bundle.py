@@ -115,6 +115,8 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
         ):
             raise InputError(f"{folder}/bundle.json lists a stage that is none of {sorted(KINDS)}")
         name = str(entry.get("weights"))
+        if not name.isprintable():
+            raise InputError(f"{folder}/bundle.json lists a file {name!r}, a name that cannot be printed")
         path = Path(folder) / name
         if Path(name).name != name or not path.is_file():
             raise InputError(f"{path} is missing: bundle.json lists it")

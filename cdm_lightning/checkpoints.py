@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import lightning.pytorch as L
 import torch
@@ -109,6 +109,17 @@ def load_safely(path: str | Path, **options: Any) -> Any:
         ) from error
 
 
+def typed(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a stage as its constructor states their types; they may be a stranger's."""
+    hints = {**get_type_hints(DiffusionStage.__init__), **get_type_hints(KINDS[kind].__init__)}
+    for name, value in arguments.items():
+        if value is None and type(None) not in get_args(hints.get(name)):
+            raise TypeError(f"{name} is null")  # which jsonargparse lets pass
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(KINDS[kind], fail_untyped=False)
+    return parser.parse_object(arguments).as_dict()
+
+
 def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
@@ -126,9 +137,7 @@ def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Ten
     """A frozen stage from its class name, its constructor's arguments and its weights."""
     arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
     try:
-        parser = ArgumentParser(exit_on_error=False)  # the arguments are a stranger's, and their types are stated
-        parser.add_class_arguments(KINDS[kind], fail_untyped=False)
-        stage = KINDS[kind](**parser.parse_object(arguments).as_dict())
+        stage = KINDS[kind](**typed(kind, arguments))
         stage.load_state_dict(state)
     except InputError:
         raise

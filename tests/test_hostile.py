@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -357,7 +358,7 @@ def test_configurations(tmp_path, n, monkeypatch, capsys):
 
 def nested(table):
     made = {}
-    for name, value in table.items():
+    for name, value in ((name, deepcopy(value)) for name, value in table.items()):
         first, *rest = name.split(".", 1)
         if rest and isinstance(made.setdefault(first, {}), dict):
             made[first][rest[0]] = value
