@@ -94,7 +94,12 @@ def test_two_hosts_do_what_one_process_does(tmp_path, few_real, monkeypatch):
         return [[*map(str, command), "--accelerator", "cpu"] for command in every]
 
     one, two = tmp_path / "one", tmp_path / "two"
-    two_hosts(tmp_path, [fit(two, num_nodes=2, devices=1, strategy="ddp"), *commands(two)])
+    hosts = {"num_nodes": 2, "devices": 1}
+    static = {"strategy": "DDPStrategy", "strategy.static_graph": "true", "precision": "bf16-mixed"}
+    mixed = fit(tmp_path / "mixed", **hosts, **static, accumulate_grad_batches=1, val_check_interval=3)
+    two_hosts(tmp_path, [fit(two, **hosts, strategy="ddp"), mixed, *commands(two)])
+    ended = torch.load(tmp_path / "mixed/checkpoints/last.ckpt", weights_only=True)
+    assert ended["global_step"] == 3 and all(w.isfinite().all() for w in ended["current_model_state"].values())
     for command in [fit(one), *commands(one)]:
         main(command)
     trained = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, two)]
