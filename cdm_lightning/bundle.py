@@ -67,11 +67,38 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a bundle: it holds no bundle.json, which `cdm bundle` writes")
     try:
         about = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("stages"), list):
         raise InputError(f"{path} is not a bundle of format {FORMAT}")
+    check_about(path, about)
     return about
+
+
+def origin(about: dict[str, Any]) -> dict[str, Any]:
+    """What bundle.json, or the like, knows of the images its stages were trained on: `classes`, `crop` and `filter`.
+
+    None is unknown. classes: their names; None too where no stage is told the class.
+    """
+    trained = [stage.get("trained", {}) for stage in about["stages"]]
+    named = [{"classes": about.get("classes")}, *trained]
+    known = {name: next((t[name] for t in named if t.get(name)), None) for name in ("classes", "crop", "filter")}
+    if all(stage["arguments"].get("num_classes") is None for stage in about["stages"]):
+        known["classes"] = None  # names of classes that its images do not have
+    return known
+
+
+def check_about(path: Path, about: dict[str, Any]) -> None:
+    """Refuse a bundle.json whose fields are of other types than they should be."""
+    for entry in about["stages"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("trained", {}), dict):
+            raise InputError(f"{path} lists a stage that is no table")
+    for name, kind in (("levels", int), ("classes", str)):
+        value = about.get(name)
+        if value is not None and not (isinstance(value, list) and all(type(each) is kind for each in value)):
+            raise InputError(f"{path} says {name} {value!r}: a list of {kind.__name__} is expected")
+    if type(about.get("truncated", False)) is not bool:
+        raise InputError(f"{path} says truncated {about['truncated']!r}: true or false is expected")
 
 
 def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
@@ -82,11 +109,14 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
     for entry in about["stages"]:
         if (
             not isinstance(entry, dict)
-            or entry.get("kind") not in KINDS
+            or not isinstance(entry.get("kind"), str)
+            or entry["kind"] not in KINDS
             or not isinstance(entry.get("arguments"), dict)
         ):
             raise InputError(f"{folder}/bundle.json lists a stage that is none of {sorted(KINDS)}")
         name = str(entry.get("weights"))
+        if not name.isprintable():
+            raise InputError(f"{folder}/bundle.json lists a file {name!r}, a name that cannot be printed")
         path = Path(folder) / name
         if Path(name).name != name or not path.is_file():
             raise InputError(f"{path} is missing: bundle.json lists it")

@@ -16,12 +16,17 @@ from urllib.parse import urlparse
 import lightning.pytorch as L
 import torch
 from jsonargparse import auto_cli, set_parsing_settings
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
-from cdm_lightning.checkpoints import load_stage
+from cdm_lightning.checkpoints import Trainer, WholeCheckpoints, check_checkpoint, load_stage
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.adm import npz
 from cdm_lightning.evaluation.cas import cas
@@ -30,6 +35,8 @@ from cdm_lightning.evaluation.inception import detector
 from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.evaluation.search import search
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
+from cdm_lightning.refusal import broken_off, fail, together, understood
+from cdm_lightning.resume import newest_checkpoint, run_id
 from cdm_lightning.sampling import sample
 from cdm_lightning.sweeps import sweep
 
@@ -48,13 +55,57 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
+    def after_instantiate_classes(self) -> None:
+        """Refuse a file that is no whole checkpoint, which nothing in Lightning has a sentence for."""
+        given = self.config[self.subcommand]
+        if given.ckpt_path and Path(given.ckpt_path).is_file():
+            check_checkpoint(given.ckpt_path)
+
+    def before_fit(self) -> None:
+        """Refuse what would not be done as it was asked for, and settle where the run goes on."""
+        precision = str(self.config.fit.trainer.precision)
+        if precision.startswith("16") and isinstance(self.trainer.accelerator, CPUAccelerator):
+            raise InputError(f"precision {precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
+        options = getattr(self.trainer.strategy, "_ddp_kwargs", {})
+        if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
+            number = self.trainer.accumulate_grad_batches
+            raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
+        if self.config.fit.ckpt_path == "last":
+            savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+            root = Path(self.trainer.default_root_dir) / "checkpoints"
+            folders = {Path(saver.dirpath) if saver.dirpath else root for saver in savers}
+            self.config_init.fit.ckpt_path = newest_checkpoint(folders)
+        if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
+            os.environ.setdefault("WANDB_RUN_ID", run_id(Path(self.trainer.default_root_dir)))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, its checkpoints written whole; a CheckpointIO among the configured plugins stays."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
+
     def before_validate(self) -> None:
         """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
         last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if self.config[self.subcommand].ckpt_path == "last" and not last.is_file():
             raise InputError(f"{last} does not exist: ckpt_path last asks for the newest checkpoint of that run")
+        if self.config[self.subcommand].ckpt_path == "last":
+            check_checkpoint(last)
 
     before_test = before_predict = before_validate
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse has a sentence for all others
+            raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
+
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        """Unpickle nothing unless told to, whatever configurations are given."""
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone, where Lightning would pour a checkpoint's hyper-parameters into it."""
@@ -123,13 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"cdm_lightning {__version__}")
         return
     sys.argv[1:] = arguments  # where Lightning looks, and what the processes it starts repeat
-    try:
-        run(arguments)
-    except Exception as error:
-        cause = understood(error)
-        if cause is None:
-            raise
-        sys.exit(fail(cause))
+    with together():
+        try:
+            run(arguments)
+        except Exception as error:
+            cause = understood(error)
+            if cause is None and not broken_off():
+                raise
+            sys.exit(2 if cause is None else fail(cause))
 
 
 def run(arguments: list[str]) -> None:
@@ -149,6 +201,7 @@ def run(arguments: list[str]) -> None:
             L.LightningModule,
             ShardDataModule,
             subclass_mode_model=True,
+            trainer_class=Trainer,
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
@@ -168,22 +221,6 @@ def logged_in() -> bool:
         return bool(os.environ.get("WANDB_API_KEY") or netrc().authenticators(server or ""))
     except (OSError, NetrcParseError):
         return False
-
-
-def understood(error: BaseException | None) -> Exception | None:
-    """The error that has a sentence for people, among `error` and its causes; jsonargparse wraps what it catches."""
-    while error is not None:
-        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
-            return error
-        error = error.__cause__
-    return None
-
-
-def fail(error: Exception) -> int:
-    """Print the sentence of an error, which a worker process wraps in its own traceback, and give the exit code."""
-    sentence = str(error).strip().splitlines()[-1].removeprefix("cdm_lightning.InputError: ")
-    print(f"cdm: error: {sentence}", file=sys.stderr)
-    return 2
 
 
 def overview() -> str:

@@ -1,110 +1,20 @@
-"""Shards in, batches of (image, label, index) out: one sequence of images, dealt out to ranks and workers."""
+"""Shards in, batches of (image, label, index) out, for every process of a run, which goes on at any place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from cdm_lightning import InputError
-from cdm_lightning.images import downscale, to_float
-from cdm_lightning.randomness import key
-from cdm_lightning.shards import Manifest, Shard, decode_sample, find_folder, read_manifest, read_places
-
-
-class ShardStream(IterableDataset):
-    """Batches of (uint8 image (B, C, R, R), label (B,), index (B,)), this rank's and worker's part of one sequence.
-
-    Place p of the sequence is image p mod N of epoch p div N, and is a function of (seed, epoch) alone: the shards are
-    permuted, and the images of every `window` neighbouring shards among themselves (the shards already hold one global
-    random order). Rank r of W takes the places p = start + r (mod W), worker w of n every n-th batch of those, so any
-    number of ranks and workers walks the same sequence, and a run goes on at any place by reading one window.
-
-    start: first place. end: place to stop before, None for no end. flip: mirror images by a coin keyed by their place.
-    index is the place: it names an image of the run and keys its random draws.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        resolution: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        window: int = 4,
-        flip: bool = False,
-        shuffle: bool = True,
-        start: int = 0,
-        end: int | None = None,
-        length: int = 0,
-    ) -> None:
-        self.folder, self.manifest, self.resolution, self.batch_size = folder, manifest, resolution, batch_size
-        self.rank, self.world_size, self.seed, self.window = rank, world_size, seed, window
-        self.flip, self.shuffle, self.start, self.end, self.length = flip, shuffle, start, end, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        batch = []
-        for place, sample in self.samples():
-            image, label = decode_sample(sample, self.manifest)
-            if self.flip and key(self.seed, "flip", place) % 2:
-                image = image[:, ::-1]
-            batch.append((place, image, label))
-            if len(batch) == self.batch_size:
-                yield self.collate(batch)
-                batch = []
-        if batch:
-            yield self.collate(batch)
-
-    def samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(place, undecoded sample) of this rank and worker, in the sequence's order."""
-        worker = torch.utils.data.get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        for first, shards, order in self.windows():
-            stop = first + len(order) if self.end is None else min(first + len(order), self.end)
-            begin = self.start + self.rank
-            begin += max(0, -(-(first - begin) // self.world_size)) * self.world_size  # first own place in the window
-            places = np.arange(begin, stop, self.world_size)
-            batch = (places - self.start) // self.world_size // self.batch_size
-            places = places[batch % workers == number]
-            if len(places):
-                samples = read_places(self.folder, shards, order[places - first].tolist())
-                yield from zip(places.tolist(), samples, strict=True)
-            if self.end is not None and stop == self.end:
-                return
-
-    def windows(self) -> Iterator[tuple[int, list[Shard], np.ndarray]]:
-        """(first place, shards, permutation of all their images) from the window that holds `start` on."""
-        counts = np.array([shard.count for shard in self.manifest.shards])
-        epoch = self.start // self.manifest.count
-        first = epoch * self.manifest.count
-        while True:
-            shards = np.arange(len(counts))
-            if self.shuffle:
-                shards = np.random.default_rng(key(self.seed, "shards", epoch)).permutation(shards)
-            for number in range(0, len(shards), self.window):
-                group = shards[number : number + self.window]
-                size = int(counts[group].sum())
-                if first + size > self.start:
-                    random = np.random.default_rng(key(self.seed, "window", epoch, number))
-                    order = random.permutation(size) if self.shuffle else np.arange(size)
-                    yield first, [self.manifest.shards[shard] for shard in group], order
-                first += size
-            epoch += 1
-
-    def collate(self, batch: list[tuple[int, np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        places, images, labels = zip(*batch, strict=True)
-        image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (B, C, H, W)
-        return downscale(image.contiguous(), self.resolution), torch.tensor(labels), torch.tensor(places)
+from cdm_lightning.damage import Damage, OnDamage, unmarked
+from cdm_lightning.images import to_float
+from cdm_lightning.shards import Manifest, find_folder, read_manifest
+from cdm_lightning.stream import ShardStream
 
 
 class ContinuingLoader(DataLoader):
@@ -139,6 +49,8 @@ class ShardDataModule(L.LightningDataModule):
         seed: Keys order and flips.
         val_root: Folder whose `val` split validates and tests; null for root. With it a folder that `cdm sample` wrote,
             which has no such split, can be trained on and tested on real images.
+        on_damage: refuse ends the run with one sentence at the first image or shard that is missing, torn, foreign or
+            does not fit its manifest. skip leaves it out, and logs how many were left out (data/skipped_images).
     """
 
     trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
@@ -152,6 +64,7 @@ class ShardDataModule(L.LightningDataModule):
         window: int = 4,
         seed: int = 0,
         val_root: Path | None = None,
+        on_damage: OnDamage = "refuse",
     ) -> None:
         super().__init__()
         if window < 1 or num_workers < 0:
@@ -159,19 +72,32 @@ class ShardDataModule(L.LightningDataModule):
         self.roots = {"train": Path(root), "val": Path(root if val_root is None else val_root)}
         self.batch_size, self.num_workers = batch_size, num_workers
         self.flip, self.window, self.seed = flip, window, seed
-        self.seen, self.batches_before = 0, 0
+        self.seen, self.batches_before, self.on_damage = 0, 0, on_damage
+        self.found: dict[str, tuple[Path, Manifest]] = {}
+        self.skipped = torch.zeros(2, dtype=torch.int64)  # images left out of training, and stand-ins, by all processes
+        self.left_out: dict[str, torch.Tensor] = {}  # the same of this process, since they were last added up
 
     def setup(self, stage: str) -> None:
         if not self.batches():  # a new run, be it after another one with the same data module
-            self.seen, self.batches_before = 0, 0
+            self.seen, self.batches_before, self.skipped = 0, 0, torch.zeros(2, dtype=torch.int64)
+        self.found, self.left_out = {}, {}
+        if self.on_damage == "skip":
+            callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+            if not any(isinstance(callback, Damage) for callback in callbacks):
+                callbacks.insert(0, Damage())  # before the one that saves: its sum goes into checkpoints
         for split in ["train", "val"] if stage == "fit" else ["val"]:
             self.manifest(split)
 
     def manifest(self, split: str) -> tuple[Path, Manifest]:
-        """The folder and manifest of a split, checked against the module that will be fed."""
+        """The folder and manifest of a split as the run found them, checked against the module that will be fed."""
+        if split not in self.found:
+            self.found[split] = self.find(split)
+        return self.found[split]
+
+    def find(self, split: str) -> tuple[Path, Manifest]:
         module: Any = self.trainer.lightning_module
         folder = find_folder(self.roots[split], split, module.resolution)
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, whole=self.on_damage == "refuse")
         if manifest.resolution != int(folder.name):
             raise InputError(f"{folder} holds images of resolution {manifest.resolution}, its name says {folder.name}")
         if manifest.channels != module.image_channels:
@@ -199,8 +125,9 @@ class ShardDataModule(L.LightningDataModule):
         module: Any = self.trainer.lightning_module
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         stream = ShardStream(
-            folder, manifest, module.resolution, batch_size, rank, world_size, self.seed, self.window, **options
-        )
+            folder, manifest, module.resolution, batch_size, rank, world_size, self.seed, self.window,
+            on_damage=self.on_damage, **options,
+        )  # fmt: skip
         return ContinuingLoader(
             stream,
             batch_size=None,
@@ -235,6 +162,16 @@ class ShardDataModule(L.LightningDataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Take the marks of damaged images off, while the batch is on the CPU, and count them."""
+        if self.on_damage == "refuse":
+            return batch
+        image, label, index = batch
+        index, counts = unmarked(index, len(image))
+        split = "train" if self.trainer.training else "val"
+        self.left_out[split] = self.left_out.get(split, 0) + counts
+        return image, label, index
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         image, label, index = batch
         return to_float(image), label, index
@@ -252,7 +189,9 @@ class ShardDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         _, manifest = self.manifest("train")
         origin = {"classes": manifest.classes, "crop": manifest.crop, "filter": manifest.filter}
-        return {"images_seen": self.images_seen(), "batches": self.batches(), **origin}
+        counts = {"images_seen": self.images_seen(), "batches": self.batches(), "skipped": self.skipped.tolist()}
+        return {**counts, **origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]
+        self.skipped = torch.tensor(state_dict.get("skipped", [0, 0]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cdm_lightning import InputError
 
@@ -57,9 +57,17 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_png(data: bytes) -> np.ndarray:
-    """uint8 (H, W, C) of one encoded image, C = 1 for grey and 3 for colour; no palette, 16 bits or alpha."""
-    image = Image.open(io.BytesIO(data), formats=["PNG"])
+def decode_png(data: bytes, side: int | None = None) -> np.ndarray:
+    """uint8 (H, W, C) of one encoded image, C = 1 for grey and 3 for colour; no palette, 16 bits or alpha.
+
+    side: width and height it must have, which the header tells before memory is taken for the pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=["PNG"])
+    except UnidentifiedImageError as error:
+        raise InputError("it is no PNG image") from error  # Pillow's own sentence holds a memory address
+    if side is not None and image.size != (side, side):
+        raise InputError(f"it is {image.width}x{image.height} where {side}x{side} is expected")
     if image.mode not in ("L", "RGB"):
         raise InputError(f"an image of mode {image.mode} is neither 8-bit grey nor 8-bit RGB")
     array = np.array(image)

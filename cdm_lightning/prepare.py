@@ -25,6 +25,7 @@ from cdm_lightning.raw_images import (
     list_folder,
     list_imagenet,
 )
+from cdm_lightning.records import read_table
 from cdm_lightning.shards import Manifest, Shard, read_manifest, write_atomically, write_manifest
 
 
@@ -189,7 +190,7 @@ def already_made(folder: Path, arguments: dict[str, Any]) -> bool:
     started, manifests = folder / PROGRESS / "arguments.json", sorted(folder.glob("*/manifest.json"))
     earlier: dict[str, Any] = {}
     if started.is_file():
-        earlier = json.loads(started.read_text())
+        earlier = read_table(started)
     elif manifests:
         earlier = read_manifest(manifests[0].parent).extra.get("arguments", {})
     elif not any(folder.glob("*/*.tar*")):

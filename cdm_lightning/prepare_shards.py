@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cdm_lightning import InputError
 from cdm_lightning.images import downscale, encode_png
 from cdm_lightning.raw_images import Crop, RawImage, cut_square, decode
+from cdm_lightning.records import read_table
 from cdm_lightning.shards import write_atomically, write_shard
 
 PROGRESS = ".progress"  # in the folder of a split, from the start of a preparation to its end
@@ -48,11 +49,13 @@ class Task:
         """The record of an earlier run, if all its tars are still there."""
         if not self.record.is_file():
             return None
-        record = json.loads(self.record.read_text())
-        for resolution, shard in record["shards"].items():
-            tar = self.folder / resolution / shard["name"]
-            if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
-                return None
+        try:
+            record = read_table(self.record, "number", "labels", "skipped")
+            tars = {self.folder / r / s["name"]: s["bytes"] for r, s in record["shards"].items()}
+        except (InputError, KeyError, TypeError, AttributeError):
+            return None  # torn: the shard is made again
+        if len(tars) < len(self.resolutions) or any(not t.is_file() or t.stat().st_size != n for t, n in tars.items()):
+            return None
         return record
 
 

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
+from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from cdm_lightning import InputError
 
-PATIENCE = timedelta(days=30)  # torch's own 30 minutes end a run whose processes are unevenly slow; see strategy_for()
+PATIENCE = timedelta(days=30)  # torch's own 30 minutes end a run whose processes are unevenly slow; see shared_out()
 
 
-def strategy_for(devices: int) -> Strategy | str:
-    """Lightning's strategy for processes of which the fastest waits for the slowest, however long that takes.
+def shared_out(devices: int, accelerator: str) -> dict[str, Any]:
+    """The Trainer's arguments for `devices` processes on this machine, or on each of those that torchrun was told of.
 
-    Over gloo on every device: a process that waits there hears at once that another one died, since the connection
-    closes, and needs no time-out for that. NCCL would notice by its time-out alone. There are no gradients to exchange.
+    The fastest process waits for the slowest, however long that takes. Over gloo on every device: a process that waits
+    there hears at once that another one died, since the connection closes, and needs no time-out for that. NCCL would
+    notice by its time-out alone. There are no gradients to exchange.
     """
-    return DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if devices > 1 else "auto"
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if under_torchrun() else 1
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if devices * machines > 1 else "auto"
+    return {"accelerator": accelerator, "devices": devices, "num_nodes": machines, "strategy": strategy}
+
+
+def under_torchrun() -> bool:
+    return torch.distributed.is_torchelastic_launched()
+
+
+def join() -> None:
+    """Meet the other processes, where torchrun started them together: before a Trainer brings them together."""
+    if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
 
 
 def first_process() -> bool:

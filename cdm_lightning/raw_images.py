@@ -16,7 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from cdm_lightning import InputError
+from cdm_lightning.archives import check_member, files_of
 
+FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"]  # of Pillow's others, one hands the file to a program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 Split = Literal["train", "val"]
@@ -129,8 +131,8 @@ def read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
     if not devkit.is_file():
         raise InputError(f"{devkit} does not exist: without {DEVKIT} the validation archive has no labels")
     try:
-        with tarfile.open(devkit, mode="r:gz") as tar:
-            contents = {PurePosixPath(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+        with open(devkit, "rb") as stream:
+            contents = {PurePosixPath(file["fname"]).name: file["data"] for file in files_of(stream, str(devkit))}
         synsets = scipy.io.loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True)["synsets"]
         wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in np.atleast_1d(synsets) if s["num_children"] == 0}
         truth = [int(line) for line in contents["ILSVRC2012_validation_ground_truth.txt"].split()]
@@ -160,6 +162,7 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
 def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The files of a tar. tarfile stops without a word at a broken header, so the zero block of the end is checked."""
     for member in tar:
+        check_member(member, str(tar.name))
         if member.isfile():
             yield member
     assert tar.fileobj is not None
@@ -175,7 +178,7 @@ def decode(data: bytes, grey: bool = False) -> Image.Image:
     """The picture of an encoded image, RGB or grey. Raises ValueError with the reason where it is not complete."""
     with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken EXIF beside good pixels
         try:
-            image: Any = Image.open(io.BytesIO(data))
+            image: Any = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
             return as_shown(image).convert("L" if grey else "RGB")
         except MemoryError:

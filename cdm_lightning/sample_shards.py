@@ -16,7 +16,7 @@ import torch
 
 from cdm_lightning import InputError
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.processes import first_process, strategy_for, wait_for_all
+from cdm_lightning.processes import first_process, join, shared_out, wait_for_all
 from cdm_lightning.sample_blocks import Blocks, BlockWriter, SampleManifest, shard_name
 from cdm_lightning.shards import (
     Manifest,
@@ -28,6 +28,7 @@ from cdm_lightning.shards import (
     write_manifest,
 )
 
+NO_CLASSES = ["0"]  # as shards name the one class of samples of a cascade without classes
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -87,6 +88,7 @@ def draw(
     i is where sample i goes on. about: more for the folders' manifests: classes, crop, filter. Truncated sampling keeps
     finished images alone. Returns in every process when the last one is done.
     """
+    join()
     begin(out, manifest)
     resolutions = [stage.resolution for stage in cascade.stages]
     if start is not None:
@@ -94,10 +96,14 @@ def draw(
     kept = resolutions[-1:] if cascade.truncated and any(cascade.levels) else resolutions  # z_s is no 8-bit image
     folders = [Path(out) / "train" / str(resolution) for resolution in kept]
     todo = [n for n in range(manifest.blocks) if not all((f / shard_name(n)).is_file() for f in folders)]
-    if todo or devices > 1:  # several processes may have looked at different moments, and one of them decides
+    wait_for_all()
+    shared = shared_out(devices, accelerator)
+    if (
+        todo or shared["strategy"] != "auto"
+    ):  # several processes may have looked at different moments, and one of them decides
         writer = BlockWriter(folders, manifest)
         trainer = L.Trainer(
-            accelerator=accelerator, devices=devices, strategy=strategy_for(devices), logger=False,
+            **shared, logger=False,
             callbacks=[writer], enable_model_summary=False, enable_progress_bar=False, default_root_dir=out,
             precision=manifest.precision,  # type: ignore[arg-type]  # a word that plan() took
             use_distributed_sampler=False,  # whole blocks are shared out below

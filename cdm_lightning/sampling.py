@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 
 from cdm_lightning import InputError
-from cdm_lightning.bundle import read_about
+from cdm_lightning.bundle import origin, read_about
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import decode_png, save_grid
@@ -34,7 +35,7 @@ def sample(
     start: Path | None = None,
     block_size: int = 64,
     precision: Precision = "32-true",
-    devices: int = 1,
+    devices: PositiveInt = 1,
     accelerator: str = "auto",
 ) -> None:
     """Draw images from a trained cascade: shards of samples that training can read, and a picture to look at.
@@ -80,12 +81,6 @@ def say(folders: Sequence[Path], manifest: SampleManifest, picture: Path) -> Non
         )
     draw_picture(folders, manifest, picture)
     print(f"{picture}: classes by rows, resolutions {[int(f.name) for f in folders]} side by side")
-
-
-def origin(about: dict[str, Any]) -> dict[str, Any]:
-    """What a bundle knows of the images its stages were trained on: names of the classes, crop and filter."""
-    trained = about["stages"][0].get("trained", {})
-    return {"classes": about.get("classes"), "crop": trained.get("crop"), "filter": trained.get("filter")}
 
 
 def draw_picture(

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from glob import escape
 from pathlib import Path
@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import webdataset as wds
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from cdm_lightning import InputError
+from cdm_lightning.archives import files_of
 from cdm_lightning.images import decode_png, encode_png
+
+MOST = 10_000_000  # images in a shard
 
 
 @dataclass(frozen=True)
@@ -123,41 +126,62 @@ def write_images(
     return manifest
 
 
-def read_shard(path: Path, count: int | None = None) -> Iterator[dict[str, Any]]:
+def read_shard(path: Path, count: int | None = None, sha256: str | None = None) -> Iterator[dict[str, Any]]:
     """The samples of one shard in order, undecoded: {"__key__": str, "png": bytes, "cls": bytes}; refuses a torn one.
 
-    count: how many there must be, where that is known. Nothing is extracted to disk.
+    count, sha256: how many there must be, and the hash of the file, where they are known. A file of another hash is
+    refused before any of it is read. Nothing is extracted to disk.
     """
     seen = 0
     try:
         with open(path, "rb") as stream:  # WebDataset(path) would take some names for addresses or commands
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+            if sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+                raise InputError(f"{path} is not the file its manifest lists: its SHA-256 is another")
+            for sample in group_by_keys(files_of(stream, str(path))):
                 seen += 1
+                if count is not None and seen > count:
+                    break
                 yield sample
+    except InputError:
+        raise
     except Exception as error:  # whatever a torn archive makes tarfile, gzip or webdataset raise
-        reason = getattr(error, "strerror", None) or str(error.args[0] if error.args else "").split(" @ ")[0]
+        reason = getattr(error, "strerror", None) or str(error.args[0] if error.args else "")
         raise InputError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
     if count is not None and seen != count:
-        raise InputError(f"{path} holds {seen} images where its manifest says {count}")
+        more = "more" if seen > count else str(seen)
+        raise InputError(f"{path} holds {more} images where its manifest says {count}")
 
 
-def read_places(folder: Path, shards: Sequence[Shard], wanted: Sequence[int]) -> list[dict[str, Any]]:
-    """The undecoded samples at places `wanted` of the concatenated shards; keeps no others in memory."""
+def read_places(
+    folder: Path,
+    shards: Sequence[Shard],
+    wanted: Sequence[int],
+    report: Callable[[InputError], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The undecoded samples at places `wanted` of the concatenated shards; keeps no others in memory.
+
+    report: is told what is wrong with a damaged shard, whose samples are then {}, where else it would be refused.
+    """
     found: dict[int, dict[str, Any]] = {}
     needed, first = set(wanted), 0
     for shard in shards:
         if any(first <= place < first + shard.count for place in needed):
-            samples = enumerate(read_shard(folder / shard.name, shard.count), first)
-            found |= {place: sample for place, sample in samples if place in needed}
+            samples = enumerate(read_shard(folder / shard.name, shard.count, shard.sha256), first)
+            try:
+                found |= {place: sample for place, sample in samples if place in needed}
+            except InputError as error:
+                if report is None:
+                    raise
+                report(error)
         first += shard.count
-    return [found[place] for place in wanted]
+    return [found.get(place, {}) for place in wanted]
 
 
 def decode_sample(sample: dict[str, Any], manifest: Manifest) -> tuple[np.ndarray, int]:
     """uint8 image (H, W, C) as stored, and label, checked against the manifest."""
     name = f"image {sample['__key__']} of {sample['__url__']}"
     try:
-        image, label = decode_png(sample["png"]), int(sample["cls"])
+        image, label = decode_png(sample["png"], manifest.resolution), int(sample["cls"])
     except Exception as error:  # whatever a corrupt file makes Pillow raise
         raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
     stored = (manifest.resolution, manifest.resolution, manifest.channels)
@@ -173,8 +197,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / "manifest.json", (json.dumps(asdict(manifest), indent=1) + "\n").encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read manifest.json and refuse a folder that is missing, unfinished, or whose shards differ in size from it."""
+def read_manifest(folder: Path, whole: bool = True) -> Manifest:
+    """Read manifest.json and refuse a folder that is missing or unfinished.
+
+    whole: also one whose shards are missing or differ in size from it.
+    """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no manifest.json, which `cdm prepare` writes last: it is no finished folder")
@@ -182,7 +209,7 @@ def read_manifest(folder: Path) -> Manifest:
         fields = json.loads(path.read_text())
         manifest = Manifest(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
         check_types(manifest)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path} is not a manifest of shards: {type(error).__name__}: {error}") from error
     if not manifest.count:
         raise InputError(f"{folder} holds no images: its manifest lists {len(manifest.shards)} shards and 0 images")
@@ -190,6 +217,8 @@ def read_manifest(folder: Path) -> Manifest:
         file = Path(folder) / shard.name
         if Path(shard.name).name != shard.name:
             raise InputError(f"{path} lists a shard {shard.name!r}: it must be the name of a file in its own folder")
+        if not whole:
+            continue
         if not file.is_file():
             raise InputError(f"{file} is missing: the manifest lists it with {shard.count} images")
         if (size := file.stat().st_size) != shard.bytes:
@@ -204,19 +233,36 @@ def digest_of(shards: Sequence[Shard]) -> str:
 
 def check_types(manifest: Manifest) -> None:
     """Raise ValueError where a field that others compute with is of another type, which JSON lets pass."""
-    numbers = {"resolution": manifest.resolution, "channels": manifest.channels}
+    lists = {"classes": manifest.classes, "counts": manifest.counts}
+    texts = {"split": manifest.split, "crop": manifest.crop, "filter": manifest.filter, "source": manifest.source}
+    numbers = {"resolution": manifest.resolution, "channels": manifest.channels, "skipped": manifest.skipped}
     for shard in manifest.shards:
         numbers |= {f"count of {shard.name}": shard.count, f"bytes of {shard.name}": shard.bytes}
+        texts |= {f"name {shard.name!r} of a shard": shard.name, f"sha256 of {shard.name}": shard.sha256}
+    for name, value in lists.items():
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {value!r}, not a list")
+    numbers |= {f"counts[{label}]": number for label, number in enumerate(manifest.counts)}
+    texts |= {f"class {label}": name for label, name in enumerate(manifest.classes)}
     for name, number in numbers.items():
         if type(number) is not int or number < 0:
             raise ValueError(f"{name} is {number!r}, not a natural number")
-    for name in [*manifest.classes, *(shard.name for shard in manifest.shards)]:
-        if not isinstance(name, str):
-            raise ValueError(f"{name!r} is not a name")
+    for shard in manifest.shards:
+        if shard.count > min(shard.bytes, MOST):  # else a line of JSON could ask for any amount of memory
+            raise ValueError(f"{shard.name} of {shard.bytes} bytes cannot hold {shard.count} images")
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.isprintable():
+            raise ValueError(f"{name} is {text!r}, not a line of text")
+    if not isinstance(manifest.extra, dict):
+        raise ValueError(f"extra is {manifest.extra!r}, not a table")
+    if len(manifest.counts) != len(manifest.classes):
+        raise ValueError(f"{len(manifest.counts)} counts are given for {len(manifest.classes)} classes")
 
 
 def find_folder(root: Path, split: str, resolution: int) -> Path:
     """The folder of `split` stored at `resolution`, else at the smallest larger one from which halving reaches it."""
+    if resolution < 1:
+        raise InputError(f"resolution {resolution} is less than 1")
     if not (Path(root) / split).is_dir():
         raise InputError(f"{Path(root) / split} does not exist: shards are expected in <root>/<split>/<resolution>")
     stored = sorted(int(f.name) for f in (Path(root) / split).iterdir() if f.is_dir() and f.name.isdecimal())

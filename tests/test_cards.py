@@ -18,7 +18,7 @@ from cdm_lightning import InputError
 from cdm_lightning.cli import main
 from cdm_lightning.evaluation import adm, features
 from cdm_lightning.evaluation.adm import npz
-from cdm_lightning.evaluation.cards import Facts, bias_note, check_card, read_card
+from cdm_lightning.evaluation.cards import Facts, about_all, bias_note, check_card, names_of, read_card
 from cdm_lightning.evaluation.detectors import Detector, Inception, load_detector
 from cdm_lightning.evaluation.distance import frechet_distance
 from cdm_lightning.evaluation.real_images import read_images
@@ -151,7 +151,8 @@ def test_one_class_is_said(tmp_path, capsys):
     folder = tmp_path / "val" / "32"
     png = next(iter(read_shard(FASHION / "val" / "32" / "000.tar.gz")))["png"]
     shard = write_shard(folder / "0.tar", [("a", png, 3), ("b", png, 3)])
-    write_manifest(folder, replace(read_manifest(FASHION / "val" / "32"), shards=[shard], counts=[0, 0, 0, 2]))
+    counts = [0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
+    write_manifest(folder, replace(read_manifest(FASHION / "val" / "32"), shards=[shard], counts=counts))
     reference(tmp_path, tmp_path / "c.safetensors", 32, "val", CNN, accelerator="cpu")
     assert "note: all of them are of one class, dress" in capsys.readouterr().out
     assert read_card(tmp_path / "c.safetensors").counts == [0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
@@ -192,7 +193,7 @@ def test_what_exists_is_kept_and_cut_shards_are_refused(few, card, tmp_path):
     (folder / "120.tar").write_bytes(
         data[:9000] + bytes(len(data) - 9000)
     )  # the size is right, the images are not there
-    with pytest.raises(InputError, match=r"120\.tar holds \d+ images where its manifest says 60"):
+    with pytest.raises(InputError, match=r"120\.tar is not the file its manifest lists"):
         reference(tmp_path, tmp_path / "c.safetensors", 16, "val", CNN, accelerator="cpu")
     assert not (tmp_path / "c.safetensors").exists()
 
@@ -367,6 +368,21 @@ def test_a_card_is_compared_with_its_like_alone(card):
     ):
         with pytest.raises(InputError, match=sentence):
             check_card(card, **given)
+
+
+@pytest.mark.parametrize(
+    "cards, names",
+    [
+        ([("val", "a"), ("train", "b")], ["val", "train"]),
+        ([(None, "a/x"), (None, "a/y"), ("val", "z")], ["x", "y", "val"]),
+        ([("val", "x"), ("val", "y"), ("train", "z")], ["val_x", "val_y", "train"]),
+        ([("val", "x"), (None, "val"), (None, "y")], ["val_x", "val", "y"]),
+        ([(None, "a/x"), (None, "b/x"), ("val", "x"), ("val", "b/x")], ["x_1", "x_2", "val_x_3", "val_x_4"]),
+    ],
+)
+def test_every_card_has_a_name_of_its_own(card, cards, names):
+    made = [replace(card, split=split, path=Path(f"{file}.safetensors")) for split, file in cards]
+    assert names_of(made) == names and [about["name"] for about in about_all(made)] == names
 
 
 def test_the_bias_is_said_of_small_sets_alone():

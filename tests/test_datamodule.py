@@ -19,8 +19,10 @@ from lightning.pytorch.strategies import DDPStrategy  # noqa: F401, for the scri
 from test_shards import FASHION, make_folder, read_raw, refuses
 from torch.utils.data import DataLoader
 
-from cdm_lightning.datamodule import ShardDataModule, ShardStream
+from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.resume import Checkpoint
 from cdm_lightning.shards import read_manifest
+from cdm_lightning.stream import ShardStream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = [7, 11, 5, 9, 6, 8, 7]  # 53 images, a prime number
@@ -184,11 +186,22 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def fit(root, out, ckpt_path=None, module=None, data=None, batch_size=12, workers=0, callbacks=(), **options):
+def fit(
+    root,
+    out,
+    ckpt_path=None,
+    module=None,
+    data=None,
+    batch_size=12,
+    workers=0,
+    callbacks=(),
+    saver=Checkpoint,
+    **options,
+):
     """Train to the end and give the module; a checkpoint is left in `out` after each step."""
     module = module or Recorder()
     data = data or ShardDataModule(root, batch_size, workers, window=3)
-    save = ModelCheckpoint(out, "{step}", every_n_train_steps=1, save_top_k=-1)
+    save = saver(out, every_n_train_steps=1, filename="{step}", save_top_k=-1)
     options = {"max_steps": 7, "val_check_interval": 2, "check_val_every_n_epoch": None, "devices": 1, **options}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     L.Trainer(callbacks=[save, *callbacks], **quiet, **options).fit(module, data, ckpt_path=ckpt_path)
@@ -213,8 +226,9 @@ RUNS = {  # name: options of the Trainer and the data module; every run is 7 ste
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_resumed_anywhere_sees_what_the_unbroken_one_would_have_seen(root, tmp_path, name):
-    options = RUNS[name]
+@pytest.mark.parametrize("saver", [Checkpoint, ModelCheckpoint])
+def test_a_run_resumed_anywhere_sees_what_the_unbroken_one_would_have_seen(root, tmp_path, name, saver):
+    options = {**RUNS[name], "saver": saver}
     unbroken = fit(root, tmp_path, **options)
     total = len(flat(unbroken.seen))
     assert flat(unbroken.seen) == list(range(total)) and total == (96 if name == "by epochs" else 84)

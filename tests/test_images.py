@@ -10,10 +10,10 @@ from conftest import SMALL
 from PIL import Image
 
 from cdm_lightning import InputError
-from cdm_lightning.datamodule import ShardStream
 from cdm_lightning.images import decode_png, downscale, encode_png, quantize, save_grid, to_float, to_uint8
 from cdm_lightning.shards import read_manifest
 from cdm_lightning.stages import SuperResolutionStage
+from cdm_lightning.stream import ShardStream
 
 BYTES = torch.arange(256, dtype=torch.uint8)
 RNG = np.random.default_rng(0)

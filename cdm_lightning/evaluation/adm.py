@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tokenize
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ from typing import IO
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from numpy.lib import format as npy
 from tqdm import tqdm
 
@@ -21,6 +23,9 @@ from cdm_lightning.shards import find_folder, read_manifest
 
 TORN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 BROKEN = (*TORN, zlib.error, NotImplementedError, RuntimeError)  # what a corrupt .npz makes zipfile and numpy raise
+
+
+LARGEST = 1024  # pixels; a batch of images has to fit in memory, whatever size a file claims
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,13 @@ def names_in(path: Path) -> set[str]:
         raise InputError(f"{path} is no .npz file: {reason(error)}") from error
 
 
-def read_array(path: Path, name: str) -> np.ndarray:
-    """One whole array of numbers; refuses objects, which would have to be unpickled."""
+def read_array(path: Path, name: str, most: int) -> np.ndarray:
+    """One whole array of numbers, `most` at most; refuses objects, which would have to be unpickled."""
     try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            shape, _, dtype = read_header(member)
+        if math.prod(shape) > most or dtype.itemsize > 8:
+            raise ValueError(f"it says {dtype} {shape}, where {most} numbers are expected")
         with np.load(path, allow_pickle=False) as arrays:
             array = arrays[name]
     except BROKEN as error:
@@ -86,6 +95,8 @@ def find_images(path: Path) -> Images:
     if dtype != np.uint8:
         raise InputError(f"{path} holds arr_0 as {dtype}, where uint8 images, 0 ... 255, are expected")
     square = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3) and min(shape) > 0
+    if square and shape[1] > LARGEST:
+        raise InputError(f"{path} holds images of {shape[1]}x{shape[1]}, and {LARGEST}x{LARGEST} is the most")
     if not square or fortran:
         raise InputError(f"{path} holds arr_0 of shape {tuple(shape)}, where images (N, R, R, 1 or 3) are expected")
     n, height, width, channels = shape
@@ -94,7 +105,7 @@ def find_images(path: Path) -> Images:
 
 def read_statistics(path: Path, features: int) -> tuple[torch.Tensor, torch.Tensor]:
     """mu (d,) and sigma (d, d), float64, of an .npz for d features; sigma is over n - 1, as numpy.cov has it."""
-    mean, covariance = read_array(path, "mu"), read_array(path, "sigma")
+    mean, covariance = (read_array(path, name, 4 * features**2) for name in ("mu", "sigma"))
     if mean.shape != (features,) or covariance.shape != (features, features):
         raise InputError(
             f"{path} holds mu {mean.shape} and sigma {covariance.shape}, "
@@ -106,7 +117,7 @@ def read_statistics(path: Path, features: int) -> tuple[torch.Tensor, torch.Tens
     return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64))
 
 
-def npz(samples: Path, out: Path, resolution: int | None = None, split: str = "train") -> None:
+def npz(samples: Path, out: Path, resolution: PositiveInt | None = None, split: str = "train") -> None:
     """Write finished samples as ADM's .npz: arr_0, uint8 (N, R, R, C), and arr_1, int64 (N,) class numbers.
 
     The images come in stored order and one batch at a time, so that memory does not grow with their number. ADM's
@@ -160,7 +171,7 @@ def write_images(
 
 def count_labels(path: Path, n: int) -> list[int]:
     """Images per class from arr_1, the class numbers of n images."""
-    labels = read_array(path, "arr_1")
+    labels = read_array(path, "arr_1", n)
     if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise InputError(f"{path} holds arr_1 as {labels.dtype} {labels.shape}, not the class numbers of {n} images")
     return np.bincount(labels.astype(np.int64)).tolist()

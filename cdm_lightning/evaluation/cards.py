@@ -102,11 +102,28 @@ def read_card(path: str | Path, detector: Detector | None = None, count: int | N
     return ReferenceCard(**asdict(facts), path=path, moments=moments, features=features, places=places)
 
 
+def check_facts(facts: Facts) -> None:
+    """Raise ValueError where a fact is of another type than it should be, which JSON lets pass."""
+    for name in ("detector", "detector_sha256", "source", "split", "crop", "filter", "shards_sha256"):
+        value = getattr(facts, name)
+        unknown = value is None and not name.startswith("detector")
+        if not (unknown or (isinstance(value, str) and value.isprintable())):
+            raise ValueError(f"{name} is {value!r}")
+    for name in ("resolution", "channels"):
+        value = getattr(facts, name)
+        if not (value is None or (type(value) is int and value > 0)):
+            raise ValueError(f"{name} is {value!r}")
+    for name, kind in (("classes", str), ("counts", int)):
+        value = getattr(facts, name)
+        if not (value is None or (isinstance(value, list) and all(type(each) is kind for each in value))):
+            raise ValueError(f"{name} is no list of {kind.__name__}")
+    if not isinstance(facts.made, dict) or min(facts.counts or [0]) < 0:
+        raise ValueError(f"made is {facts.made!r}, counts are {facts.counts!r}")
+
+
 def check_tensors(facts: Facts, moments: Moments, features: torch.Tensor | None, places: torch.Tensor | None) -> None:
     """Raise ValueError where a card's numbers do not fit one another."""
-    for name in ("detector", "detector_sha256"):
-        if not isinstance(getattr(facts, name), str):
-            raise ValueError(f"{name} is {getattr(facts, name)!r}")
+    check_facts(facts)
     if type(facts.count) not in (int, type(None)) or moments.n < 2:
         raise ValueError(f"count is {facts.count!r}, and 2 images or more are needed")
     if moments.total.ndim != 1 or moments.outer.shape != 2 * moments.total.shape:
@@ -184,6 +201,21 @@ def check_card(
         raise InputError(f"{card.path} is of {len(card.classes)} classes, which do not compare with {len(classes)}")
     label = next(k for k, name in enumerate(classes) if card.classes[k] != name)
     raise InputError(f"{card.path} calls class {label} {card.classes[label]!r}, and the images {classes[label]!r}")
+
+
+def names_of(cards: Sequence[ReferenceCard]) -> list[str]:
+    """What to call cards beside one another, each differently: by its split, by its file's name, or by both."""
+    names = [card.split or card.path.stem for card in cards]
+    if len(set(names)) < len(names):
+        both = [f"{card.split}_{card.path.stem}" if card.split else card.path.stem for card in cards]
+        names = [full if names.count(name) > 1 else name for name, full in zip(names, both, strict=True)]
+    repeated = {name for name in names if names.count(name) > 1}  # files of one name in several folders
+    return [f"{name}_{number}" if name in repeated else name for number, name in enumerate(names, 1)]
+
+
+def about_all(cards: Sequence[ReferenceCard]) -> list[dict[str, Any]]:
+    """The cards without their numbers, under the names that figures against them carry."""
+    return [{"name": name, **card.about()} for card, name in zip(cards, names_of(cards), strict=True)]
 
 
 def bias_note(n: int | None) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import CSVLogger
 
 from cdm_lightning import InputError
-from cdm_lightning.callbacks import LastCheckpoint
 from cdm_lightning.classifier import Classifier
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.cas_plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas_report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report import write_cas
+from cdm_lightning.records import read_table
+from cdm_lightning.resume import Checkpoint, newest_checkpoint
 from cdm_lightning.sample_shards import begin
 from cdm_lightning.shards import Manifest, write_atomically
 
@@ -34,8 +36,8 @@ def cas(
     recipe: Recipe = DEFAULT,
     count: int | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006, read only
-    devices: int = 1,
-    num_workers: int = 0,
+    devices: PositiveInt = 1,
+    num_workers: NonNegativeInt = 0,
     accelerator: str = "auto",
 ) -> dict[str, Any]:
     """Classification accuracy score: train a classifier on generated images alone, test it on real ones.
@@ -72,23 +74,28 @@ def cas(
         reports = train(plan, data, seed, run, accelerator, f"{kind} images, seed {seed} ({number} of {len(todo)})")
     if todo and not reports:
         return {}  # of several processes the first one goes on
-    figures = {
-        kind: [json.loads(run_of(out, kind, seed, "result.json").read_text()) for seed in seeds] for kind in KINDS
-    }
-    results = summarise(figures, plan.classes, sum(plan.counts), real.count) | {
-        "n_validation": validation.count,
-        "epochs": plan.steps * plan.batch_size / sum(plan.counts),
-        "seeds": list(seeds),
-        "recipe": plan.recipe(),
-        **{name: getattr(plan, name) for name in ("resolution", "counts", "classes", "devices")},
-        "sha256": {"samples": plan.samples, "training": plan.training, "validation": plan.validation},
-        "samples": generated.extra.get("samples"),
-    }
+    results = found(Path(out), plan, seeds, real.count, validation.count) | {"samples": generated.extra.get("samples")}
     plot_classes(results, Path(out) / "cas.png")
     results = write_cas(Path(out), results)
     print_table(results)
     print(results["conclusion"])
     return results
+
+
+def found(out: Path, plan: Plan, seeds: Sequence[int], n_real: int, n_validation: int) -> dict[str, Any]:
+    """The figures of all trainings together, and what they were trained and tested on."""
+    figures = {
+        kind: [read_table(run_of(out, kind, seed, "result.json"), "top1", "top5", "per_class") for seed in seeds]
+        for kind in KINDS
+    }
+    return summarise(figures, plan.classes, sum(plan.counts), n_real) | {
+        "n_validation": n_validation,
+        "epochs": plan.steps * plan.batch_size / sum(plan.counts),
+        "seeds": list(seeds),
+        "recipe": plan.recipe(),
+        **{name: getattr(plan, name) for name in ("resolution", "counts", "classes", "devices")},
+        "sha256": {"samples": plan.samples, "training": plan.training, "validation": plan.validation},
+    }
 
 
 def run_of(out: Path, kind: str, seed: int, *rest: str) -> Path:
@@ -113,10 +120,7 @@ def classifier_of(plan: Plan, seed: int) -> Classifier:
 def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: str, title: str) -> bool:
     """Fit one classifier, test it, and leave its figures in run/result.json; whether this is the process to report."""
     classifier = classifier_of(plan, seed)
-    last = run / "checkpoints" / "last.ckpt"
-    saver = ModelCheckpoint(
-        last.parent, every_n_train_steps=max(1, plan.steps // 20), save_last=True, enable_version_counter=False
-    )
+    saver = Checkpoint(run / "checkpoints", every_n_train_steps=max(1, plan.steps // 20))
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=plan.devices,
@@ -127,15 +131,16 @@ def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: 
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         logger=CSVLogger(run, name="logs"),
-        callbacks=[saver, LastCheckpoint()],
+        callbacks=[saver],
         use_distributed_sampler=False,  # the data module deals out the images itself
         enable_model_summary=False,
         default_root_dir=run,
     )
     if trainer.is_global_zero:
         print(f"training on {title}")
-    trainer.fit(classifier, datamodule=data, ckpt_path="last", weights_only=True)
+    trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
     # From the file: every process has gathered running statistics of its own, and those of the first one count.
+    last = run / "checkpoints" / "last.ckpt"
     [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         result = {

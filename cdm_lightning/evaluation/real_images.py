@@ -48,7 +48,7 @@ def stream(
     images: list[np.ndarray] = []
     labels: list[int] = []
     for shard in shards:
-        for sample in read_shard(folder / shard.name, shard.count):
+        for sample in read_shard(folder / shard.name, shard.count, shard.sha256):
             image, label = decode_sample(sample, manifest)
             images.append(image)
             labels.append(label)
@@ -62,6 +62,16 @@ def stream(
 def batch_of(images: list[np.ndarray], labels: list[int], resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
     image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return downscale(image, resolution), torch.tensor(labels)
+
+
+def first_images(n: int, root: Path, split: str, resolution: int) -> torch.Tensor:
+    """The first n real images in stored order, whatever their classes: uint8 (n, C, R, R)."""
+    images: list[torch.Tensor] = []
+    for batch, _ in read_images(root, split, resolution, 500):
+        images.extend(batch)
+        if len(images) >= n:
+            return torch.stack(images[:n])
+    raise InputError(f"n = {n} asks for {n} real images, and {root}/{split} has {len(images)}")
 
 
 def real_images_of(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
@@ -128,7 +138,7 @@ def chosen_samples(
         kept.append(set(np.random.default_rng(key(seed, "subset", c)).choice(held, asked, replace=False).tolist()))
     ranks = [count() for _ in counts]  # the next image of class c is its ranks[c]-th
     for shard in manifest.shards:
-        for sample in read_shard(source / shard.name, shard.count):
+        for sample in read_shard(source / shard.name, shard.count, shard.sha256):
             label = int(sample["cls"])
             if next(ranks[label]) in kept[label]:
                 image, label = decode_sample(sample, manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from cdm_lightning import InputError
@@ -35,10 +36,10 @@ def search(
     steps: list[int] | None = None,
     store: bool = False,
     trust_detector: bool = False,
-    block_size: int = 100,
+    block_size: PositiveInt = 100,
     precision: Precision = "32-true",
     seed: int = 0,
-    devices: int = 1,
+    devices: PositiveInt = 1,
     accelerator: str = "auto",
 ) -> dict[str, Any]:
     """Measure FID(s) of every super-resolution stage, on generated and on real low-resolution images, and choose s.

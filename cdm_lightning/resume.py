@@ -1,0 +1,127 @@
+"""Stop at any moment and go on: checkpoints between two steps, on a signal too, and the newest one that is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from cdm_lightning.checkpoints import load_safely
+from cdm_lightning.shards import write_atomically
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Checkpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint between two steps: all of the last one is done, none of the next is begun.
+
+    Lightning saves in the middle of a batch's end, before the validation that is due and before its figures are logged;
+    a run killed there and taken up again would miss both. Here the file is written when the next batch starts. The
+    newest state is always in last.ckpt, that of the very last step too, whether or not the steps between checkpoints
+    divide it. SIGTERM and SIGUSR1 (which SLURM sends ahead of time) end the run after the step in hand: all processes
+    save last.ckpt and leave with exit code 128 + signal, be it that one of them alone was told.
+
+    Args:
+        dirpath: Folder of the checkpoints; null for <default_root_dir>/checkpoints.
+        every_n_train_steps: Optimizer steps between two checkpoints.
+        kwargs: What ModelCheckpoint takes.
+    """
+
+    def __init__(self, dirpath: Path | None = None, every_n_train_steps: int | None = None, **kwargs: Any) -> None:
+        options = {"save_last": True, "enable_version_counter": False, **kwargs}  # one last.ckpt, always the newest
+        super().__init__(dirpath, every_n_train_steps=every_n_train_steps, **options)
+        self.received: int | None = None
+        self.steps = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.steps, self.received = trainer.global_step, None
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # Lightning's own handlers act in the middle of a step; it restores them at the end
+                signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: Any) -> None:
+        self.received = number
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Nothing: the step is not over yet."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.steps:
+            return  # amid accumulated batches, whose gradients no checkpoint holds, or nothing done yet
+        self.steps = trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            self.save_last_step(trainer)
+            name = signal.Signals(self.received).name if self.received else "a signal to another process"
+            rank_zero_info(f"{name}: saved {self.dirpath}/last.ckpt at step {self.steps}; the same command goes on")
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        self.save_last_step(trainer)
+
+    def save_last_step(self, trainer: L.Trainer) -> None:
+        if self.save_last and self.dirpath:
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the logs on disk up to the checkpoint, and count as Lightning's own does, which saves a moment earlier.
+
+        Its loops go on rightly from the end of a batch alone: from between two batches they would count, and log, a
+        step twice where a validation was due.
+        """
+        for logger in trainer.loggers:
+            logger.save()
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
+        if progress["total"]["completed"] < progress["total"]["processed"]:
+            return  # written by another callback, at a batch's end
+        if progress["total"]["ready"] > progress["total"]["processed"]:
+            progress["is_last_batch"] = False  # that was said of the batch to come
+        begun = int(progress["current"]["processed"] > 0)  # 0 where a new pass is about to begin
+        for counts in (progress["total"], progress["current"]):
+            counts["ready"] = counts["started"] = counts["processed"]
+            counts["completed"] = counts["processed"] - begun
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= begun
+
+
+def newest_checkpoint(folders: Iterable[Path], at_most: int | None = None) -> Path | None:
+    """The whole checkpoint of most steps in `folders`, None where there is none; a torn one is passed over.
+
+    at_most: steps it may have. Of equal steps, the one written last. A file is whole when torch can open it and it
+    holds the state of a training; nothing is unpickled.
+    """
+    found = []
+    for file in sorted(file for folder in folders for file in Path(folder).glob("*.ckpt")):
+        try:
+            state = load_safely(file, map_location="meta", mmap=True)
+            step, _ = int(state["global_step"]), (state["state_dict"], state["optimizer_states"])
+        except Exception as error:  # whatever a torn or foreign file makes torch raise
+            rank_zero_warn(f"{file} is not a whole checkpoint and is passed over: {type(error).__name__}")
+            continue
+        if at_most is None or step <= at_most:
+            found.append((step, file.stat().st_mtime_ns, file))
+    return max(found)[2] if found else None
+
+
+def run_id(run: Path) -> str:
+    """The W&B id of a run's folder, made when it is first asked for: taken up again, a run stays one run there."""
+    file = Path(run) / "wandb-run-id.txt"
+    if not file.is_file():
+        write_atomically(file, uuid.uuid4().hex[:8].encode())
+    return file.read_text().strip()

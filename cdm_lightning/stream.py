@@ -1,0 +1,138 @@
+"""One sequence of images in batches of (image, label, index), dealt out to ranks and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from cdm_lightning import InputError
+from cdm_lightning.damage import OnDamage, Reports, marked
+from cdm_lightning.images import downscale
+from cdm_lightning.randomness import key
+from cdm_lightning.shards import Manifest, Shard, decode_sample, read_places
+
+
+class ShardStream(IterableDataset):
+    """Batches of (uint8 image (B, C, R, R), label (B,), index (B,)), this rank's and worker's part of one sequence.
+
+    Place p of the sequence is image p mod N of epoch p div N, and is a function of (seed, epoch) alone: the shards are
+    permuted, and the images of every `window` neighbouring shards among themselves (the shards already hold one global
+    random order). Rank r of W takes the places p = start + r (mod W), worker w of n every n-th batch of those, so any
+    number of ranks and workers walks the same sequence, and a run goes on at any place by reading one window.
+
+    start: first place. end: place to stop before, None for no end. flip: mirror images by a coin keyed by their place.
+    index is the place: it names an image of the run and keys its random draws.
+    on_damage: refuse raises InputError; skip leaves damaged images and shards out of their batch, whose index then has
+    ~p for place p (`damage.unmarked`), longer than its images. A batch of damage alone holds the first intact image of
+    its window, else of the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        resolution: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        window: int = 4,
+        flip: bool = False,
+        shuffle: bool = True,
+        start: int = 0,
+        end: int | None = None,
+        length: int = 0,
+        on_damage: OnDamage = "refuse",
+    ) -> None:
+        self.folder, self.manifest, self.resolution, self.batch_size = folder, manifest, resolution, batch_size
+        self.rank, self.world_size, self.seed, self.window = rank, world_size, seed, window
+        self.flip, self.shuffle, self.start, self.end, self.length = flip, shuffle, start, end, length
+        self.report = Reports() if on_damage == "skip" else None
+        self.reading: list[Shard] = []  # the window
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        batch = []
+        for place, sample in self.samples():
+            batch.append((place, self.decode(sample)))
+            if len(batch) == self.batch_size:
+                yield self.collate(batch)
+                batch = []
+        if batch:
+            yield self.collate(batch)
+
+    def decode(self, sample: dict[str, Any]) -> tuple[np.ndarray, int] | None:
+        """uint8 image (H, W, C) and label; None where it is damaged and to be skipped."""
+        try:
+            return decode_sample(sample, self.manifest) if sample or self.report is None else None
+        except InputError as error:
+            if self.report is None:
+                raise
+            self.report(error)
+            return None
+
+    def stand_in(self) -> tuple[np.ndarray, int]:
+        """The first intact image of the window, else of the folder: a function of what is damaged alone."""
+        for shard in [*self.reading, *self.manifest.shards]:
+            for sample in read_places(self.folder, [shard], range(shard.count), self.report):
+                if (found := self.decode(sample)) is not None:
+                    return found
+        raise InputError(f"{self.folder} holds no intact image")
+
+    def samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(place, undecoded sample) of this rank and worker, in the sequence's order."""
+        worker = torch.utils.data.get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        for first, shards, order in self.windows():
+            stop = first + len(order) if self.end is None else min(first + len(order), self.end)
+            begin = self.start + self.rank
+            begin += max(0, -(-(first - begin) // self.world_size)) * self.world_size  # first own place in the window
+            places = np.arange(begin, stop, self.world_size)
+            batch = (places - self.start) // self.world_size // self.batch_size
+            places = places[batch % workers == number]
+            if len(places):
+                self.reading = shards
+                samples = read_places(self.folder, shards, order[places - first].tolist(), self.report)
+                yield from zip(places.tolist(), samples, strict=True)
+            if self.end is not None and stop == self.end:
+                return
+
+    def windows(self) -> Iterator[tuple[int, list[Shard], np.ndarray]]:
+        """(first place, shards, permutation of all their images) from the window that holds `start` on."""
+        counts = np.array([shard.count for shard in self.manifest.shards])
+        epoch = self.start // self.manifest.count
+        first = epoch * self.manifest.count
+        while True:
+            shards = np.arange(len(counts))
+            if self.shuffle:
+                shards = np.random.default_rng(key(self.seed, "shards", epoch)).permutation(shards)
+            for number in range(0, len(shards), self.window):
+                group = shards[number : number + self.window]
+                size = int(counts[group].sum())
+                if first + size > self.start:
+                    random = np.random.default_rng(key(self.seed, "window", epoch, number))
+                    order = random.permutation(size) if self.shuffle else np.arange(size)
+                    yield first, [self.manifest.shards[shard] for shard in group], order
+                first += size
+            epoch += 1
+
+    def collate(
+        self, batch: list[tuple[int, tuple[np.ndarray, int] | None]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        places, decoded = zip(*batch, strict=True)
+        found = [(place, *each) for place, each in batch if each is not None]
+        index = marked(places, [each is None for each in decoded])
+        if not found:  # Lightning takes no batch of nothing, and the other processes wait for one
+            found = [(places[0], *self.stand_in())]
+        mirrored = [
+            image[:, ::-1] if self.flip and key(self.seed, "flip", place) % 2 else image for place, image, _ in found
+        ]
+        image = torch.from_numpy(np.stack(mirrored)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return downscale(image.contiguous(), self.resolution), torch.tensor([label for *_, label in found]), index
