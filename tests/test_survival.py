@@ -137,7 +137,7 @@ def survive(
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], object], pause: float = 0.01) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not happened():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
