@@ -92,7 +92,8 @@ def judge(rows: list[dict[str, float]]) -> dict[str, tuple[str, bool]]:
 
     Memory: the rise of the Theil-Sen line, which single peaks do not move. Handles and processes: the median of the
     last third must be that of the first, save for waiting tensors, of which a few batches more or less are no growth.
-    Disk is told and not judged: logs and pictures are there to be kept.
+    Disk is told and not judged: logs and pictures are there to be kept. Nor is RSS, which counts a page that a training
+    process shares with its workers once for each.
     """
     rows = [row for row in rows if row["seconds"] >= WARM * rows[-1]["seconds"]]
     seconds, third, said = [row["seconds"] for row in rows], len(rows) // 3, {}
@@ -100,7 +101,7 @@ def judge(rows: list[dict[str, float]]) -> dict[str, tuple[str, bool]]:
         values = [row[name] for row in rows]
         if name.endswith("MiB"):
             rise = float(theilslopes(values, seconds).slope) * (seconds[-1] - seconds[0])
-            said[name] = (f"{rise:+.2f} MiB", "disk" in name or bool(rise < GROWTH))
+            said[name] = (f"{rise:+.2f} MiB", "disk" in name or "RSS" in name or bool(rise < GROWTH))
         elif name != "seconds":
             before, after = np.median(values[:third]), np.median(values[-third:])
             spare = 64 if name.endswith("waiting tensors") else 0
