@@ -98,9 +98,7 @@ def draw(
     todo = [n for n in range(manifest.blocks) if not all((f / shard_name(n)).is_file() for f in folders)]
     wait_for_all()
     shared = shared_out(devices, accelerator)
-    if (
-        todo or shared["strategy"] != "auto"
-    ):  # several processes may have looked at different moments, and one of them decides
+    if todo or shared["strategy"] != "auto":  # several may have looked at different moments: one of them decides
         writer = BlockWriter(folders, manifest)
         trainer = L.Trainer(
             **shared, logger=False,

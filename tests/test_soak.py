@@ -62,14 +62,19 @@ def members(session: int) -> list[Path]:
 
 
 def state(session: int) -> dict[str, float]:
-    """What a session's processes hold: RSS, PSS (shared pages divided among those who share them), handles, number."""
-    sums = {"RSS MiB": 0.0, "PSS MiB": 0.0, "handles": 0.0, "processes": 0.0}
+    """What a session's processes hold: RSS, PSS (shared pages divided among those who share them), handles, number.
+
+    Tensors on their way from a loader's worker are files in shared memory; as many as happen to wait are open.
+    """
+    sums = {"RSS MiB": 0.0, "PSS MiB": 0.0, "handles": 0.0, "waiting tensors": 0.0, "processes": 0.0}
     for folder in members(session):
         with suppress(OSError):  # one that ends meanwhile
             lines = (line.split() for line in (folder / "smaps_rollup").read_text().splitlines())
             sizes = {line[0]: int(line[1]) / 1024 for line in lines if line[0] in ("Rss:", "Pss:")}
-            handles = len(list((folder / "fd").iterdir()))
-            for name, value in zip(sums, (sizes["Rss:"], sizes["Pss:"], handles, 1), strict=True):
+            handles = [os.readlink(file) for file in (folder / "fd").iterdir()]
+            waiting = sum(name.startswith("/dev/shm/torch_") for name in handles)
+            values = (sizes["Rss:"], sizes["Pss:"], len(handles) - waiting, waiting, 1)
+            for name, value in zip(sums, values, strict=True):
                 sums[name] += value
     return sums
 
@@ -86,7 +91,8 @@ def judge(rows: list[dict[str, float]]) -> dict[str, tuple[str, bool]]:
     """For each series, its growth after the warm-up in words, and whether it is allowed.
 
     Memory: the rise of the Theil-Sen line, which single peaks do not move. Handles and processes: the median of the
-    last third must be that of the first. Disk is told and not judged: logs and pictures are there to be kept.
+    last third must be that of the first, save for waiting tensors, of which a few batches more or less are no growth.
+    Disk is told and not judged: logs and pictures are there to be kept.
     """
     rows = [row for row in rows if row["seconds"] >= WARM * rows[-1]["seconds"]]
     seconds, third, said = [row["seconds"] for row in rows], len(rows) // 3, {}
@@ -94,10 +100,11 @@ def judge(rows: list[dict[str, float]]) -> dict[str, tuple[str, bool]]:
         values = [row[name] for row in rows]
         if name.endswith("MiB"):
             rise = float(theilslopes(values, seconds).slope) * (seconds[-1] - seconds[0])
-            said[name] = (f"{rise:+.2f} MiB", "disk" in name or rise < GROWTH)
+            said[name] = (f"{rise:+.2f} MiB", "disk" in name or bool(rise < GROWTH))
         elif name != "seconds":
             before, after = np.median(values[:third]), np.median(values[-third:])
-            said[name] = (f"{before:g} -> {after:g}", bool(before == after))
+            spare = 64 if name.endswith("waiting tensors") else 0
+            said[name] = (f"{before:g} -> {after:g}", bool(abs(after - before) <= spare))
     return said
 
 
@@ -135,7 +142,7 @@ def test_training_and_sampling_do_not_grow(tmp_path):
     configs = ["experiments/defaults.yaml", "experiments/fashion/defaults.yaml", "experiments/fashion/base8.yaml"]
     fit = ["fit", *(f"--config={file}" for file in (*configs, out / "logger.yaml"))]
     fit += [f"--trainer.default_root_dir={out / 'fit'}", "--trainer.max_steps=1000000000", "--data.num_workers=2"]
-    fit += ["--trainer.val_check_interval=300", "--trainer.limit_val_batches=2", "--trainer.devices=1"]
+    fit += ["--trainer.val_check_interval=40", "--trainer.limit_val_batches=2", "--trainer.devices=1"]
     fit += ["--model.channels=16", "--model.norm_groups=4", "--data.batch_size=16", "--trainer.accelerator=cpu"]
     sample = ["sample", f"--bundle={out / 'bundle'}", "--accelerator=cpu"]
     with ExitStack() as stack:
@@ -162,31 +169,34 @@ def test_training_and_sampling_do_not_grow(tmp_path):
 
 def watch(out: Path, length: float, processes: dict[str, subprocess.Popen], again: list[str]) -> int:
     """Write a row of soak.csv every so often; beside it start short sampling runs, and count those that ended well."""
-    ready = (out / "fit" / "checkpoints" / "last.ckpt", out / "samples" / "train" / "16" / "000000.tar")
+    grids, shards = out / "fit" / "grids", out / "samples" / "train" / "16"
     deadline = time.monotonic() + 600
-    while not all(path.is_file() for path in ready):
+    while len(list(grids.glob("*"))) < 25 or not list(shards.glob("*")):  # matplotlib's heap settles after about 20
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes.values()), "see the logs"
         time.sleep(0.5)
-    begin, done, last = time.monotonic(), 0, 0.0
-    with (out / "soak.csv").open("w", newline="") as file:
+    begin, done, turn, row = time.monotonic(), 0, 0.0, {}
+    with (out / "soak.csv").open("w", newline="") as file, ExitStack() as stack:
+        short: subprocess.Popen | None = None
         while (now := time.monotonic() - begin) < length:
-            row = {"seconds": round(now, 1)}
+            first, row = not row, {"seconds": round(now, 1)}
             for name, process in processes.items():
                 assert process.poll() is None, f"{name} ended with {process.returncode}: see {out / name}.log"
                 row |= {f"{name} {what}": value for what, value in state(process.pid).items()}
             shared = os.statvfs("/dev/shm")
             row["shared memory MiB"] = (shared.f_blocks - shared.f_bfree) * shared.f_frsize / MIB
             row["disk of training MiB"] = size_of(out / "fit")
-            if not last:
-                table = csv.DictWriter(file, list(row))
+            table = csv.DictWriter(file, list(row))
+            if first:
                 table.writeheader()
             table.writerow(row)
             file.flush()
-            if not last or now - last > length / 20:
+            if short is not None and short.poll() is not None:
+                assert short.returncode == 0, f"see {out / 'again.log'}"
+                assert not members(short.pid), "a sampling run left processes behind"
+                short, done = None, done + 1
+                stack.close()
+            if short is None and now >= turn:
                 shutil.rmtree(out / "again", ignore_errors=True)
-                with started(out / "again.log", *again, "--count=20") as process:
-                    assert process.wait(timeout=600) == 0, f"see {out / 'again.log'}"
-                    assert not members(process.pid), "a sampling run left processes behind"
-                done, last = done + 1, now or 0.1
+                short, turn = stack.enter_context(started(out / "again.log", *again, "--count=20")), now + length / 30
             time.sleep(max(0.5, length / 360))
     return done

@@ -32,7 +32,7 @@ def write_bytes(path, data):
 Path.write_bytes = write_bytes
 main()
 """
-SLOWLY = "        real(path, data[: len(data) // 2]); time.sleep(0.03)"
+SLOWLY = "        real(path, data[: len(data) // 2]); time.sleep({})"
 FULL = '        if rank == 1: real(path, data[:99]); raise OSError(errno.ENOSPC, "No space left on device")'
 DEAD = "        if rank == 1: real(path, data[:99]); os.kill(os.getpid(), signal.SIGKILL)"
 
@@ -98,11 +98,13 @@ def kill(process: subprocess.Popen, victim: str) -> None:
         process.kill()  # the others draw on beside the next command, until they wait for it
     else:
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.wait(timeout=120)  # not for the pipe, which the others still hold
     assert process.returncode != 0
 
 
-def survive(tmp_path: Path, bundle: Path, count: int, kills: list[tuple[int, str]]) -> dict[str, int]:
+def survive(
+    tmp_path: Path, bundle: Path, count: int, kills: list[tuple[int, str]], seconds: float = 0.03
+) -> dict[str, int]:
     """Kill a run again and again, finish it with two commands at once, and compare it with an unbroken one."""
     options = {"count": count, "block_size": 2}
     sample(bundle, tmp_path / "whole", **options)
@@ -111,7 +113,9 @@ def survive(tmp_path: Path, bundle: Path, count: int, kills: list[tuple[int, str
     with ExitStack() as orphans:  # what the kill before left alive: it may go on beside the command after it
         for number, (devices, victim) in enumerate(kills):
             with ExitStack() as running:
-                process = running.enter_context(Command(tmp_path, bundle, SLOWLY, devices, out=out, **options)).start()
+                process = running.enter_context(
+                    Command(tmp_path, bundle, SLOWLY.format(seconds), devices, out=out, **options)
+                ).start()
                 before = len(list(out.rglob("*.tar")))
                 wait_for(process, lambda before=before: len(list(out.rglob("*.tar"))) > before)
                 time.sleep(moments.uniform(0, 0.7))
@@ -124,7 +128,7 @@ def survive(tmp_path: Path, bundle: Path, count: int, kills: list[tuple[int, str
                 figures["shards torn or of other bytes"] += not hashes(out, "*.tar").items() <= whole.items()
                 assert not list(out.glob("train/*/manifest.json")), f"finished before kill {number}: give more images"
                 orphans.push(running.pop_all())
-    with Command(tmp_path, bundle, SLOWLY, 1, out=out, **options) as command:
+    with Command(tmp_path, bundle, SLOWLY.format(0.03), 1, out=out, **options) as command:
         for process in [command.start(), command.start()]:
             errors = process.communicate(timeout=1200)[1]
             assert process.returncode == 0, errors
@@ -133,7 +137,7 @@ def survive(tmp_path: Path, bundle: Path, count: int, kills: list[tuple[int, str
 
 
 def wait_for(process: subprocess.Popen, happened: Callable[[], object], pause: float = 0.01) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not happened():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
@@ -147,12 +151,12 @@ def test_a_killed_run_ends_in_the_bytes_of_an_unbroken_one(bundle, tmp_path):
 
 
 @pytest.mark.long
-def test_thirty_kills(bundle, tmp_path):
+def test_two_dozen_kills(bundle, tmp_path):
     victims = ["all", "all", "the first", "all", "one of the others"]
-    kills = [(1 + number % 3, victims[number % 5]) for number in range(30)]
-    figures = survive(tmp_path, bundle, 4000, kills)
+    kills = [(1 + number % 3, victims[number % 5]) for number in range(24)]
+    figures = survive(tmp_path, bundle, 2400, kills, 0.5)
     print(figures)
-    assert figures["kills"] == 30 and figures["in a shard's writing"] >= 9
+    assert figures["kills"] == 24 and figures["in a shard's writing"] >= 9
     assert figures["shards torn or of other bytes"] == 0
 
 
