@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -37,7 +38,7 @@ class Checkpoint(ModelCheckpoint):
     def __init__(self, dirpath: Path | None = None, every_n_train_steps: int | None = None, **kwargs: Any) -> None:
         options = {"save_last": True, "enable_version_counter": False, **kwargs}  # one last.ckpt, always the newest
         super().__init__(dirpath, every_n_train_steps=every_n_train_steps, **options)
-        self.received: int | None = None
+        self.received = 0  # the signal this process was sent
         self.steps = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -47,7 +48,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.steps, self.received = trainer.global_step, None
+        self.steps, self.received = trainer.global_step, 0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning's own handlers act in the middle of a step; it restores them at the end
                 signal.signal(number, self.receive)
@@ -65,11 +66,12 @@ class Checkpoint(ModelCheckpoint):
             return  # amid accumulated batches, whose gradients no checkpoint holds, or nothing done yet
         self.steps = trainer.global_step
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        told = torch.tensor(self.received, device=trainer.strategy.root_device)
+        if number := int(trainer.strategy.reduce(told, reduce_op="max")):
             self.save_last_step(trainer)
-            name = signal.Signals(self.received).name if self.received else "a signal to another process"
-            rank_zero_info(f"{name}: saved {self.dirpath}/last.ckpt at step {self.steps}; the same command goes on")
-            raise SystemExit(128 + (self.received or signal.SIGTERM))
+            path, name = Path(self.dirpath or "") / "last.ckpt", signal.Signals(number).name
+            rank_zero_info(f"{name}: saved {path} at step {self.steps}; the same command goes on")
+            raise SystemExit(128 + number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_batch_end(trainer, pl_module, None, None, 0)

@@ -273,7 +273,7 @@ def watched(arguments, **options):
                                start_new_session=True, **options)  # fmt: skip
     try:
         err = process.communicate(timeout=WATCHDOG)[1]
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while left := group(process.pid):
             assert time.monotonic() < end, f"outlived the run: {left}"
             time.sleep(0.1)
@@ -337,3 +337,28 @@ def test_two_processes_of_three_workers_skip_one_shard_of_two_and_stay_in_step(t
     assert len(seen) == len(seen1) == 12
     assert skipped == skipped1 == [6, 0]
     assert validated == [[4], [6, 8]] and validated1 == [[5], [7]] and val == val1 == 4  # of 0, 2, 4 | 6, 8 and so on
+
+
+LEADER = """
+import os, subprocess, sys, time
+from cdm_lightning.refusal import together
+
+with together():  # as a process of a run does that is stuck in a collective operation
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        subprocess.Popen([sys.executable, __file__, sys.argv[1]], env={**os.environ, "LOCAL_RANK": "1"})
+        time.sleep(900)
+    if sys.argv[1] == "refuse":
+        from cdm_lightning.refusal import fail
+        sys.exit(fail(ValueError("it is bad")))
+    os.kill(os.getppid(), 9)
+    time.sleep(900)
+"""
+
+
+@pytest.mark.parametrize("event, code", [("refuse", 2), ("kill the leader", -signal.SIGKILL)])
+def test_a_process_that_is_stuck_ends_with_the_others(tmp_path, monkeypatch, event, code):
+    (tmp_path / "run.py").write_text(LEADER)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    err, ended = watched([sys.executable, str(tmp_path / "run.py"), event])
+    assert ended == code and ("cdm: error: it is bad" in err) == (event == "refuse") and "Traceback" not in err

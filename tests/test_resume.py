@@ -56,7 +56,7 @@ def start(run, **options):
 def finish(run, **options):
     process = start(run, **options)
     try:
-        assert process.wait(timeout=400) == 0, (run / "output.txt").read_text()[-3000:]
+        assert process.wait(timeout=1500) == 0, (run / "output.txt").read_text()[-3000:]
     finally:
         kill(process)
 
@@ -129,7 +129,7 @@ def survive(tmp_path, kills, seed, **options):
             else:
                 begun = (parts / "checkpoints/last.ckpt").stat().st_mtime_ns if newest(parts) else 0
                 hit = wait_for(process, lambda begun=begun: newest(parts) and newest(parts).stat().st_mtime_ns > begun)
-                time.sleep(chance.uniform(0, 1.0))
+                time.sleep(chance.uniform(0, 0.7))
             if process.poll() == 0:
                 break  # it came to its end before
         finally:
@@ -157,7 +157,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
 
 @pytest.mark.long
 def test_two_ranks_killed_again_and_again_end_as_the_unbroken_run(tmp_path):
-    survive(tmp_path, 24, 1, **TWO, **{"model.channels": 32, "trainer.max_steps": 300})
+    survive(tmp_path, 21, 1, **TWO, **{"model.channels": 32, "trainer.max_steps": 150})
 
 
 @pytest.mark.parametrize(
