@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,15 @@ def check_flat(resident: list[int], seconds: list[float], blocks: int, bound: in
     return figures
 
 
+def three_times(attempt: Callable[[int], object]) -> None:
+    """The allocator takes a few MiB now and then, and a busy machine takes time; a leak is there every time."""
+    for number in range(2):
+        with suppress(AssertionError):
+            attempt(number)
+            return
+    attempt(2)
+
+
 @pytest.fixture(scope="module")
 def two_stages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "b"
@@ -88,9 +99,15 @@ def two_stages(tmp_path_factory):
 def test_memory_and_time_are_flat_over_two_thousand_images(two_stages, tmp_path, monkeypatch):
     """From stored images, so that reading them is part of it."""
     sample(two_stages, tmp_path / "warm", count=20, sampling_steps=[1, 1])
-    for out, start in (("a", None), ("b", tmp_path / "a" / "train" / "8")):
-        figures = measure(tmp_path / out, monkeypatch, 2000, bundle=two_stages, start=start, block_size=20)
-        check_flat(*figures, blocks=100, bound=1)
+    sample(two_stages, tmp_path / "stored", count=2000, sampling_steps=[1, 1], classes=[0, 1, 2])
+    for name, start in (("noise", None), ("on", tmp_path / "stored" / "train" / "8")):
+
+        def attempt(number: int, name: str = name, start: Path | None = start) -> None:
+            out = tmp_path / f"{name}{number}"
+            figures = measure(out, monkeypatch, 2000, bundle=two_stages, start=start, block_size=20)
+            check_flat(*figures, blocks=100, bound=1)
+
+        three_times(attempt)
 
 
 @pytest.mark.long
