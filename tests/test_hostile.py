@@ -284,6 +284,16 @@ def test_cards(tmp_path, n):
     tried(n, asdict(FACTS), st.one_of(mutated_json(asdict(FACTS)), mutated_bytes(card_bytes(asdict(FACTS)))), use)
 
 
+@pytest.mark.parametrize("fact", [
+    {"classes": 5}, {"classes": "ab"}, {"classes": [1, 2]}, {"counts": "ab"}, {"counts": [1.5, 2]}, {"counts": [-1, 2]},
+    {"resolution": "8"}, {"resolution": 0}, {"channels": True}, {"made": []}, {"crop": 3}, {"detector": "a\nb"},
+])  # fmt: skip
+def test_a_fact_of_another_type_makes_no_card(tmp_path, fact):
+    path = tmp_path / "card.safetensors"
+    path.write_bytes(card_bytes({**asdict(FACTS), **fact}))
+    refuses(lambda: read_card(path), f"{path} is no reference card", next(iter(fact)))
+
+
 @examples(80, 1000)
 def test_npz(tmp_path, n):
     path, file = tmp_path / "x.npz", io.BytesIO()
