@@ -8,3 +8,7 @@ class InputError(Exception):
 
     The command line prints the sentence and exits with 2; everything else is a defect and keeps its traceback.
     """
+
+
+class TrainingFault(InputError):
+    """A training cannot go on: one sentence that says what happened to it and when, printed as an InputError's is."""

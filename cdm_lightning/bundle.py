@@ -75,6 +75,19 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def origin(about: dict[str, Any]) -> dict[str, Any]:
+    """What bundle.json, or the like, knows of the images its stages were trained on: `classes`, `crop` and `filter`.
+
+    None is unknown. classes: their names; None too where no stage is told the class.
+    """
+    trained = [stage.get("trained", {}) for stage in about["stages"]]
+    named = [{"classes": about.get("classes")}, *trained]
+    known = {name: next((t[name] for t in named if t.get(name)), None) for name in ("classes", "crop", "filter")}
+    if all(stage["arguments"].get("num_classes") is None for stage in about["stages"]):
+        known["classes"] = None  # names of classes that its images do not have
+    return known
+
+
 def check_about(path: Path, about: dict[str, Any]) -> None:
     """Refuse a bundle.json whose fields are of other types than they should be."""
     for entry in about["stages"]:

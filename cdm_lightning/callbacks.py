@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 
 from cdm_lightning import InputError
+from cdm_lightning.faults import FiniteSteps
+from cdm_lightning.health import adherence
 from cdm_lightning.images import save_grid, to_uint8
 from cdm_lightning.randomness import generators
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
@@ -32,7 +34,7 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise InputError(f"decay {decay} of the averaged weights lies outside 0 <= decay < 1")
-        self.decay = decay
+        self.decay, self.skipped = decay, 0
         super().__init__(use_buffers=False, multi_avg_fn=self.average)
 
     def decay_after(self, updates: int) -> float:
@@ -42,9 +44,19 @@ class EMA(WeightAveraging):
     def average(self, averaged: Any, current: Any, updates: torch.Tensor | int) -> None:
         torch._foreach_lerp_(averaged, current, 1 - self.decay_after(int(updates)))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """After optimizer steps, but for those that FiniteSteps skipped. step_idx: of the last one, from 0."""
+        return step_idx is not None and step_idx + 1 != self.skipped
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        finite = next((callback for callback in trainer.callbacks if isinstance(callback, FiniteSteps)), None)  # type: ignore[attr-defined]  # untyped there
+        self.skipped = finite.last if finite else 0
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        pl_module.log("train/ema_decay", self.decay_after(max(0, trainer.global_step - 1)))
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # untyped there
+        if every and trainer.global_step % every == 0:  # to ask the device for the number of updates takes time
+            assert self._average_model is not None
+            updates = int(self._average_model.n_averaged)
+            pl_module.meter.latest["ema_decay"] = self.decay_after(max(0, updates - 1))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the raw weights in the module, so that a checkpoint written from here on holds both kinds."""
@@ -54,7 +66,8 @@ class SampleGrid(Callback):
     """At every validation, a picture of samples drawn with the averaged weights, on disk and in W&B where it logs.
 
     A base stage: one class a row. A super-resolution stage: the real low-resolution input, samples given it, and the
-    truth, side by side.
+    truth, side by side; how well these samples keep to their input is logged (`val/channel_drift`,
+    `val/low_pass_agreement`).
 
     Args:
         rows: Rows of the picture.
@@ -76,6 +89,11 @@ class SampleGrid(Callback):
             pictures = self.draw(pl_module, batch)
         finally:
             diffusion.sampling_steps = steps
+        if isinstance(pl_module, SuperResolutionStage):
+            low_res = torch.stack([row[0] for row in pictures for _ in row[1:-1]])
+            samples = torch.stack([sample for row in pictures for sample in row[1:-1]])
+            figures = adherence(samples, low_res)
+            pl_module.log_dict(figures, on_epoch=True, rank_zero_only=True, batch_size=len(samples))
         path = Path(trainer.default_root_dir) / "grids" / f"step_{trainer.global_step:07d}.png"
         save_grid(pictures, path, cell=max(64, pl_module.resolution))
         for logger in trainer.loggers:

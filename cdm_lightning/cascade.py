@@ -13,7 +13,7 @@ from torch import nn
 
 from cdm_lightning import InputError
 from cdm_lightning.augmentation import GaussianAugmentation
-from cdm_lightning.bundle import read_bundle
+from cdm_lightning.bundle import origin, read_bundle
 from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import quantize, to_float, to_uint8
@@ -56,14 +56,18 @@ class CascadeModule(L.LightningModule):
         self.assemble(
             stages, levels or chosen.get("levels"), chosen.get("truncated", False) if truncated is None else truncated
         )
+        if bundle is not None:
+            self.origin = origin(chosen)  # bundle.json may name classes that no stage knows the names of
         self.seed = seed
         self.set_sampler(sampler, sampling_steps)
 
     stages: Any  # a ModuleList of DiffusionStage, base first
+    origin: dict[str, Any]  # classes, crop and filter of the images it was trained on; None is unknown
 
     def assemble(self, stages: Sequence[DiffusionStage], levels: Sequence[int] | None, truncated: bool) -> None:
         check_stages(stages)
         self.stages = nn.ModuleList(stages)
+        self.origin = origin({"stages": [{"trained": s.trained, "arguments": dict(s.hparams)} for s in stages]})
         self.set_levels([0] * (len(stages) - 1) if levels is None else levels, truncated)
 
     @classmethod

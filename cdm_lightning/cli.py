@@ -20,12 +20,13 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning import InputError, __version__
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule, check_stages
-from cdm_lightning.checkpoints import check_checkpoint, load_stage
+from cdm_lightning.checkpoints import Trainer, WholeCheckpoints, check_checkpoint, load_stage
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.adm import npz
 from cdm_lightning.evaluation.cas import cas
@@ -57,7 +58,7 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse a file that is no whole checkpoint, which nothing in Lightning has a sentence for."""
         given = self.config[self.subcommand]
-        if given.ckpt_path and Path(given.ckpt_path).is_file() and given.weights_only is not False:
+        if given.ckpt_path and Path(given.ckpt_path).is_file():
             check_checkpoint(given.ckpt_path)
 
     def before_fit(self) -> None:
@@ -65,15 +66,24 @@ class CLI(LightningCLI):
         precision = str(self.config.fit.trainer.precision)
         if precision.startswith("16") and isinstance(self.trainer.accelerator, CPUAccelerator):
             raise InputError(f"precision {precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
+        options = getattr(self.trainer.strategy, "_ddp_kwargs", {})
+        if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
+            number = self.trainer.accumulate_grad_batches
+            raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
         if self.config.fit.ckpt_path == "last":
-            root = Path(self.trainer.default_root_dir)
-            savers = [
-                saver.dirpath for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)
-            ]
-            folders = {root / "checkpoints", *(Path(folder) for folder in savers if folder)}
+            savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+            root = Path(self.trainer.default_root_dir) / "checkpoints"
+            folders = {Path(saver.dirpath) if saver.dirpath else root for saver in savers}
             self.config_init.fit.ckpt_path = newest_checkpoint(folders)
         if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
             os.environ.setdefault("WANDB_RUN_ID", run_id(Path(self.trainer.default_root_dir)))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, its checkpoints written whole; a CheckpointIO among the configured plugins stays."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
 
     def before_validate(self) -> None:
         """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
@@ -191,6 +201,7 @@ def run(arguments: list[str]) -> None:
             L.LightningModule,
             ShardDataModule,
             subclass_mode_model=True,
+            trainer_class=Trainer,
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},

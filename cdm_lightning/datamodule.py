@@ -14,7 +14,7 @@ from cdm_lightning import InputError
 from cdm_lightning.damage import Damage, OnDamage, unmarked
 from cdm_lightning.images import to_float
 from cdm_lightning.shards import Manifest, find_folder, read_manifest
-from cdm_lightning.stream import ShardStream
+from cdm_lightning.stream import ShardStream, leave_signals_to_the_parent
 
 
 class ContinuingLoader(DataLoader):
@@ -134,6 +134,7 @@ class ShardDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=8 if self.num_workers else None,  # rides out the reading of the next window
+            worker_init_fn=leave_signals_to_the_parent,
         )
 
     def train_dataloader(self) -> ContinuingLoader:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from cdm_lightning.checkpoints import load_safely
 from cdm_lightning.shards import write_atomically
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -37,7 +38,7 @@ class Checkpoint(ModelCheckpoint):
     def __init__(self, dirpath: Path | None = None, every_n_train_steps: int | None = None, **kwargs: Any) -> None:
         options = {"save_last": True, "enable_version_counter": False, **kwargs}  # one last.ckpt, always the newest
         super().__init__(dirpath, every_n_train_steps=every_n_train_steps, **options)
-        self.received: int | None = None
+        self.received = 0  # the signal this process was sent
         self.steps = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -47,7 +48,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.steps, self.received = trainer.global_step, None
+        self.steps, self.received = trainer.global_step, 0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning's own handlers act in the middle of a step; it restores them at the end
                 signal.signal(number, self.receive)
@@ -58,16 +59,19 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(self, *args: Any) -> None:
         """Nothing: the step is not over yet."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.steps:
             return  # amid accumulated batches, whose gradients no checkpoint holds, or nothing done yet
         self.steps = trainer.global_step
-        super().on_train_batch_end(trainer, pl_module, None, batch, batch_idx)
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        told = torch.tensor(self.received, device=trainer.strategy.root_device)
+        if number := int(trainer.strategy.reduce(told, reduce_op="max")):
             self.save_last_step(trainer)
-            name = signal.Signals(self.received).name if self.received else "a signal to another process"
-            rank_zero_info(f"{name}: saved {self.dirpath}/last.ckpt at step {self.steps}; the same command goes on")
-            raise SystemExit(128 + (self.received or signal.SIGTERM))
+            path, name = Path(self.dirpath or "") / "last.ckpt", signal.Signals(number).name
+            rank_zero_info(f"{name}: saved {path} at step {self.steps}; the same command goes on")
+            raise SystemExit(128 + number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
@@ -77,36 +81,48 @@ class Checkpoint(ModelCheckpoint):
         if self.save_last and self.dirpath:
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Bring the logs on disk up to the checkpoint, and count the batch that is only about to start as not there."""
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the logs on disk up to the checkpoint, and count as Lightning's own does, which saves a moment earlier.
+
+        Its loops go on rightly from the end of a batch alone: from between two batches they would count, and log, a
+        step twice where a validation was due.
+        """
         for logger in trainer.loggers:
             logger.save()
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
+        if progress["total"]["completed"] < progress["total"]["processed"]:
+            return  # written by another callback, at a batch's end
+        if progress["total"]["ready"] > progress["total"]["processed"]:
+            progress["is_last_batch"] = False  # that was said of the batch to come
+        begun = int(progress["current"]["processed"] > 0)  # 0 where a new pass is about to begin
         for counts in (progress["total"], progress["current"]):
-            if counts["completed"] == counts["processed"]:
-                counts["ready"] = counts["started"] = counts["completed"]
+            counts["ready"] = counts["started"] = counts["processed"]
+            counts["completed"] = counts["processed"] - begun
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= begun
 
 
-def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The complete checkpoint of most steps in `folders`, None where there is none; a torn one is passed over.
+def newest_checkpoint(folders: Iterable[Path], at_most: int | None = None) -> Path | None:
+    """The whole checkpoint of most steps in `folders`, None where there is none; a torn one is passed over.
 
-    Of equal steps, the one written last. A file is complete when torch reads it; nothing is unpickled.
+    at_most: steps it may have. Of equal steps, the one written last. A file is whole when torch can open it and it
+    holds the state of a training; nothing is unpickled.
     """
-    files = sorted({file for folder in folders for file in Path(folder).glob("*.ckpt")}, key=lambda f: f.name)
     found = []
-    for file in files:
+    for file in sorted(file for folder in folders for file in Path(folder).glob("*.ckpt")):
         try:
-            state = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-            found.append((int(state["global_step"]), file.stat().st_mtime_ns, file))
-        except Exception as error:  # whatever a torn file makes torch raise
+            state = load_safely(file, map_location="meta", mmap=True)
+            step, _ = int(state["global_step"]), (state["state_dict"], state["optimizer_states"])
+        except Exception as error:  # whatever a torn or foreign file makes torch raise
             rank_zero_warn(f"{file} is not a whole checkpoint and is passed over: {type(error).__name__}")
+            continue
+        if at_most is None or step <= at_most:
+            found.append((step, file.stat().st_mtime_ns, file))
     return max(found)[2] if found else None
 
 
 def run_id(run: Path) -> str:
-    """The W&B id of a run's folder, made when it is first asked for: a run that is taken up again stays one run there."""
+    """The W&B id of a run's folder, made when it is first asked for: taken up again, a run stays one run there."""
     file = Path(run) / "wandb-run-id.txt"
     if not file.is_file():
         write_atomically(file, uuid.uuid4().hex[:8].encode())

@@ -11,11 +11,13 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from cdm_lightning import InputError
-from cdm_lightning.bundle import read_about
+from cdm_lightning.bundle import origin, read_about
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import decode_png, save_grid
-from cdm_lightning.sample_shards import Precision, SampleManifest, draw, first_process, plan, shard_name
+from cdm_lightning.processes import first_process
+from cdm_lightning.sample_blocks import SampleManifest, shard_name
+from cdm_lightning.sample_shards import Precision, draw, plan
 from cdm_lightning.shards import digest_of, read_manifest, read_shard
 
 
@@ -79,12 +81,6 @@ def say(folders: Sequence[Path], manifest: SampleManifest, picture: Path) -> Non
         )
     draw_picture(folders, manifest, picture)
     print(f"{picture}: classes by rows, resolutions {[int(f.name) for f in folders]} side by side")
-
-
-def origin(about: dict[str, Any]) -> dict[str, Any]:
-    """What a bundle knows of the images its stages were trained on: names of the classes, crop and filter."""
-    trained = about["stages"][0].get("trained", {})
-    return {"classes": about.get("classes"), "crop": trained.get("crop"), "filter": trained.get("filter")}
 
 
 def draw_picture(

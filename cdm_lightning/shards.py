@@ -6,8 +6,11 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +58,27 @@ class Manifest:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, then rename: `path` holds all of `data` or what it held before."""
+    """Write beside, then rename: `path` holds all of `data` or what it held before, a power cut included.
+
+    Any number of processes may write the same path: each has a partial file of its own, and the last rename wins. What
+    killed ones left of the same path goes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written: {error.strerror or error}") from error
+    for last in (False, True):
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            partial.write_bytes(data)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # a rename may reach the disk before the data it names
+            partial.replace(path)
+            for left in path.parent.glob(f"{escape(path.name)}.*.partial"):
+                left.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
+            partial.unlink(missing_ok=True)
+            if last or not gone:  # gone: another process took it for one that was left
+                raise InputError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> Shard:

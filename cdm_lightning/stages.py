@@ -13,17 +13,12 @@ from cdm_lightning import InputError
 from cdm_lightning.augmentation import Augmentation, BlurAugmentation, GaussianAugmentation, NoAugmentation
 from cdm_lightning.diffusion import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
 from cdm_lightning.images import check_power_of_two, downscale, to_float, to_uint8
+from cdm_lightning.matching import check_fits
+from cdm_lightning.meter import Meter, TrainingLog, quarters
 from cdm_lightning.randomness import generators, key, rand, randn
 from cdm_lightning.unet import UNet
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
-
-
-# What may differ between a checkpoint and the configuration that goes on from it: it leaves network and target alone.
-FREE = {
-    *("sampler", "sampling_steps", "sampling_schedule", "lr", "warmup_steps", "decay_fraction", "seed", "dropout"),
-    *("max_level", "blur_sigma", "blur_probability"),
-}
 
 
 class DiffusionStage(L.LightningModule):
@@ -90,6 +85,7 @@ class DiffusionStage(L.LightningModule):
         self.save_hyperparameters({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
         self.lr, self.warmup_steps, self.decay_fraction, self.seed = lr, warmup_steps, decay_fraction, seed
+        self.meter = Meter()
         self.diffusion = Diffusion(
             timesteps, schedule, variance, prediction, continuous, sampler, sampling_steps, sampling_schedule
         )
@@ -112,20 +108,26 @@ class DiffusionStage(L.LightningModule):
     def name(self) -> str:
         return f"{'sr' if self.is_super_resolution else 'base'}{self.resolution}"
 
-    def losses(self, batch: Batch, purpose: str) -> dict[str, torch.Tensor]:
-        """The loss and its parts per image, (B,) each; s and t of an image are drawn independently."""
+    def losses(self, batch: Batch, purpose: str, by_quarters: bool = False) -> dict[str, torch.Tensor]:
+        """The loss and its parts per image, (B,) each; s and t of an image are drawn independently.
+
+        by_quarters: also the loss by quarters of t, and of s where there is one, NaN for an image of another quarter.
+        """
         image, label, index = batch
         self.check_batch(image)
         generator = generators(index.tolist(), image.device, self.seed, purpose)
         t = self.diffusion.time_from_uniform(rand(generator))
-        predict = self.training_predictor(image, label, generator)
-        return self.diffusion.loss(predict, image, t, randn(image.shape[1:], generator))
+        predict, places = self.training_predictor(image, label, generator)
+        losses = self.diffusion.loss(predict, image, t, randn(image.shape[1:], generator))
+        for name, place in {"t": t / self.diffusion.timesteps, **places}.items() if by_quarters else ():
+            losses |= quarters(f"loss_{name}", losses["loss"].detach(), place)
+        return losses
 
     def training_predictor(
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
-    ) -> Predict:
-        """The network with the conditioning of a training example bound."""
-        return lambda x, t: self.unet(x, t, label)
+    ) -> tuple[Predict, dict[str, torch.Tensor]]:
+        """The network with its conditioning bound; if there is an s, its place in its range too, (0, 1] per image."""
+        return lambda x, t: self.unet(x, t, label), {}
 
     def check_batch(self, image: torch.Tensor) -> None:
         expected = (self.image_channels, self.resolution, self.resolution)
@@ -136,8 +138,8 @@ class DiffusionStage(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         torch.manual_seed(key(self.seed, "dropout", self.global_rank, self.global_step, batch_idx))
-        losses = self.losses(batch, "train")
-        self.log_dict({f"train/{name}": value.mean() for name, value in losses.items()}, prog_bar=True)
+        losses = self.losses(batch, "train", by_quarters=True)
+        self.meter.add({**losses, "nonfinite_images": (~losses["loss"].isfinite()).double()})
         return losses["loss"].mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -155,6 +157,9 @@ class DiffusionStage(L.LightningModule):
     def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
         """Samples conditioned as the images of a batch are."""
         raise TypeError(f"{type(self).__name__} is no kind of stage")
+
+    def configure_callbacks(self) -> list[Any]:
+        return [TrainingLog()]
 
     def configure_optimizers(self) -> Any:
         """Adam, its learning rate rising over warmup_steps and falling over the last decay_fraction of the run."""
@@ -174,13 +179,7 @@ class DiffusionStage(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another stage, or of this one on another target, before anything is loaded."""
-        theirs = {"kind": checkpoint.get("stage"), **checkpoint.get("hyper_parameters", {})}
-        for name, value in {"kind": type(self).__name__, **self.hparams}.items():
-            if name not in FREE and theirs.get(name) != value:
-                raise InputError(
-                    f"the checkpoint does not fit {type(self).__name__} {self.name}: "
-                    f"its {name} is {theirs.get(name)!r}, and the configuration says {value!r}"
-                )
+        check_fits(type(self).__name__, self.name, dict(self.hparams), checkpoint)
 
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
         return randn((self.image_channels, self.resolution, self.resolution), generator)
@@ -241,10 +240,10 @@ class SuperResolutionStage(DiffusionStage):
 
     def training_predictor(
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
-    ) -> Predict:
-        low_res = self.low_res_of(image)
-        strength = self.augmentation.draw(generator)
-        return self.predictor(label, self.augment(low_res, strength, generator), strength)
+    ) -> tuple[Predict, dict[str, torch.Tensor]]:
+        strength, kind = self.augmentation.draw(generator), self.augmentation
+        predict = self.predictor(label, self.augment(self.low_res_of(image), strength, generator), strength)
+        return predict, {"s": (strength + 1) / (kind.max_level + 1)} if isinstance(kind, GaussianAugmentation) else {}
 
     def augment(
         self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,16 @@ class ShardStream(IterableDataset):
         ]
         image = torch.from_numpy(np.stack(mirrored)).permute(0, 3, 1, 2)  # (B, C, H, W)
         return downscale(image.contiguous(), self.resolution), torch.tensor([label for *_, label in found]), index
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """What a reading process does first: a signal to the whole group is for the training process, which saves first.
+
+    A reader ends when its parent is done or gone. A second SIGTERM, as a parent sends to one that is stuck, ends it.
+    """
+
+    def once(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, once)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from cdm_lightning import InputError
 from cdm_lightning.shards import write_atomically
+from cdm_lightning.tables import whole_console, whole_table
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def report(folder: Path, about: Mapping[str, Any], metric: str, goal: str, trial
     write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     if trials:
         plot(folder / "sweep.png", metric, trials)
-    console = Console()
-    table = Table(*(trials[0].parameters if trials else ()), f"{metric} ({goal})", "run")
+    console = whole_console()
+    table = whole_table(*(trials[0].parameters if trials else ()), f"{metric} ({goal})", "run")
     for trial in ranked:
         found = trial.note if trial.value is None else f"{trial.value:.6g}"
         table.add_row(*(str(value) for value in trial.parameters.values()), found, trial.run)

@@ -106,6 +106,18 @@ class Level(nn.ModuleList):
         return x
 
 
+def check_sizes(resolution: int, channels: int, channel_mult: Sequence[int]) -> None:
+    """Refuse a resolution that cannot be halved as often as there are levels, and odd channels."""
+    smallest = 2 ** (len(channel_mult) - 1)
+    if resolution % smallest:
+        raise InputError(
+            f"resolution {resolution} cannot be halved {len(channel_mult) - 1} times, as the {len(channel_mult)} "
+            f"entries of channel_mult ask: it must be a multiple of {smallest}"
+        )
+    if channels % 2:
+        raise InputError(f"channels {channels} is odd, and the time embedding takes pairs of sine and cosine")
+
+
 class UNet(nn.Module):
     """eps(x_t, t, label, low_res, level): a U-Net whose stages are conditioned by adding their embeddings.
 
@@ -130,14 +142,7 @@ class UNet(nn.Module):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        smallest = 2 ** (len(channel_mult) - 1)
-        if resolution % smallest:
-            raise InputError(
-                f"resolution {resolution} cannot be halved {len(channel_mult) - 1} times, as the {len(channel_mult)} "
-                f"entries of channel_mult ask: it must be a multiple of {smallest}"
-            )
-        if channels % 2:
-            raise InputError(f"channels {channels} is odd, and the time embedding takes pairs of sine and cosine")
+        check_sizes(resolution, channels, channel_mult)
         embedding = 4 * channels
         self.num_classes, self.resolution = num_classes, resolution
         self.time_embedding = TimeEmbedding(channels)

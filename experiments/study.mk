@@ -117,11 +117,11 @@ $(RUN)/cas/%/results.json:
 
 # -- FID and KID with the canonical network (make detector) at a few deciding points: 0.2 s an image on one core
 
-INCEPTION := single plain blur clean best_truncated
+INCEPTION := clean best_truncated plain single blur
 inception: $(INCEPTION:%=$(RUN)/inception/%/results.json)
 
 $(ROOT)/inception-%-32.safetensors:
-	$(CDM) reference --shards data/$(DATA) --split $* --resolution 32 --detector inception-2015-12-05 --count 5000 --keep 5000 --out $@
+	$(CDM) reference --shards data/$(DATA) --split $* --resolution 32 --detector inception-2015-12-05 --count 2500 --keep 2500 --out $@
 
 $(RUN)/inception/%/results.json: $(ROOT)/inception-val-32.safetensors $(RUN)/evaluations/%/results.json
 	$(CDM) evaluate --samples "[$(FOLDER_$*)]" --references "[$(ROOT)/inception-val-32.safetensors]" --detector inception-2015-12-05 --out $(RUN)/inception/$*

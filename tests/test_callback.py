@@ -6,9 +6,11 @@ from html import unescape
 import lightning.pytorch as L
 import pytest
 import torch
+from conftest import tiny
 from test_evaluate import CNN, CPU, prepare
 
 from cdm_lightning import InputError
+from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.datamodule import ShardDataModule
 from cdm_lightning.evaluation.callback import CascadeFigures
@@ -92,12 +94,61 @@ class Silent(L.LightningModule):
         return None
 
 
-def test_what_is_refused_writes_nothing(toy, tmp_path):
-    card, other = read_card(toy.cards[0]), tmp_path / "other.safetensors"
+def test_cards_without_a_split_are_logged_under_their_files_names(toy, tmp_path):
+    cards = []
+    for name, path in zip(("one", "two"), toy.cards, strict=True):
+        cards.append(changed(path, tmp_path / f"{name}.safetensors", split=None))
+    found = run(toy, tmp_path, cards=cards)
+    assert {f"test/fd_{CNN}", f"test/fd_{CNN}_one", f"test/fd_{CNN}_two"} <= set(found) and len(found) == 8 + 4 + 1
+    assert found[f"test/fd_{CNN}"] == found[f"test/fd_{CNN}_one"] != found[f"test/fd_{CNN}_two"]
+    against = [figure["against"] for figure in json.loads((tmp_path / "results.json").read_text())["figures"]]
+    assert against == ["one"] * 4 + ["two"] * 4
+
+
+def test_a_cascade_without_classes_is_measured_against_images_of_ten(toy, tmp_path):
+    write_bundle(tmp_path / "bundle", tiny(num_classes=None), {"classes": read_card(toy.cards[0]).classes})
+    found = run(toy, tmp_path, CascadeModule(tmp_path / "bundle", **SETTING))
+    sample(tmp_path / "bundle", tmp_path / "same", count=20, block_size=10, **SETTING, **CPU)
+    same = evaluate([tmp_path / "same"], toy.cards, tmp_path / "figures", batch_size=10, seed=4, **CPU)["figures"]
+    assert found == logged(same)
+    text = (tmp_path / "report.html").read_text()
+    assert "image 9, generated" in text and "T-shirt" not in text
+
+
+def changed(card, path, **changes):
+    """The same card under another name, with other facts."""
+    card = read_card(card)
     about = {name: getattr(card, name) for name in type(card).__dataclass_fields__}
-    write_card(type(card)(**about | {"resolution": 32, "path": other}))
+    write_card(type(card)(**about | changes | {"path": path}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"resolution": 32}, "with resolution 32, which do not compare with resolution 16"),
+        ({"classes": list("abcdefghij")}, "calls class 0 'a', and the images 'T-shirt'"),
+        ({"crop": "adm"}, "with crop adm, which do not compare with crop area"),
+        ({"filter": "box"}, "with filter box, which do not compare with filter hamming"),
+    ],
+)
+def test_a_card_of_other_images_than_the_cascade_was_trained_on(toy, tmp_path, changes, sentence):
+    stages = tiny()
+    stages[0].trained = {"crop": "area", "filter": "hamming", "classes": read_card(toy.cards[0]).classes}
+    write_bundle(tmp_path / "bundle", stages, {})
+    alike = {"crop": "area", "filter": "hamming"}
+    card = changed(toy.cards[0], tmp_path / "other.safetensors", **alike | changes)
+    with pytest.raises(InputError, match=sentence):
+        run(toy, tmp_path / "run", CascadeModule(tmp_path / "bundle", **SETTING), cards=[card])
+    assert not list(tmp_path.rglob("results.json"))
+    sample(tmp_path / "bundle", tmp_path / "same", count=20, **SETTING, **CPU)  # the same sentence of stored samples
+    if "resolution" not in changes:
+        with pytest.raises(InputError, match=sentence):
+            evaluate([tmp_path / "same"], [card], tmp_path / "figures", **CPU)
+
+
+def test_what_is_refused_writes_nothing(toy, tmp_path):
     for options, sentence in (
-        ({"cards": [other]}, "with resolution 32, which do not compare with resolution 16"),
         ({"module": Few(toy.bundle, **SETTING), "batches": 1}, "hold 5 of the 10 classes of .*, without class 5"),
         ({"module": Silent()}, "belongs to the test of a cascade: Silent is none"),
     ):

@@ -18,7 +18,7 @@ from cdm_lightning import InputError
 from cdm_lightning.cli import main
 from cdm_lightning.evaluation import adm, features
 from cdm_lightning.evaluation.adm import npz
-from cdm_lightning.evaluation.cards import Facts, bias_note, check_card, read_card
+from cdm_lightning.evaluation.cards import Facts, about_all, bias_note, check_card, names_of, read_card
 from cdm_lightning.evaluation.detectors import Detector, Inception, load_detector
 from cdm_lightning.evaluation.distance import frechet_distance
 from cdm_lightning.evaluation.real_images import read_images
@@ -368,6 +368,21 @@ def test_a_card_is_compared_with_its_like_alone(card):
     ):
         with pytest.raises(InputError, match=sentence):
             check_card(card, **given)
+
+
+@pytest.mark.parametrize(
+    "cards, names",
+    [
+        ([("val", "a"), ("train", "b")], ["val", "train"]),
+        ([(None, "a/x"), (None, "a/y"), ("val", "z")], ["x", "y", "val"]),
+        ([("val", "x"), ("val", "y"), ("train", "z")], ["val_x", "val_y", "train"]),
+        ([("val", "x"), (None, "val"), (None, "y")], ["val_x", "val", "y"]),
+        ([(None, "a/x"), (None, "b/x"), ("val", "x"), ("val", "b/x")], ["x_1", "x_2", "val_x_3", "val_x_4"]),
+    ],
+)
+def test_every_card_has_a_name_of_its_own(card, cards, names):
+    made = [replace(card, split=split, path=Path(f"{file}.safetensors")) for split, file in cards]
+    assert names_of(made) == names and [about["name"] for about in about_all(made)] == names
 
 
 def test_the_bias_is_said_of_small_sets_alone():

@@ -220,6 +220,7 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(toy, tmp_path):
     make_folder(toy / "other/train/8", [30])
     for split in ("train", "val"):
         make_folder(toy / f"one/{split}/8", [9], classes=1)
+    write_images(toy / "any/train/8", np.zeros((20, 8, 8, 1), np.uint8), np.zeros(20, int), range(20), ["0"], None)
     write_subset(toy / "real", "train", 8, [20] * 10, toy / "small", 0)
     (toy / "small/val").symlink_to(toy / "real/val")
     score("nowhere/train holds no shards", samples="nowhere")
@@ -227,6 +228,7 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(toy, tmp_path):
     score("colour has 3 channels, and", "real/train 1", samples="colour")
     score("three has 3 classes, and", "real/train 10", samples="three")
     score("one has 1 class: a classification accuracy takes 2 or more", samples="one", shards="one")
+    score("any is of a cascade without classes, and a classification accuracy takes images of some", samples="any")
     score("class 0 of", "is 'class 0', and of", "'T-shirt'", samples="other")
     score("60 of class T-shirt, and there are 20: ask for a smaller count", shards="small")
     score("count 9 must lie between one image a class and the 590", count=9)

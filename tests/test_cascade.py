@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL, awaken
 
 from cdm_lightning import InputError
-from cdm_lightning.bundle import digest, read_bundle, write_bundle
+from cdm_lightning.bundle import digest, origin, read_about, read_bundle, write_bundle
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.images import quantize, to_uint8
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
@@ -129,6 +129,22 @@ def test_a_bundle_comes_back_to_the_bit(stages, tmp_path):
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
         "base8.safetensors", "bundle.json", "sr16.safetensors", "sr32.safetensors",
     ]  # fmt: skip
+
+
+def test_a_cascade_knows_what_images_it_was_trained_on(stages, tmp_path):
+    unknown = {"classes": None, "crop": None, "filter": None}
+    write_bundle(tmp_path / "b", stages, {})
+    assert CascadeModule(tmp_path / "b").origin == CascadeModule.of(stages).origin == unknown
+    stages[1].trained = {"classes": list("abcdefghij"), "crop": "adm", "filter": None}
+    write_bundle(tmp_path / "b", stages, {})
+    known = {"classes": list("abcdefghij"), "crop": "adm", "filter": None}
+    assert CascadeModule(tmp_path / "b").origin == CascadeModule.of(stages).origin == known
+    write_bundle(tmp_path / "b", stages, {"classes": list("klmnopqrst")})
+    assert CascadeModule(tmp_path / "b").origin == known | {"classes": list("klmnopqrst")}
+    about = read_about(tmp_path / "b")
+    for stage in about["stages"]:
+        stage["arguments"]["num_classes"] = None
+    assert origin(about) == known | {"classes": None}  # names of what no image of it has
 
 
 def test_a_bundle_of_half_the_size_holds_rounded_weights(stages, tmp_path):

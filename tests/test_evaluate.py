@@ -16,17 +16,17 @@ from conftest import tiny
 
 from cdm_lightning.bundle import write_bundle
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.evaluation.cards import read_card
+from cdm_lightning.evaluation.cards import ReferenceCard, read_card, write_card
 from cdm_lightning.evaluation.detectors import FOLDER, load_detector
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.features import features_of
 from cdm_lightning.evaluation.measure import measure
-from cdm_lightning.evaluation.memory import neighbour_rows
+from cdm_lightning.evaluation.memory import neighbour_rows, stage_rows, stored
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.images import to_uint8
 from cdm_lightning.sampling import sample
-from cdm_lightning.shards import read_manifest, write_images
+from cdm_lightning.shards import digest_of, read_manifest, write_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CNN, CPU, N = "fashion-cnn-64", {"accelerator": "cpu"}, 20
@@ -123,6 +123,80 @@ def test_another_resolution_and_another_detector(toy, tmp_path):
     assert (figure["name"], figure["n_reference"]) == ("Fréchet distance (mine)", 200)
     assert results["resolution"] == 8 and results["memorisation"] is None
     assert "Copies were not looked for" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("classes", [[7, 1, 4], [3]])
+def test_pictures_carry_the_names_of_their_own_classes(toy, tmp_path, classes):
+    sample(toy.bundle, tmp_path, count=6, classes=classes, levels=[0], block_size=4, **CPU)
+    folders = [tmp_path / "train" / "8", tmp_path / "train" / "16"]
+    assert stored(folders[1]) == folders
+    rows, names = stage_rows(folders), read_manifest(folders[0]).classes
+    assert [name for name, _ in rows] == [names[c] for c in classes]
+    for column, folder in enumerate(folders):
+        images = torch.cat([image for image, _ in read_images(tmp_path, "train", int(folder.name), 50)])
+        assert all(torch.equal(row[1][column], images[place]) for place, row in enumerate(rows))
+
+
+def test_pictures_of_a_folder_in_any_order(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (N, 16, 16, 1), dtype=np.uint8)
+    write_images(tmp_path / "train" / "16", images, np.arange(N) % 4, range(N), list("abcd"), 3, 2)
+    stored, labels = (torch.cat(part) for part in zip(*read_images(tmp_path, "train", 16, 50), strict=True))
+    rows, order = stage_rows([tmp_path / "train" / "16"]), list(dict.fromkeys(labels.tolist()))
+    assert [name for name, _ in rows] == ["abcd"[c] for c in order] and order != sorted(order)
+    for c, (_, [image]) in zip(order, rows, strict=True):
+        assert torch.equal(image, stored[labels.tolist().index(c)])
+
+
+def test_a_score_of_the_same_samples_stands_beside_the_figures(toy, tmp_path):
+    one = {"mean": 0.625, "sd": None}
+    kind = {"top1": one, "top5": one}
+    digest = digest_of(read_manifest(toy.samples[0] / "train" / "16").shards)
+    score = {"generated": kind, "real": kind, "recipe": {"architecture": "resnet8"}, "seeds": [0], "conclusion": "So."}
+    (tmp_path / "score.json").write_text(json.dumps(score | {"n": N, "sha256": {"samples": digest}}))
+    evaluate(toy.samples[:1], toy.cards, tmp_path / "out", cas=tmp_path / "score.json", **CPU)
+    text = unescape((tmp_path / "out" / "report.html").read_text())
+    assert "Classification accuracy score" in text and "62.5" in text and "So." in text
+
+
+def test_cards_of_unknown_split_are_told_apart(toy, tmp_path):
+    cards = []
+    for name, path in zip(("one", "two"), toy.cards, strict=True):
+        about = {**vars(read_card(path)), "split": None, "path": tmp_path / f"{name}.safetensors"}
+        write_card(ReferenceCard(**about))
+        cards.append(about["path"])
+    results = evaluate(toy.samples[:1], cards, tmp_path / "out", **CPU)
+    assert [figure["against"] for figure in results["figures"]] == ["one"] * 4 + ["two"] * 4
+    assert [card["name"] for card in results["references"]] == ["one", "two"]
+    assert "<td>two</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+# -- a cascade without classes
+
+
+@pytest.fixture(scope="module")
+def unlabelled(toy):
+    """Samples of a cascade without classes, whose bundle knows the names of the classes it was trained on."""
+    stages = tiny(num_classes=None)
+    for stage in stages:
+        stage.trained = {"classes": read_manifest(toy.real / "val" / "32").classes}
+    write_bundle(toy.root / "unlabelled", stages, {"levels": [5], "classes": stages[0].trained["classes"]})
+    sample(toy.root / "unlabelled", toy.root / "any", count=N, block_size=8, **CPU)
+    return toy.root / "any"
+
+
+def test_samples_without_classes_compare_with_images_of_ten(toy, unlabelled, tmp_path):
+    results = evaluate([unlabelled], toy.cards, tmp_path, real=toy.real, seed=4, **CPU)
+    images = to_uint8(CascadeModule(toy.root / "unlabelled").sample(torch.zeros(N).long(), torch.arange(N))[-1])
+    judge = load_detector(CNN)
+    features = [features_of(judge, images)]
+    expected = [figure for card in toy.cards for figure in measure(features, read_card(card), judge, 4)]
+    for found, figure in zip(results["figures"], expected, strict=True):
+        assert (found["name"], found["against"]) == (figure.name, figure.against)
+        assert found["value"] == pytest.approx(figure.value, rel=1e-3, abs=1e-6)  # another batch size
+    rows = stage_rows(stored(unlabelled / "train" / "16"))
+    assert [name for name, _ in rows] == [f"image {place}" for place in range(8)]
+    text = (tmp_path / "report.html").read_text()
+    assert "image 7" in text and "T-shirt" not in text
 
 
 # -- copies

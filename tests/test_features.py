@@ -9,7 +9,7 @@ from test_detectors import Broken
 
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.features import extract, read_features
+from cdm_lightning.evaluation.features import extract, feature_file, read_features
 from cdm_lightning.evaluation.real_images import read_images, real_images_of
 from cdm_lightning.images import decode_png, downscale
 from cdm_lightning.shards import read_manifest, read_shard
@@ -50,6 +50,19 @@ def test_it_goes_on_with_the_shards_that_are_missing(few_real, detector, extract
     extract(few_real, "train", 16, detector, out, batch_size=25, **CPU)
     assert second.read_bytes() == written and first.stat().st_mtime_ns == kept
     assert not list(out.glob("*.partial"))
+
+
+def test_another_batch_size_goes_on_with_the_same_features(few_real, detector, extracted, tmp_path):
+    """Whatever the batch size is of what is done and of what is still to do."""
+    whole, manifest = extracted
+    extract(few_real, "train", 16, detector, tmp_path, batch_size=40, **CPU)
+    feature_file(tmp_path, 1).unlink()
+    done = feature_file(tmp_path, 0).stat().st_mtime_ns
+    extract(few_real, "train", 16, detector, tmp_path, batch_size=3, **CPU)
+    assert feature_file(tmp_path, 0).stat().st_mtime_ns == done
+    for ours, theirs in zip(read_features(tmp_path, manifest), read_features(whole, manifest), strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours[1], theirs[1])
 
 
 def test_a_part_is_the_first_shards(few_real, detector, tmp_path):

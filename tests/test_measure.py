@@ -94,7 +94,7 @@ def test_the_bias_of_a_small_n_is_said_beside_the_frechet_distance():
 def test_statistics_of_others_give_the_frechet_distance_alone():
     card = card_of(gaussian(0, 50), kept=0, split=None, count=None)
     (figure,) = measure(SETS, card, CANONICAL)
-    assert (figure.key, figure.name, figure.against, figure.n_reference) == ("fd", "FID", "", 0)
+    assert (figure.key, figure.name, figure.against, figure.n_reference) == ("fd", "FID", "c", 0)  # the file's name
     assert figure.spread is not None and figure.value == measure(SETS, CARD, CANONICAL)[0].value
 
 

@@ -524,7 +524,7 @@ def test_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path: Path, mon
     write_bytes = Path.write_bytes
 
     def full(path: Path, data: bytes) -> int:
-        if path.name == "000001.tar.partial" and path.parent.name == "4":
+        if path.name.startswith("000001.tar.") and path.parent.name == "4":
             write_bytes(path, data[:100])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write_bytes(path, data)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_cli import refused
 from test_evaluate import CNN, CPU, N, prepare
@@ -15,9 +14,11 @@ from test_shards import refuses
 
 from cdm_lightning.evaluation.cards import read_card, write_card
 from cdm_lightning.evaluation.detectors import FOLDER
-from cdm_lightning.evaluation.evaluate import evaluate
+from cdm_lightning.evaluation.evaluate import evaluate, sample_folders
+from cdm_lightning.evaluation.networks import SmallCNN
+from cdm_lightning.evaluation.report import read_cas
 from cdm_lightning.sampling import sample
-from cdm_lightning.shards import read_manifest, read_shard, write_images, write_manifest, write_shard
+from cdm_lightning.shards import digest_of, read_manifest, read_shard, write_images, write_manifest, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -141,7 +142,6 @@ def test_files_that_are_not_what_they_should_be(toy, few_real, tmp_path):
     assert not check(toy, tmp_path, "torn.safetensors does not hold the weights of a SmallCNN", detector=torn)
     assert not check(toy, tmp_path, "torn.safetensors is no reference card", references=[torn])
     assert not check(toy, tmp_path, "nowhere.safetensors does not exist", references=[tmp_path / "nowhere.safetensors"])
-    assert not check(toy, tmp_path, "is missing: it should be torch-fidelity's weights", head=tmp_path / "nowhere.pth")
     refuses(lambda: evaluate(toy.samples, [], tmp_path / "out"), "references [] names no card")
     # the shards of another preparation, of which a card knows nothing, and scores that are none
     other = tmp_path / "other"
@@ -157,10 +157,31 @@ def test_files_that_are_not_what_they_should_be(toy, few_real, tmp_path):
         assert not check(toy, tmp_path, "is not the results.json of `cdm cas`", cas=score)
 
 
-def test_the_inception_score_needs_the_canonical_network(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr("cdm_lightning.evaluation.evaluate.load_head", lambda _: torch.zeros(1008, 64))
-    sentence = "the Inception Score takes the classifier head of the canonical Inception, which detector fashion-cnn-64"
-    check(toy, tmp_path, sentence, head="head.pth")
+def test_the_inception_score_is_refused_before_anything_is_spent(toy, tmp_path, monkeypatch):
+    sentence = "the Inception Score takes the classifier head of the canonical Inception, which makes nothing of"
+    assert not check(toy, tmp_path, sentence, head="head.pth")
+    monkeypatch.setattr(SmallCNN, "canonical", True)
+    few, card = written(tmp_path / "few", 9), other_card(toy, tmp_path, counts=None, classes=None)
+    sentence = "the Inception Score over 10 splits takes 10 images or more, not 9"
+    assert not check(toy, tmp_path, sentence, samples=[few], references=[card], head="head.pth")
+    assert not check(toy, tmp_path, "is missing: it should be torch-fidelity's weights", head=tmp_path / "nowhere.pth")
+
+
+def test_a_score_of_other_samples_is_not_shown_beside_these(toy, tmp_path):
+    score, digests = tmp_path / "score.json", [digest_of(read_manifest(f / "train" / "16").shards) for f in toy.samples]
+    about = dict.fromkeys(("generated", "real", "recipe", "seeds", "conclusion"))
+    score.write_text(json.dumps(about))
+    assert not check(toy, tmp_path, "is not the results.json of `cdm cas`: 'sha256'", cas=score)
+    score.write_text(json.dumps(about | {"sha256": {"samples": digests[1]}}))
+    sentence = f"is the score of samples of SHA-256 {digests[1][:16]}, and those to evaluate are of {digests[0][:16]}"
+    assert not check(toy, tmp_path, sentence, cas=score)
+    two = sample_folders(toy.samples[:2], 16)[1]  # of several sets it may be any one's
+    assert read_cas(score, two)["sha256"]["samples"] == digests[1]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "devices"])
+def test_numbers_that_make_no_sense(toy, tmp_path, name):
+    assert not check(toy, tmp_path, f"{name} is 0: it must be at least 1", **{name: 0})
 
 
 def test_the_command_line_says_it_in_one_sentence(toy, tmp_path, capsys, monkeypatch):

@@ -63,14 +63,20 @@ def test_two_processes_draw_the_same_bits_as_one(bundle, tmp_path):
 
 
 def test_a_slow_process_is_waited_for(bundle, tmp_path):
-    """The first process must not close the folder while another still writes."""
+    """The first process must not close the folder while another still writes, nor give up where torch would."""
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time, cdm_lightning.sample_shards as s\n"
+        "import time, cdm_lightning.sample_blocks as s\n"
+        "from datetime import timedelta\n"
+        "from lightning.pytorch.strategies import DDPStrategy\n"
         "from cdm_lightning.cli import main\n"
+        "usual = DDPStrategy.__init__.__defaults__\n"
+        "assert timedelta(minutes=30) in usual\n"
+        "short = (timedelta(seconds=3) if isinstance(d, timedelta) else d for d in usual)\n"
+        "DDPStrategy.__init__.__defaults__ = tuple(short)\n"
         "real = s.write_shard\n"
         "def slow(path, samples):\n"
-        "    if path.name == '000001.tar': time.sleep(1.5)\n"
+        "    if path.name == '000001.tar': time.sleep(3)\n"  # at each of three resolutions
         "    return real(path, samples)\n"
         "s.write_shard = slow\n"
         "main()\n"

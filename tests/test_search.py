@@ -134,6 +134,23 @@ def test_two_stages_with_levels_are_searched_one_after_the_other(tmp_path, few_r
     assert results["levels"] == min(second, key=lambda r: r["figures"][0]["value"])["levels"]
 
 
+def test_a_cascade_without_classes_is_searched_on_images_of_ten(tmp_path, few_real):
+    """On real input too: the first images of the split, whatever their classes."""
+    write_bundle(tmp_path / "bundle", tiny(num_classes=None), {"classes": list("abcdefghij")})
+    options = {"levels": [9], "truncated": False, "input_split": "train", "n": 20}
+    results = search(tmp_path / "bundle", tmp_path / "out", few_real, **{**GREY, **options})
+    label, index = torch.zeros(20).long(), torch.arange(20)
+    cascade = CascadeModule(tmp_path / "bundle")
+    real = torch.cat([image for image, _ in read_images(few_real, "train", 8, 64)])[:20]
+    for kind, image in (("non-truncated", None), ("real low-res", to_float(real))):
+        cascade.set_levels([9], False)
+        expected = distance(few_real, 16, to_uint8(cascade.sample(label, index, image)[-1]))
+        row = next(r for r in results["rows"] if (r["s"], r["kind"]) == (9, kind))
+        assert row["figures"][0]["value"] == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(InputError, match=r"n = 61 asks for 61 real images of class 0, and .*/train/32 has 60"):
+        search(tmp_path / "bundle", tmp_path / "more", few_real, **{**GREY, **options, "n": 61})
+
+
 @pytest.mark.parametrize(
     "augmentations, options, arguments, sentence",
     [

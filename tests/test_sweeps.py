@@ -102,9 +102,7 @@ def test_every_combination_reaches_the_configuration(name, capsys, monkeypatch):
         assert {init_args["save_dir"] for init_args in loggers.values()} == {folder}
         assert loggers["CSVLogger"]["name"] == "logs" and loggers["WandbLogger"]["name"] is None
         assert loggers["WandbLogger"]["project"] == config["project"]
-        savers = [
-            c["init_args"] for c in printed["trainer"]["callbacks"] if c["class_path"].endswith("Checkpoint")
-        ]
+        savers = [c["init_args"] for c in printed["trainer"]["callbacks"] if c["class_path"].endswith("Checkpoint")]
         assert all(saver["dirpath"] is None for saver in savers) and len(savers) == (name != "level")  # in its folder
         folders.add(folder)
     assert len(folders) == SWEEPS[name]

@@ -9,11 +9,11 @@ import lightning.pytorch as L
 import torch
 
 from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import check_card, read_card
+from cdm_lightning.evaluation.cards import about_all, read_card
 from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.evaluate import check_counts
+from cdm_lightning.evaluation.evaluate import check_counts, check_images
 from cdm_lightning.evaluation.features import features_of
-from cdm_lightning.evaluation.measure import log_key, measure
+from cdm_lightning.evaluation.measure import log_key, measure_all
 from cdm_lightning.evaluation.report import write_test
 
 SHOWN = 20  # samples of the first batch, on the page
@@ -23,10 +23,11 @@ class CascadeFigures(L.Callback):
     """Measures the samples of a cascade's test against reference cards, and logs every figure.
 
     `test/fid`, `test/kid`, ... with the canonical detector, else `test/fd_<detector>`, ... are figures against the
-    first card; the same names with `_train` or `_val` behind them belong to the card of that split; `test/n` counts the
-    images. Leaves results.json and report.html in the run's folder. The detector lives here, not in the module. Every
-    process works on its own images, each dealt out once, and their features are gathered and put in order, so that the
-    number of processes changes nothing but the rounding of another micro-batch.
+    first card; the same names with `_train` or `_val` behind them belong to the card of that split, with the name of
+    its file behind them where that alone tells cards apart; `test/n` counts the images. Leaves results.json and
+    report.html in the run's folder. The detector lives here, not in the module. Every process works on its own images,
+    each dealt out once, and their features are gathered and put in order, so that the number of processes changes
+    nothing but the rounding of another micro-batch.
 
     Args:
         references: Cards written by `cdm reference`.
@@ -44,7 +45,7 @@ class CascadeFigures(L.Callback):
         if not hasattr(pl_module, "stages"):
             raise InputError(f"CascadeFigures belongs to the test of a cascade: {type(pl_module).__name__} is none")
         for card in self.cards:
-            check_card(card, self.detector, pl_module.resolution, pl_module.image_channels, None, None, None)
+            check_images(card, self.detector, pl_module.resolution, pl_module.image_channels, **pl_module.origin)
         self.detector.to(pl_module.device)
         self.found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -54,11 +55,17 @@ class CascadeFigures(L.Callback):
         """Keep the features of a batch, and the first batch's images for the page."""
         features = features_of(self.detector, outputs["generated"])
         if not batch_idx:
-            classes = (outputs["index"] % (pl_module.num_classes or 1)).tolist()
-            named = self.cards[0].classes or [str(c) for c in range(max(classes) + 1)]
-            pairs = zip(classes, outputs["generated"].cpu(), strict=True)
-            self.shown = [(named[c], [image]) for c, image in pairs][:SHOWN]
+            pairs = zip(outputs["index"].tolist(), outputs["generated"].cpu(), strict=True)
+            self.shown = [(self.called(pl_module, index), [image]) for index, image in pairs][:SHOWN]
         self.found.append((outputs["index"].cpu(), features.cpu()))
+
+    def called(self, pl_module: Any, index: int) -> str:
+        """The class of an image by its name, as far as the cascade or the first card knows it."""
+        if pl_module.num_classes is None:
+            return f"image {index}"
+        label = index % pl_module.num_classes
+        named = pl_module.origin["classes"] or self.cards[0].classes
+        return named[label] if named and label < len(named) else str(label)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Gather the features of all processes in the order of their indices, measure, log and write the page."""
@@ -68,18 +75,18 @@ class CascadeFigures(L.Callback):
             torch.distributed.all_gather_object(parts, (index, features))
             index, features = (torch.cat(part) for part in zip(*parts, strict=True))
         features = features[index.argsort()]
-        classes = pl_module.num_classes or 1
+        classes = pl_module.num_classes
+        counts = None if classes is None else (index % classes).bincount(minlength=classes).tolist()
         for card in self.cards:
-            check_counts(card, (index % classes).bincount(minlength=classes).tolist())
-        logged, figures = {"test/n": float(len(features))}, []
-        for card in self.cards:
-            for figure in measure([features], card, self.detector, self.seed):
-                figures.append(figure)
-                name = f"test/{log_key(figure, self.detector)}"
-                logged.setdefault(name, figure.value)
-                logged[f"{name}_{card.split}"] = figure.value
+            check_counts(card, counts)
+        logged = {"test/n": float(len(features))}
+        figures = measure_all([features], self.cards, self.detector, self.seed)
+        for figure in figures:
+            name = f"test/{log_key(figure, self.detector)}"
+            logged.setdefault(name, figure.value)
+            logged[f"{name}_{figure.against}"] = figure.value
         pl_module.log_dict(logged, rank_zero_only=False)
         if trainer.is_global_zero:
             detector = {"name": self.detector.name, "sha256": self.detector.sha256}
-            about = {"detector": detector, "seed": self.seed, "references": [card.about() for card in self.cards]}
+            about = {"detector": detector, "seed": self.seed, "references": about_all(self.cards)}
             write_test(Path(trainer.default_root_dir), figures, about, self.shown)

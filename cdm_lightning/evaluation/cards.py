@@ -203,6 +203,21 @@ def check_card(
     raise InputError(f"{card.path} calls class {label} {card.classes[label]!r}, and the images {classes[label]!r}")
 
 
+def names_of(cards: Sequence[ReferenceCard]) -> list[str]:
+    """What to call cards beside one another, each differently: by its split, by its file's name, or by both."""
+    names = [card.split or card.path.stem for card in cards]
+    if len(set(names)) < len(names):
+        both = [f"{card.split}_{card.path.stem}" if card.split else card.path.stem for card in cards]
+        names = [full if names.count(name) > 1 else name for name, full in zip(names, both, strict=True)]
+    repeated = {name for name in names if names.count(name) > 1}  # files of one name in several folders
+    return [f"{name}_{number}" if name in repeated else name for number, name in enumerate(names, 1)]
+
+
+def about_all(cards: Sequence[ReferenceCard]) -> list[dict[str, Any]]:
+    """The cards without their numbers, under the names that figures against them carry."""
+    return [{"name": name, **card.about()} for card, name in zip(cards, names_of(cards), strict=True)]
+
+
 def bias_note(n: int | None) -> str:
     """What to say beside a distance of n images: "" for 50,000 or more, else that so few make it larger."""
     if n is None:

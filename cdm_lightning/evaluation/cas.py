@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,28 @@ def cas(
         reports = train(plan, data, seed, run, accelerator, f"{kind} images, seed {seed} ({number} of {len(todo)})")
     if todo and not reports:
         return {}  # of several processes the first one goes on
-    figures = {
-        kind: [read_table(run_of(out, kind, seed, "result.json"), "top1", "top5", "per_class") for seed in seeds]
-        for kind in KINDS
-    }
-    results = summarise(figures, plan.classes, sum(plan.counts), real.count) | {
-        "n_validation": validation.count,
-        "epochs": plan.steps * plan.batch_size / sum(plan.counts),
-        "seeds": list(seeds),
-        "recipe": plan.recipe(),
-        **{name: getattr(plan, name) for name in ("resolution", "counts", "classes", "devices")},
-        "sha256": {"samples": plan.samples, "training": plan.training, "validation": plan.validation},
-        "samples": generated.extra.get("samples"),
-    }
+    results = found(Path(out), plan, seeds, real.count, validation.count) | {"samples": generated.extra.get("samples")}
     plot_classes(results, Path(out) / "cas.png")
     results = write_cas(Path(out), results)
     print_table(results)
     print(results["conclusion"])
     return results
+
+
+def found(out: Path, plan: Plan, seeds: Sequence[int], n_real: int, n_validation: int) -> dict[str, Any]:
+    """The figures of all trainings together, and what they were trained and tested on."""
+    figures = {
+        kind: [read_table(run_of(out, kind, seed, "result.json"), "top1", "top5", "per_class") for seed in seeds]
+        for kind in KINDS
+    }
+    return summarise(figures, plan.classes, sum(plan.counts), n_real) | {
+        "n_validation": n_validation,
+        "epochs": plan.steps * plan.batch_size / sum(plan.counts),
+        "seeds": list(seeds),
+        "recipe": plan.recipe(),
+        **{name: getattr(plan, name) for name in ("resolution", "counts", "classes", "devices")},
+        "sha256": {"samples": plan.samples, "training": plan.training, "validation": plan.validation},
+    }
 
 
 def run_of(out: Path, kind: str, seed: int, *rest: str) -> Path:
@@ -135,7 +140,8 @@ def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: 
         print(f"training on {title}")
     trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
     # From the file: every process has gathered running statistics of its own, and those of the first one count.
-    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=run / "checkpoints" / "last.ckpt", weights_only=True, verbose=False)
+    last = run / "checkpoints" / "last.ckpt"
+    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         result = {
             "top1": round(figures["test/cas_top1"], 7),  # of a float32

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cdm_lightning import InputError
 from cdm_lightning.classifier import Architecture, Crop, LearningRate
+from cdm_lightning.sample_shards import NO_CLASSES
 from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
 
 
@@ -70,6 +71,10 @@ def manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Manifest
         raise InputError(f"{folder} holds no shards: samples must be a folder that `cdm sample` has finished")
     resolution = max(stored)
     generated = read_manifest(folder / str(resolution))
+    if generated.classes == NO_CLASSES:
+        raise InputError(
+            f"{samples} is of a cascade without classes, and a classification accuracy takes images of some"
+        )
     real, validation = (read_manifest(find_folder(shards, split, resolution)) for split in ("train", "val"))
     for split, other in (("train", real), ("val", validation)):
         if other.channels != generated.channels:

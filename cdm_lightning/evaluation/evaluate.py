@@ -11,14 +11,15 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import ReferenceCard, check_card, read_card
+from cdm_lightning.evaluation.cards import ReferenceCard, about_all, check_card, read_card
 from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
 from cdm_lightning.evaluation.features import extract, read_features
 from cdm_lightning.evaluation.figures import Figure
-from cdm_lightning.evaluation.measure import inception_score, measure
+from cdm_lightning.evaluation.measure import check_score, inception_score, measure_all
 from cdm_lightning.evaluation.memory import real_folder, searched
 from cdm_lightning.evaluation.report import print_figures, read_cas, write_evaluation
-from cdm_lightning.sample_shards import first_process, wait_for_all
+from cdm_lightning.processes import first_process, wait_for_all
+from cdm_lightning.sample_shards import NO_CLASSES
 from cdm_lightning.shards import Manifest, read_manifest
 
 
@@ -62,28 +63,28 @@ def evaluate(
         raise InputError("references [] names no card, which `cdm reference` writes")
     judge = load_detector(detector or read_card(references[0]).detector, trust_detector)
     cards = [read_card(path, judge) for path in references]
-    if head is not None:
-        judge.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, or inception_score refuses it
-    folders = [sample_folder(folder, resolution or cards[0].resolution) for folder in samples]
-    manifests = [manifest for _, manifest in folders]
-    check_samples(manifests, samples)
+    folders, manifests = sample_folders(samples, resolution or cards[0].resolution)
     for card in cards:
-        check_against(card, judge, manifests[0])
-    score = None if cas is None else read_cas(cas)
+        check_manifest(card, judge, manifests[0])
+    if head is not None:
+        check_score(judge, manifests[0].count)
+        judge.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, as was checked
+    score = None if cas is None else read_cas(cas, manifests)
     if real is not None and searched(cards).features is not None:
-        real_folder(searched(cards), real)  # refuses other images before hours are spent
-    features = []
-    for (folder, manifest), place in zip(folders, places(out, len(folders)), strict=True):
-        extract(folder.parents[1], "train", manifest.resolution, judge, place, devices, accelerator, batch_size)
-        features.append(torch.cat([batch for batch, _ in read_features(place, manifest)]))
+        real_folder(searched(cards), real)
+    # All that can be refused has been: from here on time is spent.
+    places = [Path(out) / "features" / str(number) for number in range(len(folders))]
+    for folder, place in zip(folders, places, strict=True):
+        extract(folder.parents[1], "train", int(folder.name), judge, place, devices, accelerator, batch_size)
     if not first_process():
         wait_for_all()
         return {}
-    figures = [figure for card in cards for figure in measure(features, card, judge, seed)]
+    features = [torch.cat([f for f, _ in read_features(*pair)]) for pair in zip(places, manifests, strict=True)]
+    figures = measure_all(features, cards, judge, seed)
     if head is not None:
         figures.append(inception_score(features, judge, seed))
     print_figures(figures)
-    measured = Evaluation(figures, judge, cards, manifests, [folder for folder, _ in folders], features, seed)
+    measured = Evaluation(figures, judge, cards, manifests, folders, features, seed)
     results = write_evaluation(Path(out), measured, real, score)
     wait_for_all()
     return results
@@ -106,19 +107,23 @@ class Evaluation:
         return {
             "figures": [asdict(figure) for figure in self.figures],
             "detector": {"name": self.detector.name, "sha256": self.detector.sha256},
-            "references": [card.about() for card in self.cards],
+            "references": about_all(self.cards),
             "samples": [manifest.extra.get("samples") for manifest in self.manifests],
             "resolution": self.manifests[0].resolution,
             "seed": self.seed,
         }
 
 
-def places(out: Path, count: int) -> list[Path]:
-    return [Path(out) / "features" / str(number) for number in range(count)]
+def sample_folders(samples: Sequence[Path], resolution: int | None) -> tuple[list[Path], list[Manifest]]:
+    """The shards of several sets of samples, and their manifests; refuses what is no repetition of one setting."""
+    folders = [sample_folder(folder, resolution) for folder in samples]
+    manifests = [read_manifest(folder) for folder in folders]
+    check_samples(manifests, samples)
+    return folders, manifests
 
 
-def sample_folder(folder: Path, resolution: int | None) -> tuple[Path, Manifest]:
-    """The finished shards of samples of that resolution, None for the finest, in a folder of `cdm sample`."""
+def sample_folder(folder: Path, resolution: int | None) -> Path:
+    """The shards of samples of that resolution, None for the finest, in a folder of `cdm sample`."""
     have = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
     if not have:
         raise InputError(f"{folder} holds no samples: `cdm sample` leaves them in {folder}/train")
@@ -126,7 +131,7 @@ def sample_folder(folder: Path, resolution: int | None) -> tuple[Path, Manifest]
     stored = Path(folder) / "train" / str(resolution)
     if not stored.is_dir():
         raise InputError(f"{folder} holds no samples of {resolution}x{resolution}: stored are {have}")
-    return stored, read_manifest(stored)
+    return stored
 
 
 def check_samples(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:
@@ -146,18 +151,34 @@ def check_samples(manifests: Sequence[Manifest], folders: Sequence[Path]) -> Non
             raise InputError(f"the samples differ in {name}: {values}; repetitions differ in their seed alone")
 
 
-def check_against(card: ReferenceCard, detector: Detector, manifest: Manifest) -> None:
+def check_manifest(card: ReferenceCard, detector: Detector, manifest: Manifest) -> None:
     """Refuse a card made of other images or by another detector, and samples that lack some of its classes."""
-    crop, kind = (None if value == "none" else value for value in (manifest.crop, manifest.filter))
     unnamed = manifest.classes == [str(c) for c in range(len(manifest.classes))]  # by a bundle that knows no names
     classes = None if unnamed else manifest.classes
-    check_card(card, detector, manifest.resolution, manifest.channels, classes, crop, kind)
-    check_counts(card, manifest.counts)
+    check_images(card, detector, manifest.resolution, manifest.channels, classes, manifest.crop, manifest.filter)
+    check_counts(card, None if manifest.classes == NO_CLASSES else manifest.counts)
 
 
-def check_counts(card: ReferenceCard, counts: Sequence[int]) -> None:
-    """Refuse samples, of so many images per class, that lack some class of a card's images."""
-    if card.counts is None:
+def check_images(
+    card: ReferenceCard,
+    detector: Detector,
+    resolution: int,
+    channels: int,
+    classes: Sequence[str] | None,
+    crop: str | None,
+    filter: str | None,
+) -> None:
+    """Refuse a card made of other images or by another detector; what is None of the generated ones is unknown."""
+    crop, filter = (None if value == "none" else value for value in (crop, filter))  # "none" is written for unknown too
+    check_card(card, detector, resolution, channels, classes, crop, filter)
+
+
+def check_counts(card: ReferenceCard, counts: Sequence[int] | None) -> None:
+    """Refuse samples, of so many images per class, that lack some class of a card's images.
+
+    None is a cascade without classes: its images are of all of them, and compare with a card of any.
+    """
+    if card.counts is None or counts is None:
         return
     if len(card.counts) != len(counts):
         raise InputError(f"{card.path} is of {len(card.counts)} classes, which do not compare with {len(counts)}")

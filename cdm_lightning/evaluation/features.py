@@ -18,8 +18,8 @@ from tqdm import tqdm
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.real_images import stream
+from cdm_lightning.processes import first_process, join, shared_out, wait_for_all
 from cdm_lightning.records import read_table
-from cdm_lightning.sample_shards import first_process, wait_for_all
 from cdm_lightning.shards import Manifest, find_folder, read_manifest, write_atomically
 
 
@@ -37,11 +37,16 @@ def extract(
     """Write the detector's features of the images of <root>/<split>, reduced to `resolution`: a file a shard in `out`.
 
     Whole shards are shared out over the processes and batches never cross a shard, so that the features are the same
-    bits for any number of processes. Stopped and called again, it goes on where it was; features of other images or of
-    another detector in `out` are refused. With several devices, every process returns when the last one is done.
+    bits for any number of processes. Stopped and called again, it goes on where it was, with another batch size where
+    that is given, which changes the shards still to do by float error alone; features of other images or of another
+    detector in `out` are refused. With several devices, every process returns when the last one is done.
 
     shards: of the first so many shards alone; the manifest that is returned lists what was done.
     """
+    for name, number in (("batch_size", batch_size), ("devices", devices)):
+        if number < 1:
+            raise InputError(f"{name} is {number}: it must be at least 1")
+    join()
     folder = find_folder(root, split, resolution)
     manifest = read_manifest(folder)
     manifest = replace(manifest, shards=manifest.shards[:shards])
@@ -53,10 +58,11 @@ def extract(
     if read_table(begun) != about:
         raise InputError(f"{out} holds features of other images or of another detector: give another folder")
     todo = [n for n, shard in enumerate(manifest.shards) if not finished(feature_file(out, n), shard.count)]
+    wait_for_all()  # before the first of them writes
     if todo:
         work = Extractor(folder, manifest, resolution, detector, out, batch_size)
         trainer = L.Trainer(
-            accelerator=accelerator, devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+            **shared_out(devices, accelerator), logger=False,
             use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=False,
             enable_progress_bar=False, default_root_dir=out,
         )  # fmt: skip

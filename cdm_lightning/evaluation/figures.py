@@ -17,7 +17,7 @@ class Figure:
     value: float
     spread: float | None  # one standard deviation
     spread_of: str  # "3 disjoint seeds", "100 subsets of 500", "10 splits" or ""
-    against: str  # the real images: "train", "val" or ""
+    against: str  # the real images: "train", "val", the name of a card's file, or "" for none
     n: int  # generated images
     n_reference: int  # real images
     note: str  # "" or what a reader must know, such as the bias of a small n

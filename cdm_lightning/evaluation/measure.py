@@ -10,7 +10,7 @@ import torch
 from torchmetrics.image.inception import InceptionScore
 
 from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import ENOUGH, ReferenceCard, bias_note
+from cdm_lightning.evaluation.cards import ENOUGH, ReferenceCard, bias_note, names_of
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
 from cdm_lightning.evaluation.figures import Figure
@@ -35,14 +35,19 @@ def log_key(figure: Figure, detector: Detector) -> str:
 
 
 def measure(
-    sets: Sequence[torch.Tensor], card: ReferenceCard, detector: Detector, seed: int = 0, quick: bool = False
+    sets: Sequence[torch.Tensor],
+    card: ReferenceCard,
+    detector: Detector,
+    seed: int = 0,
+    quick: bool = False,
+    against: str | None = None,
 ) -> list[Figure]:
     """Distances, precision and recall of generated images against one card, with what their error bars are.
 
     sets: features (n, d) of samples of disjoint seeds, all of one size. The values are means over the sets. The spread
     is the deviation between them where there are three or more; else only the kernel distance has one, over its
     subsets. seed: of those subsets. quick: the symmetric form of the Fréchet distance instead of torchmetrics', and no
-    precision and recall.
+    precision and recall. against: what to call the card, from `names_of` where there are several.
     """
     n = len(sets[0])
     if any(len(features) != n for features in sets):
@@ -58,15 +63,34 @@ def measure(
         if not quick:
             pairs = [precision_recall(card.features, features) for features in sets]
             found["precision"], found["recall"] = ([pair[i] for pair in pairs] for i in (0, 1))
-    figures = []
+    figures, called = [], against or names_of([card])[0]
     for key, values in found.items():
         spread = subsets if key == "kd" else (None, "")
         if len(values) >= 3:
             spread = (stdev(values), f"{len(values)} disjoint seeds")
         real = card.count or 0 if key == "fd" else len(card.places if card.places is not None else ())
         note = bias_note(n) if key == "fd" else ""
-        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, card.split or "", n, real, note))
+        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, called, n, real, note))
     return figures
+
+
+def measure_all(
+    sets: Sequence[torch.Tensor], cards: Sequence[ReferenceCard], detector: Detector, seed: int
+) -> list[Figure]:
+    """What `measure` finds against each of several cards, told apart by name."""
+    named = zip(cards, names_of(cards), strict=True)
+    return [figure for card, name in named for figure in measure(sets, card, detector, seed, against=name)]
+
+
+def check_score(detector: Detector, n: int) -> None:
+    """Refuse an Inception Score of another network's features, or of too few images; costs nothing."""
+    if not detector.canonical:
+        raise InputError(
+            "the Inception Score takes the classifier head of the canonical Inception, "
+            f"which makes nothing of the features of detector {detector.name}"
+        )
+    if n < IS_SPLITS:
+        raise InputError(f"the Inception Score over {IS_SPLITS} splits takes {IS_SPLITS} images or more, not {n}")
 
 
 def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) -> Figure:
@@ -74,14 +98,13 @@ def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) 
 
     Raises InputError where the detector has none: the score of another classifier is another figure.
     """
-    if not detector.canonical or detector.head is None:
+    n = len(sets[0])
+    check_score(detector, n)
+    if detector.head is None:
         raise InputError(
             f"the Inception Score takes the classifier head of the canonical Inception, which detector {detector.name} "
             "does not hold: give the path of pt_inception-2015-12-05-6726825d.pth as head"
         )
-    n = len(sets[0])
-    if n < IS_SPLITS:
-        raise InputError(f"the Inception Score over {IS_SPLITS} splits takes {IS_SPLITS} images or more, not {n}")
     scores = []
     for features in sets:
         metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False)

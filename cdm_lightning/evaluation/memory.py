@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from cdm_lightning import InputError
 from cdm_lightning.evaluation.cards import ReferenceCard
 from cdm_lightning.evaluation.manifold import copy_threshold, nearest
 from cdm_lightning.images import downscale, encode_png
-from cdm_lightning.shards import decode_sample, digest_of, find_folder, read_manifest, read_places
+from cdm_lightning.sample_shards import NO_CLASSES
+from cdm_lightning.shards import Manifest, decode_sample, digest_of, find_folder, read_manifest, read_places, read_shard
 
 EXPECTED = 0.01  # share of honest samples that the threshold takes for copies
 SHOWN, NEIGHBOURS, CLASSES, SHEET, COLUMNS = 8, 4, 20, 40, 10
@@ -81,13 +83,28 @@ def stored(folder: Path) -> list[Path]:
 
 
 def stage_rows(folders: Sequence[Path]) -> list[tuple[str, list[torch.Tensor]]]:
-    """The first sample of each class at every resolution, from folders of shards of the same samples, low to high."""
+    """The first sample of each class at every resolution, from folders of shards of the same samples, low to high.
+
+    Classes come in the order of their first samples. Without classes, the first samples whatever they are.
+    """
     manifest = read_manifest(folders[-1])
-    made = manifest.extra.get("samples") or {}
-    order = made.get("classes") or list(range(len(manifest.classes)))
-    places = list(range(min(len(order), manifest.count, CLASSES)))
-    columns = [pictures(folder, places) for folder in folders]
-    return [(manifest.classes[order[i]], [column[i] for column in columns]) for i in places]
+    if manifest.classes == NO_CLASSES:
+        rows = {f"image {place}": place for place in range(min(SHOWN, manifest.count))}
+    else:
+        rows = {manifest.classes[label]: place for label, place in first_of_each(folders[-1], manifest).items()}
+    columns = [pictures(folder, list(rows.values())) for folder in folders]
+    return [(name, list(images)) for name, *images in zip(rows, *columns, strict=True)]
+
+
+def first_of_each(folder: Path, manifest: Manifest) -> dict[int, int]:
+    """Where the first sample of a class lies, of the first 20 classes that come."""
+    found: dict[int, int] = {}
+    wanted = min(CLASSES, sum(count > 0 for count in manifest.counts))
+    for place, sample in enumerate(chain.from_iterable(read_shard(folder / s.name, s.count) for s in manifest.shards)):
+        found.setdefault(int(sample["cls"]), place)
+        if len(found) == wanted:
+            break
+    return found
 
 
 def sheet(folder: Path) -> bytes:

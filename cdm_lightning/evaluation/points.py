@@ -17,9 +17,10 @@ from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.features import extract, read_features
 from cdm_lightning.evaluation.figures import Figure
 from cdm_lightning.evaluation.measure import measure
-from cdm_lightning.evaluation.real_images import real_images_of
+from cdm_lightning.evaluation.real_images import first_images, real_images_of
 from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.sample_shards import Precision, draw, first_process, plan, wait_for_all
+from cdm_lightning.processes import first_process, wait_for_all
+from cdm_lightning.sample_shards import NO_CLASSES, Precision, draw, plan
 from cdm_lightning.sampling import origin
 from cdm_lightning.shards import digest_of, find_folder, read_manifest, write_atomically, write_images
 
@@ -115,8 +116,8 @@ class Workshop:
 
     def check_real_images(self) -> None:
         """Refuse real images that the points of a later stage could not be measured with, before hours are spent."""
-        channels, classes = self.cascade.image_channels, self.cascade.num_classes or 1
-        asked = plan(self.cascade, "", self.n).labels().bincount(minlength=classes).tolist()
+        channels, classes = self.cascade.image_channels, self.cascade.num_classes
+        asked = plan(self.cascade, "", self.n).labels().bincount(minlength=classes or 1).tolist()
         if not all(asked):
             raise InputError(f"n = {self.n} leaves out classes: a distance to images of {classes} would not be theirs")
         for stage in list(self.cascade.stages)[1:]:
@@ -127,9 +128,10 @@ class Workshop:
                     raise InputError(
                         f"{folder} holds images of {has.channels} channels, and the cascade makes {channels}"
                     )
-                if len(has.classes) != classes:
+                if classes is not None and len(has.classes) != classes:
                     raise InputError(f"{folder} has {len(has.classes)} classes, and the cascade makes {classes}")
-            for c, (number, held) in enumerate(zip(asked, has.counts, strict=True)):  # of the last, the input
+            there = [has.count] if classes is None else has.counts  # of the last, the input
+            for c, (number, held) in enumerate(zip(asked, there, strict=True)):
                 if number > held:
                     raise InputError(
                         f"n = {self.n} asks for {number} real images of class {c}, and {folder} has {held}"
@@ -198,12 +200,13 @@ class Workshop:
         resolution = self.cascade.stages[point.number].low_resolution
         folder = self.out / "real" / "train" / str(resolution)
         if first_process() and not (folder / "manifest.json").is_file():
-            label = plan(self.cascade, "", self.n).labels()
-            images = real_images_of(label, self.shards, self.input_split, resolution).permute(0, 2, 3, 1).numpy()
-            classes = read_manifest(find_folder(self.shards, self.input_split, resolution)).classes
-            write_images(
-                folder, images, label.numpy(), range(self.n), classes, None, source=f"{self.shards}/{self.input_split}"
-            )
+            label, where = plan(self.cascade, "", self.n).labels(), (self.shards, self.input_split, resolution)
+            if self.cascade.num_classes is None:
+                images, classes = first_images(self.n, *where), NO_CLASSES
+            else:
+                images, classes = real_images_of(label, *where), read_manifest(find_folder(*where)).classes
+            arrays, source = images.permute(0, 2, 3, 1).numpy(), f"{self.shards}/{self.input_split}"
+            write_images(folder, arrays, label.numpy(), range(self.n), classes, None, source=source)
         wait_for_all()
         return folder
 

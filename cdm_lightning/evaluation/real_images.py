@@ -64,6 +64,16 @@ def batch_of(images: list[np.ndarray], labels: list[int], resolution: int) -> tu
     return downscale(image, resolution), torch.tensor(labels)
 
 
+def first_images(n: int, root: Path, split: str, resolution: int) -> torch.Tensor:
+    """The first n real images in stored order, whatever their classes: uint8 (n, C, R, R)."""
+    images: list[torch.Tensor] = []
+    for batch, _ in read_images(root, split, resolution, 500):
+        images.extend(batch)
+        if len(images) >= n:
+            return torch.stack(images[:n])
+    raise InputError(f"n = {n} asks for {n} real images, and {root}/{split} has {len(images)}")
+
+
 def real_images_of(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
     """Real images, uint8 (N, C, R, R), of the classes in `label`, (N,): the first of each class, in stored order.
 

@@ -17,7 +17,7 @@ from cdm_lightning.evaluation.cards import ReferenceCard, bias_note, write_card
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.distance import Moments
 from cdm_lightning.evaluation.features import extract, read_features
-from cdm_lightning.sample_shards import first_process
+from cdm_lightning.processes import first_process
 from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
 
 
@@ -57,9 +57,8 @@ def reference(
         raise InputError(f"{out} does not end in .safetensors, as a reference card does")
     if out.exists():
         raise InputError(f"{out} exists already: remove it or give another name")
-    for name, number, least in (("keep", keep, 0), ("batch_size", batch_size, 1), ("devices", devices, 1)):
-        if number < least:
-            raise InputError(f"{name} is {number}: it must be at least {least}")
+    if keep < 0:
+        raise InputError(f"keep is {keep}: it must be at least 0")
     folder = find_folder(shards, split, resolution)
     stored = read_manifest(folder)
     n = stored.count if count is None else count
@@ -74,12 +73,19 @@ def reference(
     card = summarize(out, manifest, n, resolution, judge, keep, work)
     write_card(card)
     shutil.rmtree(work)
-    present = [name for name, c in zip(manifest.classes, card.counts or [], strict=True) if c]
+    say(card)
+
+
+def say(card: ReferenceCard) -> None:
+    """Print what a card holds, and what a reader of figures against it must know."""
+    names, size = card.classes or [], card.resolution
+    present = [name for name, c in zip(names, card.counts or [], strict=True) if c]
+    kept = 0 if card.features is None else len(card.features)
     print(
-        f"{out}: {n:,} images {resolution}x{resolution} of {len(present)} of {len(manifest.classes)} classes, "
-        f"{judge.num_features} features of {judge.name} each, {min(keep, n):,} kept"
+        f"{card.path}: {card.count:,} images {size}x{size} of {len(present)} of {len(names)} classes, "
+        f"{len(card.moments.total)} features of {card.detector} each, {kept:,} kept"
     )
-    for note in (f"all of them are of one class, {present[0]}" if len(present) == 1 else "", bias_note(n)):
+    for note in (f"all of them are of one class, {present[0]}" if len(present) == 1 else "", bias_note(card.count)):
         print(f"note: {note}") if note else None
 
 

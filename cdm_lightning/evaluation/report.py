@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 
 from cdm_lightning import InputError
 from cdm_lightning.evaluation import page
 from cdm_lightning.evaluation.figures import Accuracy, Figure
 from cdm_lightning.evaluation.memory import memorisation, neighbour_rows, searched, stage_rows, stored
 from cdm_lightning.evaluation.page_elements import paragraph
-from cdm_lightning.shards import write_atomically
+from cdm_lightning.shards import Manifest, digest_of, write_atomically
+from cdm_lightning.tables import whole_console, whole_table
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "diffusers")
 
@@ -47,26 +46,33 @@ def provenance() -> dict[str, str]:
 
 def print_figures(figures: Sequence[Figure]) -> None:
     """The figures as lines, with their error bars and what those are."""
-    table = Table(Column("figure", overflow="fold"), "value", "±", "over", "against", "n", "n real")
+    table = whole_table("figure", "value", "±", "over", "against", "n", "n real")
     for f in figures:
         spread = "" if f.spread is None else f"{f.spread:.4g}"
         over = f.spread_of if spread else ""
         table.add_row(f.name, f"{f.value:.4f}", spread, over, f.against, str(f.n), str(f.n_reference or ""))
-    console = Console()
+    console = whole_console()
     console.print(table)
     for note in dict.fromkeys(f.note for f in figures if f.note):
         console.print(f"note: {note}", highlight=False)
 
 
-def read_cas(path: Path) -> dict[str, Any]:
-    """What `cdm cas` found; refuses any other file."""
+def read_cas(path: Path, manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """What `cdm cas` found of one of these folders of samples; refuses any other file, and other samples' score."""
     try:
-        found = json.loads(Path(path).read_text())
-        if {"generated", "real", "recipe", "seeds", "conclusion"} <= set(found):
-            return dict(found)
-        raise ValueError("it holds no score")
-    except (OSError, ValueError, TypeError) as error:
+        found = dict(json.loads(Path(path).read_text()))
+        if not {"generated", "real", "recipe", "seeds", "conclusion"} <= set(found):
+            raise ValueError("it holds no score")
+        trained_on = str(found["sha256"]["samples"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not the results.json of `cdm cas`: {error}") from error
+    measured = [digest_of(manifest.shards) for manifest in manifests]
+    if trained_on not in measured:
+        have = ", ".join(digest[:16] for digest in measured)
+        raise InputError(
+            f"{path} is the score of samples of SHA-256 {trained_on[:16]}, and those to evaluate are of {have}"
+        )
+    return found
 
 
 def write_evaluation(out: Path, measured: Any, real: Path | None, cas: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import load_detector
 from cdm_lightning.evaluation.points import Point, Row, Workshop
 from cdm_lightning.evaluation.search_report import print_rows, store_in_bundle, write_search
-from cdm_lightning.sample_shards import Precision, first_process
+from cdm_lightning.processes import first_process
+from cdm_lightning.sample_shards import Precision
 
 
 def search(

@@ -8,26 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from cdm_lightning.bundle import read_about
 from cdm_lightning.evaluation import page
 from cdm_lightning.evaluation.memory import sheet, stage_rows
 from cdm_lightning.evaluation.report import made_section, provenance, write_results
 from cdm_lightning.shards import write_atomically
+from cdm_lightning.tables import whole_console, whole_table
 
 
 def print_rows(rows: Sequence[Any], chosen: Any) -> None:
     """The points of a search as lines, the chosen one marked by a star."""
     first = rows[0].figures
-    table = Table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
+    table = whole_table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
     for row in rows:
         star = " *" if row is chosen else ""
         cells = [f"{f.value:.4g}" + ("" if f.spread is None else f" ± {f.spread:.2g}") for f in row.figures[:2]]
         cells[0] += star
         table.add_row(row.stage, str(row.s), row.kind, row.sampler, str(row.steps), str(row.calls), *cells)
-    console = Console()
+    console = whole_console()
     console.print(table)
     over = dict.fromkeys(f"{f.name}: ± over {f.spread_of}" for f in first if f.spread is not None)
     console.print(f"* chosen. {'; '.join(over)}. n = {first[0].n} images a seed.", highlight=False)

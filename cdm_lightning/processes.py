@@ -1,0 +1,54 @@
+"""Processes that share out work and exchange nothing but the news that they are done."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from cdm_lightning import InputError
+
+PATIENCE = timedelta(days=30)  # torch's own 30 minutes end a run whose processes are unevenly slow; see shared_out()
+
+
+def shared_out(devices: int, accelerator: str) -> dict[str, Any]:
+    """The Trainer's arguments for `devices` processes on this machine, or on each of those that torchrun was told of.
+
+    The fastest process waits for the slowest, however long that takes. Over gloo on every device: a process that waits
+    there hears at once that another one died, since the connection closes, and needs no time-out for that. NCCL would
+    notice by its time-out alone. There are no gradients to exchange.
+    """
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if under_torchrun() else 1
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if devices * machines > 1 else "auto"
+    return {"accelerator": accelerator, "devices": devices, "num_nodes": machines, "strategy": strategy}
+
+
+def under_torchrun() -> bool:
+    return torch.distributed.is_torchelastic_launched()
+
+
+def join() -> None:
+    """Meet the other processes, where torchrun started them together: before a Trainer brings them together."""
+    if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes and speaks; Lightning sets the rank when processes start."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def wait_for_all() -> None:
+    """Wait for the other processes, where there are any; refuses to wait for one that died."""
+    if not torch.distributed.is_initialized():
+        return
+    try:
+        torch.distributed.barrier()
+    except RuntimeError as error:  # a connection that closed, in the words of gloo
+        raise InputError(
+            "another process of this run ended before its time: what is written stays, and the same command goes on"
+        ) from error

@@ -1,0 +1,155 @@
+"""The blocks of a sampling run: which images they hold, what they are drawn from, and their way into shards."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from cdm_lightning import InputError
+from cdm_lightning.images import encode_png
+from cdm_lightning.shards import decode_sample, read_manifest, read_places, write_shard
+
+
+@dataclass(frozen=True)
+class SampleManifest:
+    """What `count` samples are: image i has class classes[i mod len(classes)] and is drawn from (seed, i).
+
+    The network runs on blocks of block_size indices, the last one padded, so that no image depends on how blocks are
+    shared out. A folder begun with one manifest is continued with no other.
+    """
+
+    bundle: str  # SHA-256 of the stages of the bundle
+    count: int
+    classes: list[int]
+    seed: int
+    block_size: int
+    levels: list[int]
+    truncated: bool
+    samplers: list[str]
+    sampling_steps: list[int]
+    precision: str = "32-true"  # of the networks, in Lightning's words
+    start: str | None = None  # of the stored images the cascade went on from: one hash over all shards
+
+    def block(self, number: int) -> dict[str, torch.Tensor]:
+        """The padded indices and labels of one block, and its number."""
+        first = number * self.block_size
+        index = torch.arange(first, first + self.block_size).clamp(max=self.count - 1)
+        return {"index": index, "label": self.label(index), "number": torch.tensor(number)}
+
+    def label(self, index: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.classes)[index % len(self.classes)]
+
+    def labels(self) -> torch.Tensor:
+        return self.label(torch.arange(self.count))
+
+    def size(self, number: int) -> int:
+        return min(self.block_size, self.count - number * self.block_size)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.count // self.block_size)
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
+
+
+class BlockWriter(BasePredictionWriter):
+    """Writes a block's images as one shard per resolution; a block is done when all of its shards are there.
+
+    The first process shows what all processes have done: a bar on a terminal, a line every half minute elsewhere.
+    """
+
+    def __init__(self, folders: Sequence[Path], manifest: SampleManifest) -> None:
+        super().__init__("batch")
+        self.folders, self.manifest = folders, manifest
+        self.bar: Any = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            form: dict[str, Any] = (
+                {"mininterval": 1} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": LINE}
+            )
+            self.bar = tqdm(
+                desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), miniters=1, **form
+            )
+
+    def done(self) -> int:
+        """How many images are stored at the last resolution, which each block writes last."""
+        numbers = [int(path.stem) for path in self.folders[-1].glob("*.tar") if path.stem.isdecimal()]
+        return sum(self.manifest.size(number) for number in numbers if number < self.manifest.blocks)
+
+    def close(self) -> None:
+        """The bar's last word, when all processes are done or this one has failed."""
+        if self.bar is not None:
+            self.bar.update(self.done() - self.bar.n)
+            self.bar.close()
+
+    def write_on_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, prediction: Any, batch_indices: Any, batch: Any, *rest: int
+    ) -> None:
+        """Write one block: the images of every resolution kept, without the padding of the last block."""
+        number = int(batch["number"])
+        images = prediction[-len(self.folders) :]
+        for folder, block in zip(self.folders, images, strict=True):
+            arrays = block.permute(0, 2, 3, 1).cpu().numpy()[: self.manifest.size(number)]
+            keys = [f"{i:08d}" for i in batch["index"].tolist()]
+            labels = batch["label"].tolist()
+            samples = [(k, encode_png(a), c) for k, a, c in zip(keys, arrays, labels, strict=False)]
+            write_shard(folder / shard_name(number), samples)
+        if self.bar is not None and time.time() - self.bar.last_print_t >= self.bar.mininterval:
+            self.bar.update(self.done() - self.bar.n)  # reads the folder: not at every block of many
+
+
+class BlockData(Dataset):
+    """The blocks still to do, with the stored images they go on from where there are some."""
+
+    def __init__(self, manifest: SampleManifest, numbers: list[int], start: Path | None) -> None:
+        self.manifest, self.numbers, self.start = manifest, numbers, start
+        self.given = read_manifest(start) if start is not None else None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        block = self.manifest.block(self.numbers[item])
+        if self.start is None or self.given is None:
+            return block
+        images = []
+        samples = read_places(self.start, self.given.shards, block["index"].tolist())
+        for index, label, sample in zip(block["index"].tolist(), block["label"].tolist(), samples, strict=True):
+            image, stored = decode_sample(sample, self.given)
+            if stored != label:
+                raise InputError(f"image {index} of {self.start} has class {stored}, and sample {index} has {label}")
+            images.append(image)
+        return {**block, "image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)}
+
+
+class Blocks(L.LightningDataModule):
+    """The blocks that are still to do by the first process's reckoning, every n-th one for each process."""
+
+    trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
+
+    def __init__(self, manifest: SampleManifest, todo: list[int], start: Path | None = None) -> None:
+        super().__init__()
+        self.manifest, self.todo, self.start = manifest, todo, start
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer blocks to do than processes
+
+    def predict_dataloader(self) -> DataLoader:
+        todo = self.trainer.strategy.broadcast(self.todo)  # another run's leftovers may write while processes start
+        own = todo[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(BlockData(self.manifest, own, self.start), batch_size=None)

@@ -1,0 +1,91 @@
+"""Figures of health: the loss by quarters of t and s, and how samples keep to their low-resolution input."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_stages import batch_of, record
+
+from cdm_lightning.cli import main
+from cdm_lightning.health import adherence, channel_drift, low_pass_agreement
+from cdm_lightning.images import downscale
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_loss_by_quarters_is_the_loss_of_the_images_there(stages):
+    base, gaussian, blur = stages
+    for stage, level in ((base, False), (gaussian, True), (blur, False)):
+        batch, calls = batch_of(stage, 64), record(stage)
+        losses = stage.losses(batch, "train", by_quarters=True)
+        assert {name[:6] for name in losses if name[-3:-1] == "_q"} == ({"loss_t", "loss_s"} if level else {"loss_t"})
+        for name, values, size in (("t", calls[0][1], stage.diffusion.timesteps), ("s", calls[0][-1], 4001)):
+            for quarter in range(4) if name == "t" or level else ():
+                v = np.array(values.tolist()) + (name == "s")  # s starts at 0, and is only looked at where there is one
+                inside = (v > quarter * size / 4) & (v <= (quarter + 1) * size / 4)
+                there = losses[f"loss_{name}_q{quarter + 1}"]
+                assert there.isfinite().tolist() == inside.tolist() and 5 < inside.sum() < 30
+                assert torch.equal(there[inside], losses["loss"][inside])
+        plain = stage.losses(batch, "train")
+        assert set(plain) == {n for n in losses if "_q" not in n}
+        assert all(torch.equal(plain[n], losses[n]) for n in plain)
+
+
+def pair(size=64, channels=3):
+    truth = torch.randint(0, 256, (2, channels, size, size), generator=torch.Generator().manual_seed(0)).byte()
+    return truth, downscale(truth, size // 4)
+
+
+def test_the_true_image_neither_drifts_nor_disagrees():
+    truth, low_res = pair()
+    assert float(channel_drift(truth, low_res).max()) < 0.004 / 8
+    assert low_pass_agreement(truth, low_res) == pytest.approx(10 * math.log10(255**2 * 12))
+
+
+def test_drift_and_agreement_of_a_known_shift():
+    truth, _ = pair()
+    truth = truth // 2
+    low_res = downscale(truth, 16)
+    shifted = truth.clone()
+    shifted[0, 1] += 16
+    drift = channel_drift(shifted, low_res)
+    assert drift.shape == (2, 3) and float(drift[0, 1]) == pytest.approx(16 / 127.5, abs=1e-3)
+    assert float(drift.sum() - drift[0, 1]) < 0.004
+    assert low_pass_agreement(shifted, low_res) == pytest.approx(10 * math.log10(255**2 / (16**2 / 6)), abs=1e-6)
+    figures = adherence(shifted, low_res)
+    assert figures["val/channel_drift_1"] == pytest.approx(8 / 127.5, abs=1e-3)
+    assert figures["val/channel_drift"] == pytest.approx(16 / 127.5 / 6, abs=1e-3)
+    assert set(adherence(shifted[:, :1], low_res[:, :1])) == {"val/channel_drift", "val/low_pass_agreement"}
+
+
+def test_detail_that_the_low_resolution_does_not_see_is_no_disagreement():
+    truth = torch.full((1, 1, 16, 16), 100, dtype=torch.uint8)
+    checkers = truth.clone()
+    checkers[..., ::2, ::2], checkers[..., 1::2, 1::2] = 140, 60
+    low_res = downscale(truth, 8)
+    assert low_pass_agreement(checkers, low_res) == low_pass_agreement(truth, low_res)
+    checkers[..., :8, :] += 30  # and this it sees
+    assert low_pass_agreement(checkers, low_res) == pytest.approx(10 * math.log10(255**2 / 450))
+
+
+def test_a_super_resolution_run_logs_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = ["experiments/defaults.yaml", "experiments/fashion/defaults.yaml", "experiments/fashion/sr16.yaml"]
+    main([
+        "fit", *(word for file in [*files, "tests/reduced.yaml"] for word in ("--config", file)),
+        "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1",
+        "--trainer.devices=1", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=2",
+        "--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.logger.name=logs", "--data.batch_size=32", "--data.num_workers=0", "--model.channels=8",
+        "--model.norm_groups=4", "--model.num_res_blocks=1", "--model.num_heads=1",
+        f"--trainer.default_root_dir={tmp_path}",
+    ])  # fmt: skip
+    with (tmp_path / "logs/version_0/metrics.csv").open() as lines:
+        logged = {name: float(value) for row in csv.DictReader(lines) for name, value in row.items() if value}
+    quartered = {f"train/loss_{name}_q{quarter}" for name in "ts" for quarter in (1, 2, 3, 4)}
+    assert quartered | {"train/loss", "train/grad_norm", "train/skipped_steps", "val/loss"} <= set(logged)
+    assert 0 <= logged["val/channel_drift"] <= 2 and 0 < logged["val/low_pass_agreement"] < 59
+    assert min(logged[n] for n in quartered) < logged["train/loss"] < max(logged[n] for n in quartered)
