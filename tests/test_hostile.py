@@ -284,16 +284,29 @@ def test_cards(tmp_path, n):
     tried(n, asdict(FACTS), st.one_of(mutated_json(asdict(FACTS)), mutated_bytes(card_bytes(asdict(FACTS)))), use)
 
 
+@pytest.mark.parametrize("fact", [
+    {"classes": 5}, {"classes": "ab"}, {"classes": [1, 2]}, {"counts": "ab"}, {"counts": [1.5, 2]}, {"counts": [-1, 2]},
+    {"resolution": "8"}, {"resolution": 0}, {"channels": True}, {"made": []}, {"crop": 3}, {"detector": "a\nb"},
+])  # fmt: skip
+def test_a_fact_of_another_type_makes_no_card(tmp_path, fact):
+    path = tmp_path / "card.safetensors"
+    path.write_bytes(card_bytes({**asdict(FACTS), **fact}))
+    refuses(lambda: read_card(path), f"{path} is no reference card", next(iter(fact)))
+
+
+class Means(torch.nn.Module):
+    """A detector without weights."""
+
+    name, sha256 = "means", "2" * 64
+
+    def forward(self, image):
+        return image.float().mean((2, 3)).repeat(1, 4)
+
+
 @examples(80, 1000)
 def test_npz(tmp_path, n):
     path, file = tmp_path / "x.npz", io.BytesIO()
     np.savez_compressed(file, mu=np.zeros(2048), arr_0=np.zeros((3, 8, 8, 1), np.uint8), arr_1=np.arange(3))
-
-    class Means(torch.nn.Module):
-        name, sha256 = "means", "2" * 64
-
-        def forward(self, image):
-            return image.float().mean((2, 3)).repeat(1, 4)
 
     def use(data):
         path.write_bytes(data)
@@ -449,7 +462,7 @@ def test_an_npz_that_unpacks_to_more_than_it_should(tmp_path, name, shape, dtype
             member.write(bytes(1 << 20))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("sigma.npy", header((8, 8), "<f8") + bytes(512))
-    refuses(lambda: read_card(path), "x.npz holds")
+    refuses(lambda: read_card(path, Means()), "x.npz holds")
     assert memory() - before < 100e6
 
 
