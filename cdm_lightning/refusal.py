@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import active_children
 from pathlib import Path
 
 import torch
@@ -56,12 +57,16 @@ def together() -> Iterator[None]:
     if not follows():
         name = f"cdm-{os.getpid()}-{secrets.token_hex(8)}"
         os.environ |= {LEADER: str(os.getpid()), WORD: str(Path(tempfile.gettempdir()) / name)}
-    over = threading.Event()
+    over, others = threading.Event(), set(active_children())
     threading.Thread(target=watch, args=(over,), daemon=True).start()
     try:
         yield
     finally:
         over.set()
+        for reader in set(active_children()) - others:  # Python waits at its exit for those that are left
+            with suppress(RuntimeError):  # torch says that it was killed
+                reader.kill()
+                reader.join()
         if not follows():
             with suppress(OSError):
                 Path(os.environ[WORD]).unlink()
