@@ -142,11 +142,13 @@ class ShardStream(IterableDataset):
 def leave_signals_to_the_parent(worker: int) -> None:
     """What a reading process does first: a signal to the whole group is for the training process, which saves first.
 
-    A reader ends when its parent is done or gone. A second SIGTERM, as a parent sends to one that is stuck, ends it.
+    A reader ends when its parent is done or gone. One that was told to end by SIGTERM has five minutes to be needed no
+    more; a second SIGTERM, as a parent sends to one that is stuck, ends it at once.
     """
 
     def once(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
+        signal.alarm(300)
 
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, once)

@@ -328,3 +328,18 @@ def test_the_loss_scaler_goes_on_too(tmp_path):
     in_process(tmp_path / "parts", **options)
     states = [last(tmp_path / name)["MixedPrecision"] for name in ("whole", "parts")]
     assert states[0] == states[1] and states[0]["scale"] > 0 and states[0]["_growth_tracker"] > 0
+
+
+def test_a_reader_leaves_the_first_sigterm_to_its_parent_and_ends_at_the_second():
+    program = """
+import os, signal, time
+from cdm_lightning.stream import leave_signals_to_the_parent
+leave_signals_to_the_parent(0)
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+print(signal.alarm(0), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    assert 290 < int(done.stdout) <= 300 and done.returncode == -signal.SIGTERM
