@@ -285,11 +285,15 @@ def watched(arguments, **options):
 
 def group(pid):
     """Processes of a group that still run; one that has ended and waits to be reaped is none."""
-    states = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-    return [line for line in states.splitlines() if line.split()[0] == str(pid) and "Z" not in line.split()[1]]
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, group, *_ = file.read_text().rsplit(")", 1)[1].split()
+            found += [file.parent.name] * (group == str(pid) and state != "Z")
+    return found
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_damage_that_one_process_meets_ends_all_with_one_sentence(root, tmp_path, rank):
     folder = root / "train/8"
     places = {p: k for k in range(18, 23) for p in lost_places(folder, {k}, end=53)}
@@ -355,7 +359,9 @@ with together():  # as a process of a run does that is stuck in a collective ope
 """
 
 
-@pytest.mark.parametrize("event, code", [("refuse", 2), ("kill the leader", -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "event, code", [("refuse", 2), pytest.param("kill the leader", -signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_a_process_that_is_stuck_ends_with_the_others(tmp_path, monkeypatch, event, code):
     (tmp_path / "run.py").write_text(LEADER)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
