@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning import InputError, __version__
@@ -58,8 +59,16 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse a file that is no whole checkpoint, which nothing in Lightning has a sentence for."""
         given = self.config[self.subcommand]
-        if given.ckpt_path and Path(given.ckpt_path).is_file():
+        if given.ckpt_path and given.ckpt_path not in ("last", "best", "hpc"):
+            if not Path(given.ckpt_path).is_file():
+                raise InputError(f"ckpt_path {given.ckpt_path} is no file: a checkpoint is expected, or the word last")
             check_checkpoint(given.ckpt_path)
+
+    def newest(self) -> Path | None:
+        """The checkpoint that `ckpt_path: last` means."""
+        savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+        root = Path(self.trainer.default_root_dir) / "checkpoints"
+        return newest_checkpoint({root, *(Path(saver.dirpath) for saver in savers if saver.dirpath)})
 
     def before_fit(self) -> None:
         """Refuse what would not be done as it was asked for, and settle where the run goes on."""
@@ -70,13 +79,13 @@ class CLI(LightningCLI):
         if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
             number = self.trainer.accumulate_grad_batches
             raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
-        if self.config.fit.ckpt_path == "last":
-            savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-            root = Path(self.trainer.default_root_dir) / "checkpoints"
-            folders = {Path(saver.dirpath) if saver.dirpath else root for saver in savers}
-            self.config_init.fit.ckpt_path = newest_checkpoint(folders)
-        if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
-            os.environ.setdefault("WANDB_RUN_ID", run_id(Path(self.trainer.default_root_dir)))
+        if self.config.fit.ckpt_path == "last" and not self.config.fit.trainer.fast_dev_run:
+            self.config_init.fit.ckpt_path = self.newest()
+        elif self.config.fit.ckpt_path is None and (older := self.newest()):
+            rank_zero_warn(f"ckpt_path is null beside {older}: of both runs, `last` will mean the one of more steps")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and self.trainer.is_global_zero and "WANDB_RUN_ID" not in os.environ:
+                logger._wandb_init["id"] = logger._wandb_init.get("id") or run_id(Path(self.trainer.default_root_dir))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, its checkpoints written whole; a CheckpointIO among the configured plugins stays."""
@@ -87,11 +96,14 @@ class CLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
-        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        if self.config[self.subcommand].ckpt_path == "last" and not last.is_file():
-            raise InputError(f"{last} does not exist: ckpt_path last asks for the newest checkpoint of that run")
         if self.config[self.subcommand].ckpt_path == "last":
-            check_checkpoint(last)
+            if (newest := self.newest()) is None:
+                root = self.trainer.default_root_dir
+                raise InputError(
+                    f"{root}/checkpoints holds no whole checkpoint, of which ckpt_path last asks the newest"
+                )
+            check_checkpoint(newest)
+            self.config_init[self.subcommand].ckpt_path = newest
 
     before_test = before_predict = before_validate
 
@@ -117,15 +129,17 @@ def bundle(
     """Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.
 
     Args:
-        checkpoints: One checkpoint or run folder per stage, from low to high resolution; a run folder stands for its
-            checkpoints/last.ckpt.
+        checkpoints: One checkpoint or run folder per stage, from low to high resolution; a run folder stands for the
+            newest of its checkpoints.
         out: The folder to write.
         levels: The level s of each super-resolution stage that sampling shall use when told none; null for 0.
         truncated: Whether that sampling is truncated.
         half: Round the weights to 16 bits, for half the size.
     """
-    files = [path / "checkpoints" / "last.ckpt" if path.is_dir() else path for path in map(Path, checkpoints)]
-    stages = [load_stage(path) for path in files]
+    stages = []
+    for path in map(Path, checkpoints):
+        newest = newest_checkpoint([path / "checkpoints"]) if path.is_dir() else path
+        stages.append(load_stage(newest or path / "checkpoints" / "last.ckpt"))
     check_stages(stages)
     cascade = CascadeModule.of(stages)
     cascade.set_levels(levels or cascade.levels, truncated)

@@ -185,13 +185,14 @@ class ShardDataModule(L.LightningDataModule):
 
     def images_seen(self) -> int:
         """Places of the sequence that all processes together have trained on."""
-        return self.seen + (self.batches() - self.batches_before) * self.micro_batch() * self.trainer.world_size
+        since = max(0, self.batches() - self.batches_before)  # asked before the loops have their counts back: none
+        return self.seen + since * self.micro_batch() * self.trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
         _, manifest = self.manifest("train")
         origin = {"classes": manifest.classes, "crop": manifest.crop, "filter": manifest.filter}
         counts = {"images_seen": self.images_seen(), "batches": self.batches(), "skipped": self.skipped.tolist()}
-        return {**counts, **origin}
+        return {**counts, "accumulated": self.trainer.accumulate_grad_batches, **origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]

@@ -47,6 +47,7 @@ class FiniteSteps(Callback):
         self.max_skipped = max_skipped
         self.skipped = self.in_a_row = 0
         self.last = 0  # global_step after the last step that was skipped
+        self.owed = False  # a checkpoint that remembers the return
         self.rolled_back_at = 0  # global_step of the one return to a checkpoint
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
@@ -87,10 +88,15 @@ class FiniteSteps(Callback):
             raise TrainingFault(f"{happened}: there is no checkpoint from before them to go back to")
         go_back(trainer, pl_module, load_safely(path))
         rank_zero_warn(f"{happened}: weights, averages and Adam's state go back to {path}, steps and data go on")
-        self.rolled_back_at, self.in_a_row = trainer.global_step, 0
-        trainer.save_checkpoint(folders(trainer)[0] / "last.ckpt")
-        if trainer.is_global_zero:
-            self.unpin(trainer)
+        self.rolled_back_at, self.in_a_row, self.owed = trainer.global_step, 0, True
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """After a return, a checkpoint that remembers it; not before the validation that may be due (resume.py)."""
+        if self.owed:
+            self.owed = False
+            trainer.save_checkpoint(folders(trainer)[0] / "last.ckpt")
+            if trainer.is_global_zero:
+                self.unpin(trainer)
 
     def pin(self, trainer: L.Trainer) -> None:
         """Give the newest checkpoint a second name, since ModelCheckpoint deletes it when it writes the next."""

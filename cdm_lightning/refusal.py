@@ -14,6 +14,7 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cdm_lightning import InputError
 
@@ -26,6 +27,8 @@ def understood(error: BaseException | None) -> Exception | None:
     while error is not None:
         if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
             return error
+        if isinstance(error, MisconfigurationException):
+            return InputError(" ".join(str(error).split()))
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
             return InputError(
                 f"a process that reads images was ended from outside, as happens when memory runs out "

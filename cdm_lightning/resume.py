@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from cdm_lightning import InputError
 from cdm_lightning.checkpoints import load_safely
 from cdm_lightning.shards import write_atomically
 
@@ -35,9 +36,16 @@ class Checkpoint(ModelCheckpoint):
         kwargs: What ModelCheckpoint takes.
     """
 
-    def __init__(self, dirpath: Path | None = None, every_n_train_steps: int | None = None, **kwargs: Any) -> None:
-        options = {"save_last": True, "enable_version_counter": False, **kwargs}  # one last.ckpt, always the newest
-        super().__init__(dirpath, every_n_train_steps=every_n_train_steps, **options)
+    def __init__(self, dirpath: Path | None = None, *, every_n_train_steps: int, **kwargs: Any) -> None:
+        if every_n_train_steps < 1:
+            raise InputError(f"every_n_train_steps {every_n_train_steps} of the checkpoints is less than 1")
+        super().__init__(
+            dirpath,
+            every_n_train_steps=every_n_train_steps,
+            save_last=True,
+            enable_version_counter=False,  # one last.ckpt, always the newest
+            **kwargs,
+        )
         self.received = 0  # the signal this process was sent
         self.steps = 0
 
@@ -74,12 +82,27 @@ class Checkpoint(ModelCheckpoint):
             raise SystemExit(128 + number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_last_step(trainer)  # first: a finished run that is started again does nothing
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        self.save_last_step(trainer)
 
     def save_last_step(self, trainer: L.Trainer) -> None:
-        if self.save_last and self.dirpath:
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped there
+            trainer.save_checkpoint(Path(self.dirpath or "") / "last.ckpt")
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Where other numbers of batches are accumulated than before, count the steps so far in batches of now.
+
+        Lightning accumulates up to multiples of that number, so that the first step would be a part of one.
+        """
+        data = checkpoint.get("ShardDataModule", {})
+        before, now = data.get("accumulated"), trainer.accumulate_grad_batches
+        if before in (None, now) or trainer.datamodule is None:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            batches, open_ = counts["processed"] // before * now, counts["processed"] - counts["completed"]
+            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - open_}
+        trainer.datamodule.batches_before = progress["total"]["processed"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the logs on disk up to the checkpoint, and count as Lightning's own does, which saves a moment earlier.
@@ -91,15 +114,23 @@ class Checkpoint(ModelCheckpoint):
             logger.save()
         loops = checkpoint["loops"]["fit_loop"]
         progress = loops["epoch_loop.batch_progress"]
-        if progress["total"]["completed"] < progress["total"]["processed"]:
-            return  # written by another callback, at a batch's end
+        if trainer.validating or progress["total"]["completed"] < progress["total"]["processed"]:
+            return  # written by another callback, at the end of a validation or of a batch
         if progress["total"]["ready"] > progress["total"]["processed"]:
             progress["is_last_batch"] = False  # that was said of the batch to come
         begun = int(progress["current"]["processed"] > 0)  # 0 where a new pass is about to begin
         for counts in (progress["total"], progress["current"]):
             counts["ready"] = counts["started"] = counts["processed"]
             counts["completed"] = counts["processed"] - begun
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= begun
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= begun or due(trainer, progress["total"]["processed"])
+
+
+def due(trainer: Any, batches: int) -> bool:
+    """Whether a validation was due as a pass ended: Lightning, going on at the next pass, counts one step more then."""
+    epochs = trainer.check_val_every_n_epoch
+    if epochs is not None:
+        return (trainer.current_epoch + 1) % epochs == 0
+    return batches > 0 and batches % trainer.val_check_batch == 0
 
 
 def newest_checkpoint(folders: Iterable[Path], at_most: int | None = None) -> Path | None:

@@ -64,7 +64,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     killed ones left of the same path goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for last in (False, True):
+    for turn in range(100):
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         try:
             partial.write_bytes(data)
@@ -77,7 +77,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         except OSError as error:
             gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
             partial.unlink(missing_ok=True)
-            if last or not gone:  # gone: another process took it for one that was left
+            if turn == 99 or not gone:  # gone: another process, which has finished, took it for one that was left
                 raise InputError(f"{path} could not be written: {error.strerror or error}") from error
 
 

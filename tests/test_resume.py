@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from cdm_lightning.bundle import read_bundle
 from cdm_lightning.cli import main
 from cdm_lightning.resume import newest_checkpoint, run_id
 
@@ -237,6 +238,58 @@ def test_a_run_goes_on_from_every_kind_of_step(whole, tmp_path, halt):
     in_process(tmp_path)
     assert same_run(whole, tmp_path) == []
     assert curve(tmp_path) == curve(whole)
+
+
+def test_a_run_by_passes_goes_on_too(tmp_path):
+    """With max_epochs Lightning asks for the loader before it has counted what was done; a pass is 6 steps."""
+    passes = {
+        "trainer.max_epochs": 2, "trainer.limit_train_batches": 12, "trainer.val_check_interval": 12,
+        "trainer.max_steps": 10,
+    }  # fmt: skip
+    in_process(tmp_path / "whole", **passes)
+    for halt in (3, 7):
+        in_process(tmp_path / f"parts{halt}", halt, **passes)
+        in_process(tmp_path / f"parts{halt}", **passes)
+        assert same_run(tmp_path / "whole", tmp_path / f"parts{halt}") == []
+        assert curve(tmp_path / f"parts{halt}") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("before, now", [(2, 8), (8, 2), (1, 4)])
+def test_a_run_goes_on_with_another_accumulation(tmp_path, before, now):
+    """No image is left out or seen twice, and every step is of the whole batch: the weights of any other run."""
+    options = {"model.dropout": 0.0, "trainer.limit_val_batches": 0, "trainer.max_steps": 6}
+    in_process(tmp_path / "whole", **options)
+    in_process(tmp_path / "parts", 3, **options, **{"trainer.accumulate_grad_batches": before})
+    in_process(tmp_path / "parts", **options, **{"trainer.accumulate_grad_batches": now})
+    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert parts["global_step"] == 6 and parts["ShardDataModule"]["images_seen"] == 96
+    for name, value in whole["current_model_state"].items():
+        torch.testing.assert_close(value, parts["current_model_state"][name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_trial_run_writes_no_checkpoint_and_a_finished_one_names_its_newest(tmp_path):
+    in_process(tmp_path, **{"trainer.fast_dev_run": "true"})
+    assert newest_checkpoint([tmp_path / "checkpoints"]) is None
+    in_process(tmp_path, **{"trainer.max_steps": 2})
+    older = (tmp_path / "checkpoints/last.ckpt").read_bytes()
+    in_process(tmp_path, **{"trainer.max_steps": 4})
+    (tmp_path / "checkpoints/last.ckpt").write_bytes(older)  # as a kill between the two files would leave it
+    main(["bundle", "--checkpoints", f"[{tmp_path}]", "--out", str(tmp_path / "bundle")])
+    assert read_bundle(tmp_path / "bundle")[0][0].trained["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"ckpt_path": "nowhere/x.ckpt"}, "ckpt_path nowhere/x.ckpt is no file"),
+        ({"trainer.callbacks.every_n_train_steps": 0}, "every_n_train_steps 0 of the checkpoints is less than 1"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_one_sentence(tmp_path, capsys, options, sentence):
+    added = {"trainer.callbacks": "cdm_lightning.resume.Checkpoint"} if "ckpt_path" not in options else {}
+    with pytest.raises(SystemExit) as stop:
+        main(command(tmp_path / "run", **NETWORK, **added, **options))
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def forget_averages(c):

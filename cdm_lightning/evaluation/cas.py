@@ -140,7 +140,7 @@ def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: 
         print(f"training on {title}")
     trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
     # From the file: every process has gathered running statistics of its own, and those of the first one count.
-    last = run / "checkpoints" / "last.ckpt"
+    last = newest_checkpoint([run / "checkpoints"])
     [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         result = {
