@@ -98,10 +98,8 @@ class CLI(LightningCLI):
         """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
         if self.config[self.subcommand].ckpt_path == "last":
             if (newest := self.newest()) is None:
-                root = self.trainer.default_root_dir
-                raise InputError(
-                    f"{root}/checkpoints holds no whole checkpoint, of which ckpt_path last asks the newest"
-                )
+                folder = Path(self.trainer.default_root_dir) / "checkpoints"
+                raise InputError(f"{folder} holds no whole checkpoint, and ckpt_path last asks for the newest of them")
             check_checkpoint(newest)
             self.config_init[self.subcommand].ckpt_path = newest
 

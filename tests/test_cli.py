@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_nothing_half_written(capsys, stages, tmp_path, monke
 
 def test_weights_that_nothing_trained_are_not_measured(capsys, tmp_path):
     arguments = ["validate", *fit(f"--trainer.default_root_dir={tmp_path}/never")[1:]]
-    assert "last.ckpt does not exist" in refused(capsys, arguments)
+    assert "checkpoints holds no whole checkpoint, and ckpt_path last" in refused(capsys, arguments)
 
 
 def test_predict_samples_for_the_validation_classes(tmp_path, monkeypatch):
