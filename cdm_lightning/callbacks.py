@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import matplotlib
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 
 from cdm_lightning import InputError
 from cdm_lightning.faults import FiniteSteps
@@ -19,9 +19,6 @@ from cdm_lightning.health import adherence
 from cdm_lightning.images import save_grid, to_uint8
 from cdm_lightning.randomness import generators
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 class EMA(WeightAveraging):
@@ -148,13 +145,15 @@ class LossCurve(Callback):
                             curves[name][int(row["step"])] = float(value)
         if not curves:
             return
-        figure, axes = pyplot.subplots(figsize=(7, 4))
+        figure = Figure(figsize=(7, 4))  # pyplot keeps every figure until it is told, and a run draws thousands
+        axes = figure.subplots()
         for name, points in sorted(curves.items()):
             steps = sorted(points)
+            steps = steps[:: -(-len(steps) // 2000)]  # more than the picture's pixels cannot be seen
             style = "o-" if name.startswith("val") else "-"
             axes.plot(steps, [points[s] for s in steps], style, label=name, linewidth=1, markersize=3)
         axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=folder.name)
         axes.legend()
         figure.savefig(folder / "loss.partial.png", dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
+        figure.clear()
         (folder / "loss.partial.png").replace(folder / "loss.png")
