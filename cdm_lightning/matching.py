@@ -9,7 +9,7 @@ from cdm_lightning import InputError
 # What may differ between a checkpoint and the configuration that goes on from it: it leaves network and target alone.
 FREE = {
     *("sampler", "sampling_steps", "sampling_schedule", "lr", "warmup_steps", "decay_fraction", "seed", "dropout"),
-    *("max_level", "blur_sigma", "blur_probability"),
+    *("max_level", "blur_sigma", "blur_probability", "checkpointing", "compile"),
 }
 
 

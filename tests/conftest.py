@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -82,3 +83,32 @@ def few_real(tmp_path_factory):
         counts = np.bincount([label for _, _, label in samples], minlength=10).tolist()
         write_manifest(folder, replace(read_manifest(source), shards=shards, counts=counts))
     return root
+
+
+class Call(NamedTuple):
+    """What a network was told at one call; label and level by way of `UNet.condition`."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    label: torch.Tensor | None
+    low_res: torch.Tensor | None
+    level: torch.Tensor | None
+
+
+def record(stage) -> list[Call]:
+    """Keep every input of a stage's network from here on."""
+    calls: list[Call] = []
+    told: list = []  # (conditioning, label, level)
+    condition = stage.unet.condition
+
+    def conditioned(label, level):
+        told.append((condition(label, level), label, level))
+        return told[-1][0]
+
+    def called(_, args, kwargs):
+        label, level = next((rest for made, *rest in told if made is kwargs["conditioning"]), (None, None))
+        calls.append(Call(*args, label, kwargs["low_res"], level))
+
+    stage.unet.condition = conditioned
+    stage.unet.register_forward_pre_hook(called, with_kwargs=True)
+    return calls

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, awaken
+from conftest import SMALL, awaken, record
 
 from cdm_lightning import InputError
 from cdm_lightning.bundle import digest, origin, read_about, read_bundle, write_bundle
@@ -36,18 +36,17 @@ def test_at_s_0_both_ways_are_the_same_bits(stages):
 
 def test_the_chosen_s_reaches_corruption_and_embedding_alike(stages):
     cascade = CascadeModule.of(stages)
-    seen = []
-    stages[1].unet.register_forward_pre_hook(lambda _, args: seen.append(args[3:]))
+    seen = record(stages[1])
     cascade.set_levels([501, 0], False)
     z_0 = cascade.sample(LABEL, INDEX)[0]
     generator = cascade.generators(INDEX, 1)
     z_s = stages[1].augmentation(z_0, torch.full((3,), 501.0), generator)
     expected = torch.nn.functional.interpolate(z_s, (16, 16), mode="bilinear")
-    assert torch.equal(seen[0][0], expected) and seen[0][1].tolist() == [501.0] * 3
+    assert torch.equal(seen[0].low_res, expected) and seen[0].level.tolist() == [501.0] * 3
     seen.clear()
     cascade.set_levels([501, 0], True)
     z_s = cascade.sample(LABEL, INDEX)[0]
-    assert torch.equal(seen[0][0], torch.nn.functional.interpolate(z_s, (16, 16), mode="bilinear"))
+    assert torch.equal(seen[0].low_res, torch.nn.functional.interpolate(z_s, (16, 16), mode="bilinear"))
 
 
 def test_going_on_from_stored_images_is_the_run_in_one_go(stages):
@@ -85,18 +84,16 @@ def test_two_gaussian_stages_each_stop_at_their_own_level():
         awaken(SuperResolutionStage(resolution=16, low_resolution=8, **clock, **SMALL)),
         awaken(SuperResolutionStage(resolution=32, low_resolution=16, **clock, **SMALL)),
     ]
-    calls: list[list] = [[] for _ in chain]
-    for stage, seen in zip(chain, calls, strict=True):
-        stage.unet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
+    calls = [record(stage) for stage in chain]
     cascade = CascadeModule.of(chain)
     cascade.set_levels([1001, 251], True)
     z, y, x = cascade.sample(LABEL, INDEX)
-    lowest = [float(seen[-1][1][0]) for seen in calls]
+    lowest = [float(seen[-1].t[0]) for seen in calls]
     assert lowest[0] == 1334 and lowest[1] == 1334 and lowest[2] == 1  # the last times above 1001, 251 and 0
     for seen, handed, level in ((calls[1], z, 1001.0), (calls[2], y, 251.0)):
         size = handed.shape[-1] * 2
         expected = torch.nn.functional.interpolate(handed, (size, size), mode="bilinear")
-        assert all(torch.equal(args[3], expected) and args[4].tolist() == [level] * 3 for args in seen)
+        assert all(torch.equal(call.low_res, expected) and call.level.tolist() == [level] * 3 for call in seen)
     assert not torch.equal(z, quantize(z)) and not torch.equal(y, quantize(y)) and torch.equal(x, quantize(x))
 
 

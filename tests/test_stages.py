@@ -3,7 +3,7 @@
 import lightning.pytorch as L
 import pytest
 import torch
-from conftest import SMALL, awaken
+from conftest import SMALL, awaken, record
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -21,28 +21,23 @@ def batch_of(stage, count=4, first=0):
     return image, torch.arange(count) % 10, torch.arange(first, first + count)
 
 
-def record(stage):
-    """Keep every input of the network."""
-    calls = []
-    stage.unet.register_forward_pre_hook(lambda _, args: calls.append(args))
-    return calls
-
-
 def test_conditioning_is_the_same_bits_in_training_and_in_sampling(stages):
     for stage in stages[1:]:
         image, label, index = batch_of(stage)
         calls = record(stage)
         stage.losses((image, label, index), "train")
         x, t, _, seen, level = calls[0]
+        assert torch.equal(calls[0].label, label)
         # sampling draws its own strength; given the one that training drew, the network gets the same bits
         generator = generators(index.tolist(), "cpu", stage.seed, "train")
         rand(generator)  # t
         strength = stage.augmentation.draw(generator)
         low_res = to_float(downscale(to_uint8(image), stage.low_resolution))
         augmented = stage.augment(low_res, strength, generator)
-        stage.predictor(label, augmented, strength)(x, t)
-        assert torch.equal(calls[1][3], seen)
-        assert (calls[1][4] is None and level is None) or torch.equal(calls[1][4], level)
+        stage.conditioned(label, augmented, strength)(x, t)
+        assert torch.equal(calls[1].low_res, seen)
+        takes = stage.augmentation.takes_level
+        assert torch.equal(calls[1].level, level) if takes else calls[1].level is level is None
 
 
 def test_sampling_feeds_the_network_its_level_and_its_low_resolution_image(stages):
@@ -52,9 +47,10 @@ def test_sampling_feeds_the_network_its_level_and_its_low_resolution_image(stage
     stage.sample(torch.tensor([1, 2]), low_res, 501, 0, generators([0, 1], "cpu", "x"))
     assert len(calls) == 4
     expected = torch.nn.functional.interpolate(low_res, (16, 16), mode="bilinear")
-    for _, _, _, seen, level in calls:
-        assert torch.equal(seen, expected) and level.tolist() == [501.0, 501.0]
-    assert [float(c[1][0]) for c in calls] == [4000.0, 2667.0, 1334.0, 1.0]
+    for call in calls:
+        assert torch.equal(call.low_res, expected) and call.level.tolist() == [501.0, 501.0]
+        assert call.label.tolist() == [1, 2]
+    assert [float(call.t[0]) for call in calls] == [4000.0, 2667.0, 1334.0, 1.0]
 
 
 def test_examples_are_drawn_per_image_and_from_their_index_alone(stages):
@@ -121,11 +117,31 @@ def test_ema_equals_its_recursion_and_is_what_a_checkpoint_gives(tmp_path):
 
 def test_warm_up_and_decay_of_the_learning_rate(tmp_path):
     stage = BaseStage(resolution=8, **SMALL, lr=1.0, warmup_steps=4, decay_fraction=0.5)
-    stage.trainer = type("T", (), {"estimated_stepping_batches": 20})()
+    stage.trainer = type("T", (), {"estimated_stepping_batches": 20, "precision": "32-true"})()
     factor = stage.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
     values = [factor(step) for step in range(20)]
     assert values[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert values[9] == 1.0 and abs(values[15] - 0.5) < 1e-9 and 0 < values[19] < 0.11
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
+def test_adam_is_fused_where_no_scaler_stands_between(precision, fused):
+    stage = BaseStage(resolution=8, **SMALL)
+    stage.trainer = type("T", (), {"estimated_stepping_batches": 20, "precision": precision})()
+    assert stage.configure_optimizers()["optimizer"].defaults["fused"] is fused
+
+
+@pytest.mark.parametrize("algorithm", [None, "norm", "value"])
+def test_gradients_are_clipped_as_torch_does(algorithm):
+    stage = BaseStage(resolution=8, **SMALL)
+    for parameter in stage.unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    count = sum(p.numel() for p in stage.unet.parameters())
+    for limit in (None, 0.0, 0.25):
+        stage.configure_gradient_clipping(None, limit, algorithm)
+        expected = 1.0 if not limit else limit if algorithm == "value" else limit / count**0.5
+        for parameter in stage.unet.parameters():
+            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, expected), rtol=1e-4, atol=0)
 
 
 def test_a_stage_learns(tmp_path):

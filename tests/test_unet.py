@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DModel
 
 from cdm_lightning import InputError
-from cdm_lightning.unet import ResidualBlock, SelfAttention, UNet, sinusoidal_embedding
+from cdm_lightning.unet import ResidualBlock, SelfAttention, UNet, conv_of_upsampled, sinusoidal_embedding
 
 CHANNELS, MULT, BLOCKS, HEADS = 32, (1, 2, 2), 2, 4
 
@@ -156,3 +156,70 @@ def test_a_network_that_cannot_be_built_is_refused(change, sentence):
                    attention_resolutions=(8,), num_heads=4)  # fmt: skip
     with pytest.raises(InputError, match=sentence):
         UNet(**{**options, **change})
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (9, 12)])
+def test_a_convolution_of_repeated_pixels_is_the_plain_one(size):
+    conv = torch.nn.Conv2d(5, 7, 3, padding=1).double()
+    x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
+    got, expected = conv_of_upsampled(x, conv), conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(got)
+    wanted = (x, conv.weight, conv.bias)
+    pairs = zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (got, expected)), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+def gradients(model: UNet, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(2, 6, 16, 16, generator=g), torch.randn(2, 6, 16, 16, generator=g)
+    torch.manual_seed(seed)  # of dropout
+    output = model(x, torch.tensor([3.0, 700.0]), torch.tensor([1, 2]), level=torch.tensor([0.0, 9.0]))
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), list(model.parameters()))]
+
+
+def test_checkpointing_gives_the_same_bits_and_keeps_less():
+    options = dict(num_classes=10, level_embedding=True, dropout=0.3)
+    plain, frugal = ours(**options), ours(**options, checkpointing=True)
+    randomise(plain)
+    frugal.load_state_dict(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(frugal), strict=True))
+
+    def kept(model: UNet) -> int:
+        sizes: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model(
+                torch.randn(2, 6, 16, 16), torch.ones(2), torch.zeros(2, dtype=torch.long), None, torch.ones(2)
+            )
+        assert output.grad_fn is not None  # alive until here, and with it all that it keeps
+        return sum(sizes.values())
+
+    assert kept(frugal) < 0.5 * kept(plain)
+
+
+def test_the_whole_network_is_one_graph_for_a_compiler():
+    model = UNet(16, 6, 6, CHANNELS, (1, 2), 1, (8,), HEADS, num_classes=10, level_embedding=True)
+    randomise(model)
+    expected = gradients(model)
+    model.compile(fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert all("_orig_mod" not in name for name in model.state_dict())
+
+
+def test_what_no_t_changes_may_be_computed_once():
+    model = ours(num_classes=10, level_embedding=True)
+    randomise(model)
+    x, t, label, level = torch.randn(2, 6, 16, 16), torch.ones(2), torch.tensor([4, 5]), torch.tensor([0.0, 9.0])
+    conditioning = model.condition(label, level)
+    assert torch.equal(model(x, t, conditioning=conditioning), model(x, t, label, level=level))
+    assert ours().condition(None, None) is None

@@ -1,0 +1,146 @@
+"""Group norm, modulation and SiLU as one operation, which keeps its input and computes the rest again in backward.
+
+A U-Net reads and writes its activations far more often than it computes with them. Done step by step, these three would
+leave three images behind for the backward pass and take a pass over memory each; here they leave none. Everything runs
+along the channels, which lie side by side in memory (torch.channels_last) as convolutions want them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from cdm_lightning import InputError
+
+SQUARES = torch.ops.aten.mse_loss  # (a - b)^2 without a's difference from b in memory
+NONE = 0  # its reduction
+
+
+class ModulatedNorm(nn.GroupNorm):
+    """act((1 + scale) norm(x) + shift), norm over `groups` groups of channels, act SiLU or the identity.
+
+    x: (B, C, H, W), or several tensors side by side along the channels, whose concatenation is never made. modulation:
+    (B, 2C), scale and shift per image, or None. Computes in float32 and returns x's type.
+    """
+
+    def __init__(self, channels: int, groups: int, activation: bool = True) -> None:
+        if channels % groups:
+            raise InputError(f"norm_groups {groups} does not divide the {channels} channels of a layer")
+        super().__init__(groups, channels)
+        self.activation = activation
+
+    def forward(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]  # takes parts
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form, and chooses what to keep by itself
+            return self.plain(*x, modulation=modulation)
+        settings = (self.num_groups, self.eps, self.activation)
+        return _ModulatedNorm.apply(settings, self.weight, self.bias, modulation, *x)
+
+    def plain(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:
+        """The same by torch's own operations, one after another."""
+        h = super().forward(torch.cat(x, dim=1) if len(x) > 1 else x[0])
+        if modulation is not None:
+            scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
+            h = torch.addcmul(shift, h, 1 + scale)
+        return F.silu(h) if self.activation else h
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """y = act(a x + b), a = gamma rstd, b = beta - mean a, gamma = weight (1 + scale), beta = bias (1 + scale) + shift.
+
+    Backward, with z = a x + b, n = (x - mean) rstd and averages <.> over a group:
+    dx = rstd (gamma dz - <gamma dz> - n <gamma dz n>), which is linear in dz and x channel by channel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, settings: tuple[int, float, bool], *tensors: Any) -> torch.Tensor:
+        (groups, eps, activation), (weight, bias, modulation, *parts) = settings, tensors
+        mean, rstd = _statistics([_rows(part) for part in parts], groups, eps)  # (B, C)
+        gamma, beta = _modulated(weight, bias, modulation)
+        a = rstd * gamma
+        y = _affine(parts, a, torch.addcmul(beta, mean, a, value=-1))
+        ctx.save_for_backward(weight, bias, modulation, mean, rstd, *parts)
+        ctx.settings = settings
+        return (F.silu(y, inplace=True) if activation else y).to(parts[0].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]  # one output
+        (groups, _, activation), (weight, bias, modulation, mean, rstd, *parts) = ctx.settings, ctx.saved_tensors
+        gamma, beta = _modulated(weight, bias, modulation)
+        a = rstd * gamma
+        dz = dy.float().contiguous(memory_format=torch.channels_last)
+        if activation:
+            z = _affine(parts, a, torch.addcmul(beta, mean, a, value=-1))
+            dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
+        widths = [part.shape[1] for part in parts]
+        slices = _rows(dz).split(widths, dim=2)
+        of_beta = _rows(dz).sum(1)  # (B, C): what beta is told, image by image
+        products = [(rows * _rows(part)).sum(1) for rows, part in zip(slices, parts, strict=True)]
+        of_gamma = rstd * (torch.cat(products, 1) - mean * of_beta)  # sum of dz n
+        size = dz[0].numel() / groups
+        first, second = (_per_group(gamma * of, groups, torch.sum) / size for of in (of_beta, of_gamma))
+        of_x = -second * rstd.square()  # dx = a dz + of_x x + rest
+        rest = -mean * of_x - first * rstd
+        linear = [value[:, None].split(widths, dim=2) for value in (rest, of_x, a)]
+        dx = [
+            _image(torch.addcmul(b, _rows(part), of_part).addcmul_(rows, of_rows), part)
+            for part, rows, b, of_part, of_rows in zip(parts, slices, *linear, strict=True)
+        ]
+        of_modulation = None
+        if modulation is not None:
+            of_modulation = torch.cat([of_gamma * weight + of_beta * bias, of_beta], 1).to(modulation.dtype)
+            of_gamma, of_beta = (of * (1 + modulation[:, : len(weight)]) for of in (of_gamma, of_beta))
+        return None, of_gamma.sum(0), of_beta.sum(0), of_modulation, *dx
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) to float32 (B, HW, C), a view where x is float32 and channels_last."""
+    return x.float().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _image(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B, HW, C) to the shape and type of `like`, channels_last."""
+    return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2).to(like.dtype)
+
+
+def _per_group(values: torch.Tensor, groups: int, reduce: Any) -> torch.Tensor:
+    """(B, C) to (B, C): every channel gets what `reduce` makes of its group."""
+    grouped = values.view(len(values), groups, -1)
+    return reduce(grouped, 2, keepdim=True).expand_as(grouped).reshape(values.shape)
+
+
+def _statistics(parts: Sequence[torch.Tensor], groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each channel's group, (B, C), of parts (B, HW, C).
+
+    The variance within channels, around each one's own mean, plus that of the means: no large numbers are subtracted.
+    """
+    means = [part.mean(1) for part in parts]
+    within = [SQUARES(part, m[:, None].expand_as(part), NONE).mean(1) for part, m in zip(parts, means, strict=True)]
+    mean = torch.cat(means, 1)
+    centre = _per_group(mean, groups, torch.mean)
+    variance = _per_group(torch.cat(within, 1) + (mean - centre).square(), groups, torch.mean)
+    return centre, (variance + eps).rsqrt()
+
+
+def _modulated(
+    weight: torch.Tensor, bias: torch.Tensor, modulation: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """gamma = weight (1 + scale) and beta = bias (1 + scale) + shift: (B, C), without modulation (C,)."""
+    if modulation is None:
+        return weight, bias
+    scale, shift = modulation.float().chunk(2, dim=1)
+    return weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
+
+
+def _affine(parts: Sequence[torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a x + b of the parts side by side, float32 (B, C, H, W) in channels_last. a, b: (B, C)."""
+    first, widths = parts[0], [part.shape[1] for part in parts]
+    z = first.new_empty((len(first), first[0, 0].numel(), sum(widths)), dtype=torch.float32)
+    for part, out, *row in zip(parts, *(v.split(widths, dim=-1) for v in (z, a[:, None], b[:, None])), strict=True):
+        torch.addcmul(row[1], _rows(part), row[0], out=out)
+    return z.view(len(first), *first.shape[2:], -1).permute(0, 3, 1, 2)
