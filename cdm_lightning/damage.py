@@ -44,13 +44,9 @@ def unmarked(index: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tens
 class Damage(L.Callback):
     """Logs what a data module left out, over all processes: a sum since the run began, and of each validation.
 
-    `data/skipped_images`, `data/stand_ins` in training, and `val/...`, `test/...` of the same names. Every process adds
-    up after every batch of training, so that a checkpoint holds the sum of all.
+    `data/skipped_images`, `data/stand_ins` in training, and `val/...`, `test/...` of the same names. They add up
+    when a row of the log is due and where a checkpoint is written, which holds the sum of all.
     """
-
-    def add(self, trainer: Any, counts: torch.Tensor) -> torch.Tensor:
-        """The sum of int64 counts over the processes, on the CPU."""
-        return trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum").cpu()
 
     def log(self, module: L.LightningModule, group: str, counts: torch.Tensor) -> None:
         skipped, stand_ins = counts.tolist()
@@ -58,15 +54,19 @@ class Damage(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         data = trainer.datamodule
-        data.skipped += self.add(trainer, data.left_out.pop("train"))
+        data.unsummed += data.left_out.pop("train")  # of a batch that is done; the next may be here
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            data.add_up()
         self.log(pl_module, "data", data.skipped)
+
+    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        trainer.datamodule.add_up()
 
     def on_validation_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         trainer.datamodule.left_out.pop("val", None)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        none = torch.zeros(2, dtype=torch.int64)
-        counts = self.add(trainer, trainer.datamodule.left_out.pop("val", none))
+        counts = trainer.datamodule.over_all(trainer.datamodule.left_out.pop("val", torch.zeros(2, dtype=torch.int64)))
         self.log(pl_module, "test" if trainer.testing else "val", counts)
 
     on_test_start, on_test_epoch_end = on_validation_start, on_validation_epoch_end

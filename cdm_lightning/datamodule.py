@@ -75,12 +75,13 @@ class ShardDataModule(L.LightningDataModule):
         self.seen, self.batches_before, self.on_damage = 0, 0, on_damage
         self.found: dict[str, tuple[Path, Manifest]] = {}
         self.skipped = torch.zeros(2, dtype=torch.int64)  # images left out of training, and stand-ins, by all processes
-        self.left_out: dict[str, torch.Tensor] = {}  # the same of this process, since they were last added up
+        self.unsummed = torch.zeros(2, dtype=torch.int64)  # the same of this process since they were last added up
+        self.left_out: dict[str, torch.Tensor] = {}  # the same of batches that are not done
 
     def setup(self, stage: str) -> None:
         if not self.batches():  # a new run, be it after another one with the same data module
             self.seen, self.batches_before, self.skipped = 0, 0, torch.zeros(2, dtype=torch.int64)
-        self.found, self.left_out = {}, {}
+        self.found, self.left_out, self.unsummed = {}, {}, torch.zeros(2, dtype=torch.int64)
         if self.on_damage == "skip":
             callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
             if not any(isinstance(callback, Damage) for callback in callbacks):
@@ -177,6 +178,16 @@ class ShardDataModule(L.LightningDataModule):
         image, label, index = batch
         return to_float(image), label, index
 
+    def over_all(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, which must ask at once."""
+        strategy: Any = self.trainer.strategy
+        return strategy.reduce(counts.to(strategy.root_device), reduce_op="sum").cpu()
+
+    def add_up(self) -> None:
+        """Bring `skipped` up to date."""
+        self.skipped += self.over_all(self.unsummed)
+        self.unsummed.zero_()
+
     # -- the place in the sequence, saved with every checkpoint beside what the images are
 
     def batches(self) -> int:
@@ -190,6 +201,8 @@ class ShardDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         _, manifest = self.manifest("train")
+        if self.on_damage == "skip":
+            self.add_up()
         origin = {"classes": manifest.classes, "crop": manifest.crop, "filter": manifest.filter}
         counts = {"images_seen": self.images_seen(), "batches": self.batches(), "skipped": self.skipped.tolist()}
         return {**counts, "accumulated": self.trainer.accumulate_grad_batches, **origin}
