@@ -75,7 +75,7 @@ class ShardStream(IterableDataset):
             opened.close()
         raise InputError(f"{self.folder} holds no intact image")
 
-    def keys(self) -> Iterator[tuple[int, str]]:
+    def names(self) -> Iterator[tuple[int, str]]:
         """(place, key of its image) of this rank and worker, in the sequence's order; "" for one of a damaged shard."""
         for places, opened in self.opened():
             keys = ["" if opened.lost(item) else opened.key(item) for item in range(len(places))]
@@ -126,8 +126,8 @@ class ShardStream(IterableDataset):
             images, shown = self.stand_in(), places[:1].tolist()
         image = torch.from_numpy(images.image).permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
         if self.flip:
-            mirrored = torch.tensor([key(self.seed, "flip", place) % 2 == 1 for place in shown])
-            image[mirrored] = image[mirrored].flip(-1)
+            mirrored = np.array([key(self.seed, "flip", place) % 2 == 1 for place in shown])
+            image.numpy()[mirrored] = image.flip(-1).numpy()[mirrored]  # several times faster than torch's masks
         return downscale(image, self.resolution).contiguous(), torch.from_numpy(images.label), index
 
 
