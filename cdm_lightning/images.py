@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,15 +51,30 @@ def check_power_of_two(high: int, low: int) -> None:
         raise InputError(f"resolution {low} cannot be reached from {high}: their ratio must be a power of two")
 
 
-def encode_png(image: np.ndarray, photo: bool = False) -> bytes:
-    """Lossless PNG bytes of one uint8 image (H, W, C), C = 1 or 3.
-
-    photo: look for runs alone (zlib's Z_RLE). A photograph, filtered, has no longer repeats: the size is the same to
-    within 0.1 %, in a third of the time. Drawings and plain backgrounds come out larger.
-    """
-    buffer, runs = io.BytesIO(), {"compress_level": 6, "compress_type": Image.core.RLE} if photo else {"optimize": True}
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG", **runs)
+def encode_png(image: np.ndarray) -> bytes:
+    """Lossless PNG bytes of one uint8 image (H, W, C), C = 1 or 3."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def encode_photo(image: np.ndarray) -> bytes:
+    """Lossless PNG bytes of a photograph, uint8 (H, W, C), C = 1 or 3: eight times faster, some per cent larger.
+
+    Every row has the filter of averages, x - floor((left + above) / 2), where Pillow tries all five, and zlib looks for
+    runs alone, since filtered photographs have no longer repeats. Source: the PNG specification, chapters 5, 9 and 11.
+    """
+    height, width, channels = image.shape
+    rows = image.reshape(height, width * channels)
+    left, above = np.zeros_like(rows), np.zeros_like(rows)
+    left[:, channels:], above[1:] = rows[:, :-channels], rows[:-1]
+    filtered = np.full((height, width * channels + 1), 3, np.uint8)  # each row begins with the number of its filter
+    filtered[:, 1:] = rows - ((left.astype(np.uint16) + above) >> 1).astype(np.uint8)  # modulo 256
+    deflate = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", deflate.compress(filtered.tobytes()) + deflate.flush()), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def decode_png(data: bytes, side: int | None = None) -> np.ndarray:

@@ -22,14 +22,14 @@ import torch
 from tqdm import tqdm
 
 from cdm_lightning import InputError
-from cdm_lightning.images import downscale, encode_png
+from cdm_lightning.images import downscale, encode_photo
 from cdm_lightning.packed import write_packed
 from cdm_lightning.raw_images import Crop, RawImage, cut_square, decode
 from cdm_lightning.records import read_table
 from cdm_lightning.shards import write_atomically, write_shard
 
 PROGRESS = ".progress"  # in the folder of a split, from the start of a preparation to its end
-CHUNK = 64  # images that are reduced together
+CHUNK = 8  # images that are reduced together: their numbers stay in the cache
 
 
 @dataclass(frozen=True)
@@ -138,26 +138,26 @@ def make_shard(task: Task) -> dict[str, Any]:
     skipped: list[dict[str, str]] = []
     keys: list[str] = []
     labels: list[int] = []
-    arrays: dict[int, list[np.ndarray]] = {resolution: [] for resolution in task.resolutions}
-    pngs: dict[int, list[bytes]] = {resolution: [] for resolution in task.resolutions}
+    channels = 1 if task.grey else 3
+    arrays = {r: np.empty((len(task.images), r, r, channels), np.uint8) for r in task.packed}
+    pngs: dict[int, list[bytes]] = {r: [] for r in task.resolutions if r not in task.packed}
     squares = read_squares(task, skipped)
     while chunk := list(islice(squares, CHUNK)):
-        keys += [f"{position:08d}" for position, _, _ in chunk]
-        labels += [label for _, label, _ in chunk]
         image = torch.from_numpy(np.stack([square for *_, square in chunk])).permute(0, 3, 1, 2)
         for resolution in task.resolutions:
             image = downscale(image, resolution)
-            array = np.ascontiguousarray(image.permute(0, 2, 3, 1).numpy())
-            if resolution in task.packed:
-                arrays[resolution].append(array)
+            pixels = image.permute(0, 2, 3, 1).numpy()
+            if resolution in arrays:
+                arrays[resolution][len(keys) : len(keys) + len(chunk)] = pixels
             else:
-                pngs[resolution] += [encode_png(one, photo=True) for one in array]
+                pngs[resolution] += [encode_photo(one) for one in pixels]
+        keys += [f"{position:08d}" for position, _, _ in chunk]
+        labels += [label for _, label, _ in chunk]
     record: dict[str, Any] = {"number": task.number, "shards": {}, "labels": labels, "skipped": skipped}
     for resolution in task.resolutions:
         path = task.folder / str(resolution) / f"{task.number:06d}.tar"
-        if resolution in task.packed:
-            none = np.empty((0, resolution, resolution, 1 if task.grey else 3), np.uint8)
-            shard = write_packed(path, np.concatenate([none, *arrays.pop(resolution)]), labels, keys)
+        if resolution in arrays:
+            shard = write_packed(path, arrays.pop(resolution)[: len(keys)], labels, keys)
         else:
             shard = write_shard(path, zip(keys, pngs.pop(resolution), labels, strict=True))
         record["shards"][str(resolution)] = asdict(shard)

@@ -23,6 +23,7 @@ from test_shards import make_folder, refuses
 from cdm_lightning import InputError, packed
 from cdm_lightning.evaluation.memory import first_of_each, pictures
 from cdm_lightning.evaluation.real_images import read_images, write_subset
+from cdm_lightning.images import decode_png, encode_photo
 from cdm_lightning.packed import HEADER, PackedShard, npy_header, write_packed
 from cdm_lightning.prepare import prepare_folder
 from cdm_lightning.reading import open_images
@@ -386,6 +387,17 @@ def test_prepare_stores_small_images_packed_and_the_same_pixels(tmp_path):
         prepare_folder(tmp_path / "raw", tmp_path / "out", packed=0, **options)
     with pytest.raises(InputError, match="packed is -1: it is the largest width"):
         prepare_folder(tmp_path / "raw", tmp_path / "x", packed=-1, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 3), (7, 1, 3), (64, 48, 1), (33, 64, 3)])
+def test_photographs_become_pngs_that_pillow_reads_back(shape):
+    rng = np.random.default_rng(0)
+    for image in (rng.integers(0, 256, shape, np.uint8), np.full(shape, 255, np.uint8), np.indices(shape).sum(0) * 5):
+        data = encode_photo(image := np.asarray(image, np.uint8))
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.mode == ("L" if shape[2] == 1 else "RGB") and picture.size == (shape[1], shape[0])
+            picture.verify()
+        assert np.array_equal(decode_png(data), image)
 
 
 def test_the_benchmark_runs(tmp_path, capsys):
