@@ -63,7 +63,7 @@ def prepare_imagenet(
         max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
         limit: take only this many images, drawn at random.
         packed: the largest width that is stored packed, as bare pixels in one array per shard, which are read many
-            times faster; larger ones are PNGs, and with 0 all are. 64x64 take 12 KB an image packed, 8 to 9 as PNG.
+            times faster; larger ones are PNGs, and with 0 all are. At 64x64 an image takes 12 KB, as a PNG 11.
     """
     find = partial(list_imagenet, source, split, devkit)
     prepare(
@@ -105,7 +105,7 @@ def prepare_folder(
         max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
         limit: take only this many images, drawn at random.
         packed: the largest width that is stored packed, as bare pixels in one array per shard, which are read many
-            times faster; larger ones are PNGs, and with 0 all are. 64x64 take 12 KB an image packed, 8 to 9 as PNG.
+            times faster; larger ones are PNGs, and with 0 all are. At 64x64 an image takes 12 KB, as a PNG 11.
     """
     find = partial(list_folder, source)
     prepare(
