@@ -6,7 +6,6 @@ import gzip
 import io
 import tarfile
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from cdm_lightning import InputError
@@ -44,7 +43,7 @@ def check_member(member: tarfile.TarInfo, name: str) -> None:
         raise InputError(f"{name} holds {member.name!r}, a link or a device: plain files alone are read")
     if not member.name.isprintable():
         raise InputError(f"{name} holds {member.name!r}: a name that cannot be printed is refused")
-    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
         raise InputError(f"{name} holds {member.name!r}: a path that leads out of its folder is refused")
 
 

@@ -7,25 +7,29 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from cdm_lightning import InputError
-from cdm_lightning.images import downscale, encode_png
+from cdm_lightning.images import downscale, encode_photo
+from cdm_lightning.packed import write_packed
 from cdm_lightning.raw_images import Crop, RawImage, cut_square, decode
 from cdm_lightning.records import read_table
 from cdm_lightning.shards import write_atomically, write_shard
 
 PROGRESS = ".progress"  # in the folder of a split, from the start of a preparation to its end
+CHUNK = 8  # images that are reduced together: their numbers stay in the cache
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Task:
     resolutions: list[int]
     crop: Crop
     grey: bool
+    packed: list[int]  # those of the resolutions that are stored packed
 
     @property
     def record(self) -> Path:
@@ -130,8 +135,38 @@ def start_worker() -> None:
 
 def make_shard(task: Task) -> dict[str, Any]:
     """Decode each image once, write its shard in every resolution, then the record, which is also returned."""
-    samples: dict[int, list[tuple[str, bytes, int]]] = {resolution: [] for resolution in task.resolutions}
-    skipped = []
+    skipped: list[dict[str, str]] = []
+    keys: list[str] = []
+    labels: list[int] = []
+    channels = 1 if task.grey else 3
+    arrays = {r: np.empty((len(task.images), r, r, channels), np.uint8) for r in task.packed}
+    pngs: dict[int, list[bytes]] = {r: [] for r in task.resolutions if r not in task.packed}
+    squares = read_squares(task, skipped)
+    while chunk := list(islice(squares, CHUNK)):
+        image = torch.from_numpy(np.stack([square for *_, square in chunk])).permute(0, 3, 1, 2)
+        for resolution in task.resolutions:
+            image = downscale(image, resolution)
+            pixels = image.permute(0, 2, 3, 1).numpy()
+            if resolution in arrays:
+                arrays[resolution][len(keys) : len(keys) + len(chunk)] = pixels
+            else:
+                pngs[resolution] += [encode_photo(one) for one in pixels]
+        keys += [f"{position:08d}" for position, _, _ in chunk]
+        labels += [label for _, label, _ in chunk]
+    record: dict[str, Any] = {"number": task.number, "shards": {}, "labels": labels, "skipped": skipped}
+    for resolution in task.resolutions:
+        path = task.folder / str(resolution) / f"{task.number:06d}.tar"
+        if resolution in arrays:
+            shard = write_packed(path, arrays.pop(resolution)[: len(keys)], labels, keys)
+        else:
+            shard = write_shard(path, zip(keys, pngs.pop(resolution), labels, strict=True))
+        record["shards"][str(resolution)] = asdict(shard)
+    write_atomically(task.record, json.dumps(record).encode())
+    return record
+
+
+def read_squares(task: Task, skipped: list[dict[str, str]]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(position, label, uint8 (R, R, C)) of each image at the largest resolution; `skipped` lists the unreadable."""
     for position, raw in enumerate(task.images, task.start):
         try:
             picture = decode(raw.read(), task.grey)
@@ -140,16 +175,4 @@ def make_shard(task: Task) -> dict[str, Any]:
         except ValueError as error:
             skipped.append({"name": raw.name, "reason": str(error)})
             continue
-        image = torch.from_numpy(cut_square(picture, task.resolutions[0], task.crop).copy()).permute(2, 0, 1)
-        for resolution in task.resolutions:
-            image = downscale(image, resolution)
-            samples[resolution].append((f"{position:08d}", encode_png(image.permute(1, 2, 0).numpy()), raw.label))
-    name = f"{task.number:06d}.tar"
-    record = {
-        "number": task.number,
-        "shards": {str(r): asdict(write_shard(task.folder / str(r) / name, samples[r])) for r in task.resolutions},
-        "labels": [label for _, _, label in samples[task.resolutions[0]]],
-        "skipped": skipped,
-    }
-    write_atomically(task.record, json.dumps(record).encode())
-    return record
+        yield position, raw.label, cut_square(picture, task.resolutions[0], task.crop)

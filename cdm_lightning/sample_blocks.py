@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from cdm_lightning import InputError
 from cdm_lightning.images import encode_png
-from cdm_lightning.shards import decode_sample, read_manifest, read_places, write_shard
+from cdm_lightning.reading import open_images
+from cdm_lightning.shards import read_manifest, write_shard
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,13 @@ class BlockData(Dataset):
         block = self.manifest.block(self.numbers[item])
         if self.start is None or self.given is None:
             return block
-        images = []
-        samples = read_places(self.start, self.given.shards, block["index"].tolist())
-        for index, label, sample in zip(block["index"].tolist(), block["label"].tolist(), samples, strict=True):
-            image, stored = decode_sample(sample, self.given)
+        opened = open_images(self.start, self.given, self.given.shards, block["index"].tolist())
+        images = opened.read(range(self.manifest.block_size))
+        opened.close()
+        for index, label, stored in zip(block["index"].tolist(), block["label"].tolist(), images.label, strict=True):
             if stored != label:
                 raise InputError(f"image {index} of {self.start} has class {stored}, and sample {index} has {label}")
-            images.append(image)
-        return {**block, "image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)}
+        return {**block, "image": torch.from_numpy(images.image).permute(0, 3, 1, 2)}
 
 
 class Blocks(L.LightningDataModule):

@@ -1,4 +1,7 @@
-"""Folders of WebDataset shards: `<root>/<split>/<resolution>/` holds tars of (png, cls) and a manifest.json."""
+"""Folders of WebDataset shards: `<root>/<split>/<resolution>/` holds tars and a manifest.json.
+
+A tar holds a (png, cls) for each image, or, packed, all images of the shard in one array (packed.py).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from glob import escape
 from pathlib import Path
@@ -20,19 +24,25 @@ from webdataset.tariterators import group_by_keys
 
 from cdm_lightning import InputError
 from cdm_lightning.archives import files_of
-from cdm_lightning.images import decode_png, encode_png
+from cdm_lightning.images import encode_png
 
 MOST = 10_000_000  # images in a shard
+HEAD, HEAD_EACH = 8192, 80  # bytes before the pixels of a packed shard are fewer than these, and these of each image
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, how many images it holds, its size in bytes and its SHA-256."""
+    """One tar: its file name, how many images it holds, its size in bytes and its SHA-256.
+
+    head, head_sha256: of a packed shard alone, how many bytes lie before its first pixel, and their SHA-256.
+    """
 
     name: str
     count: int
     bytes: int
     sha256: str
+    head: int = 0
+    head_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,16 @@ class Manifest:
     @property
     def count(self) -> int:
         return sum(shard.count for shard in self.shards)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the shards are of the packed form: all are, or none."""
+        return any(shard.head for shard in self.shards)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image as stored."""
+        return self.resolution, self.resolution, self.channels
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -152,49 +172,13 @@ def read_shard(path: Path, count: int | None = None, sha256: str | None = None) 
         raise InputError(f"{path} holds {more} images where its manifest says {count}")
 
 
-def read_places(
-    folder: Path,
-    shards: Sequence[Shard],
-    wanted: Sequence[int],
-    report: Callable[[InputError], None] | None = None,
-) -> list[dict[str, Any]]:
-    """The undecoded samples at places `wanted` of the concatenated shards; keeps no others in memory.
-
-    report: is told what is wrong with a damaged shard, whose samples are then {}, where else it would be refused.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    needed, first = set(wanted), 0
-    for shard in shards:
-        if any(first <= place < first + shard.count for place in needed):
-            samples = enumerate(read_shard(folder / shard.name, shard.count, shard.sha256), first)
-            try:
-                found |= {place: sample for place, sample in samples if place in needed}
-            except InputError as error:
-                if report is None:
-                    raise
-                report(error)
-        first += shard.count
-    return [found.get(place, {}) for place in wanted]
-
-
-def decode_sample(sample: dict[str, Any], manifest: Manifest) -> tuple[np.ndarray, int]:
-    """uint8 image (H, W, C) as stored, and label, checked against the manifest."""
-    name = f"image {sample['__key__']} of {sample['__url__']}"
-    try:
-        image, label = decode_png(sample["png"], manifest.resolution), int(sample["cls"])
-    except Exception as error:  # whatever a corrupt file makes Pillow raise
-        raise InputError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
-    stored = (manifest.resolution, manifest.resolution, manifest.channels)
-    if image.shape != stored:
-        raise InputError(f"{name} has shape {image.shape} where its manifest says {stored}")
-    if not 0 <= label < len(manifest.classes):
-        raise InputError(f"{name} has label {label}, outside 0 ... {len(manifest.classes) - 1}")
-    return image, label
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json, the last file of a finished folder."""
-    write_atomically(folder / "manifest.json", (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    fields = asdict(manifest)
+    for shard in fields["shards"]:
+        if not shard["head"]:  # of PNGs: as ever
+            del shard["head"], shard["head_sha256"]
+    write_atomically(folder / "manifest.json", (json.dumps(fields, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: Path, whole: bool = True) -> Manifest:
@@ -237,8 +221,10 @@ def check_types(manifest: Manifest) -> None:
     texts = {"split": manifest.split, "crop": manifest.crop, "filter": manifest.filter, "source": manifest.source}
     numbers = {"resolution": manifest.resolution, "channels": manifest.channels, "skipped": manifest.skipped}
     for shard in manifest.shards:
-        numbers |= {f"count of {shard.name}": shard.count, f"bytes of {shard.name}": shard.bytes}
+        sizes = {"count": shard.count, "bytes": shard.bytes, "head": shard.head}
+        numbers |= {f"{name} of {shard.name}": size for name, size in sizes.items()}
         texts |= {f"name {shard.name!r} of a shard": shard.name, f"sha256 of {shard.name}": shard.sha256}
+        texts |= {f"head_sha256 of {shard.name}": shard.head_sha256}
     for name, value in lists.items():
         if not isinstance(value, list):
             raise ValueError(f"{name} is {value!r}, not a list")
@@ -250,6 +236,10 @@ def check_types(manifest: Manifest) -> None:
     for shard in manifest.shards:
         if shard.count > min(shard.bytes, MOST):  # else a line of JSON could ask for any amount of memory
             raise ValueError(f"{shard.name} of {shard.bytes} bytes cannot hold {shard.count} images")
+        if manifest.packed and not 0 < shard.head <= shard.bytes - shard.count * math.prod(manifest.shape):
+            raise ValueError(f"{shard.name} of {shard.bytes} bytes cannot hold {shard.count} images after its head")
+        if shard.head > HEAD + HEAD_EACH * shard.count:
+            raise ValueError(f"{shard.name} has a head of {shard.head} bytes, too many for {shard.count} images")
     for name, text in texts.items():
         if not isinstance(text, str) or not text.isprintable():
             raise ValueError(f"{name} is {text!r}, not a line of text")

@@ -72,7 +72,7 @@ def damage(folder, case):
 def lost_places(folder, lost, **options):
     """The places of lost images, found by walking the sequence of the undamaged folder."""
     stream = ShardStream(folder, read_manifest(folder), 8, 4, window=3, **options)
-    return {place for place, sample in stream.samples() if int(sample["__key__"]) in lost}
+    return {place for place, name in stream.names() if int(name) in lost}
 
 
 @pytest.mark.parametrize("case", [*SHARD, *IMAGE])

@@ -41,8 +41,9 @@ from cdm_lightning.evaluation.features import feature_file, finished
 from cdm_lightning.evaluation.inception import load_head
 from cdm_lightning.raw_images import decode as decode_raw
 from cdm_lightning.raw_images import list_train_archive, list_val_archive
+from cdm_lightning.reading import decode_sample
 from cdm_lightning.sampling import origin
-from cdm_lightning.shards import Manifest, Shard, decode_sample, read_manifest, read_shard
+from cdm_lightning.shards import Manifest, Shard, read_manifest, read_shard
 from cdm_lightning.stream import ShardStream
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]

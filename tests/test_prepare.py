@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 
 from cdm_lightning import InputError, shards
-from cdm_lightning.images import decode_png, downscale
+from cdm_lightning.images import downscale
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.raw_images import cut_square, decode
-from cdm_lightning.shards import read_manifest, read_shard
+from cdm_lightning.reading import open_images
+from cdm_lightning.shards import read_manifest
 
 WNIDS = ["n02119789", "n01440764", "n03000134", "n02100735"]  # not sorted, as in the devkit
 RNG = np.random.default_rng(0)
@@ -109,9 +110,10 @@ def val_archive(folder: Path, truth: list[int]) -> tuple[Path, dict[str, bytes]]
 
 def stored(out: Path) -> Iterator[tuple[str, np.ndarray, int]]:
     """(key, uint8 image, label) of every sample of a folder of shards, in order."""
-    for shard in read_manifest(out).shards:
-        for sample in read_shard(out / shard.name):
-            yield sample["__key__"], decode_png(sample["png"]), int(sample["cls"])
+    manifest = read_manifest(out)
+    opened = open_images(out, manifest, manifest.shards, range(manifest.count))
+    for item in range(manifest.count):
+        yield opened.key(item), *opened.load(item)
 
 
 def hashes(out: Path) -> dict[str, str]:

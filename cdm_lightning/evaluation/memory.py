@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from cdm_lightning import InputError
 from cdm_lightning.evaluation.cards import ReferenceCard
 from cdm_lightning.evaluation.manifold import copy_threshold, nearest
 from cdm_lightning.images import downscale, encode_png
+from cdm_lightning.reading import open_images
 from cdm_lightning.sample_shards import NO_CLASSES
-from cdm_lightning.shards import Manifest, decode_sample, digest_of, find_folder, read_manifest, read_places, read_shard
+from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
 
 EXPECTED = 0.01  # share of honest samples that the threshold takes for copies
 SHOWN, NEIGHBOURS, CLASSES, SHEET, COLUMNS = 8, 4, 20, 40, 10
@@ -73,8 +73,10 @@ def real_folder(card: ReferenceCard, real: Path) -> Path:
 def pictures(folder: Path, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:
     """uint8 (C, R, R) images of a folder of shards by their places in stored order."""
     manifest = read_manifest(folder)
-    images = [decode_sample(s, manifest)[0] for s in read_places(folder, manifest.shards, places)]
-    return [downscale(torch.from_numpy(i).permute(2, 0, 1), resolution or manifest.resolution) for i in images]
+    opened = open_images(folder, manifest, manifest.shards, places)
+    image = torch.from_numpy(opened.read(range(len(places))).image).permute(0, 3, 1, 2)
+    opened.close()
+    return list(downscale(image, resolution or manifest.resolution))
 
 
 def stored(folder: Path) -> list[Path]:
@@ -100,10 +102,17 @@ def first_of_each(folder: Path, manifest: Manifest) -> dict[int, int]:
     """Where the first sample of a class lies, of the first 20 classes that come."""
     found: dict[int, int] = {}
     wanted = min(CLASSES, sum(count > 0 for count in manifest.counts))
-    for place, sample in enumerate(chain.from_iterable(read_shard(folder / s.name, s.count) for s in manifest.shards)):
-        found.setdefault(int(sample["cls"]), place)
+    first = 0
+    for shard in manifest.shards:
+        opened = open_images(folder, manifest, [shard], range(shard.count))
+        for item in range(shard.count):
+            found.setdefault(opened.label(item), first + item)
+            if len(found) == wanted:
+                break
+        opened.close()
         if len(found) == wanted:
             break
+        first += shard.count
     return found
 
 

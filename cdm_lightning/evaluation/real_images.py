@@ -15,16 +15,8 @@ from tqdm import tqdm
 from cdm_lightning import InputError
 from cdm_lightning.images import downscale, encode_png
 from cdm_lightning.randomness import key
-from cdm_lightning.shards import (
-    Manifest,
-    Shard,
-    decode_sample,
-    find_folder,
-    read_manifest,
-    read_shard,
-    write_manifest,
-    write_shard,
-)
+from cdm_lightning.reading import in_batches, open_images
+from cdm_lightning.shards import Manifest, Shard, find_folder, read_manifest, write_manifest, write_shard
 
 IMAGES_PER_SHARD = 1000
 
@@ -45,23 +37,10 @@ def stream(
     folder: Path, manifest: Manifest, shards: Sequence[Shard], resolution: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of the images of some shards of a folder, as `read_images` gives them."""
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    for shard in shards:
-        for sample in read_shard(folder / shard.name, shard.count, shard.sha256):
-            image, label = decode_sample(sample, manifest)
-            images.append(image)
-            labels.append(label)
-            if len(images) == batch_size:
-                yield batch_of(images, labels, resolution)
-                images, labels = [], []
-    if images:
-        yield batch_of(images, labels, resolution)
-
-
-def batch_of(images: list[np.ndarray], labels: list[int], resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
-    image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return downscale(image, resolution), torch.tensor(labels)
+    windows = ((np.arange(s.count), open_images(folder, manifest, [s], range(s.count))) for s in shards)
+    for _, images in in_batches(windows, batch_size):
+        image = torch.from_numpy(images.image).permute(0, 3, 1, 2).contiguous()
+        yield downscale(image, resolution), torch.from_numpy(images.label)
 
 
 def first_images(n: int, root: Path, split: str, resolution: int) -> torch.Tensor:
@@ -138,11 +117,13 @@ def chosen_samples(
         kept.append(set(np.random.default_rng(key(seed, "subset", c)).choice(held, asked, replace=False).tolist()))
     ranks = [count() for _ in counts]  # the next image of class c is its ranks[c]-th
     for shard in manifest.shards:
-        for sample in read_shard(source / shard.name, shard.count, shard.sha256):
-            label = int(sample["cls"])
+        opened = open_images(source, manifest, [shard], range(shard.count))
+        for item in range(shard.count):
+            label = opened.label(item)
             if next(ranks[label]) in kept[label]:
-                image, label = decode_sample(sample, manifest)
-                png = sample["png"]
+                png = opened.png(item)
                 if resolution != manifest.resolution:
-                    png = encode_png(batch_of([image], [label], resolution)[0][0].permute(1, 2, 0).numpy())
-                yield sample["__key__"], png, label
+                    image = torch.from_numpy(opened.load(item)[0]).permute(2, 0, 1)
+                    png = encode_png(downscale(image, resolution).permute(1, 2, 0).numpy())
+                yield opened.key(item), png, label
+        opened.close()

@@ -1,0 +1,246 @@
+"""Images of shards, of either form, by their places: the one way in for all that reads images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cdm_lightning import InputError
+from cdm_lightning.images import decode_png, encode_png
+from cdm_lightning.packed import PackedShard
+from cdm_lightning.shards import Manifest, Shard, read_shard
+
+Report = Callable[[InputError], None]
+
+
+class Images(NamedTuple):
+    """Some images as stored, uint8 (n, H, W, C), their labels, int64 (n,), and which of those asked for they are.
+
+    intact: bool (N,), of the N asked for; n of them are intact.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    intact: np.ndarray
+
+
+class Opened:
+    """Images at some places, whose shards have been opened and checked. An item counts the places, from 0."""
+
+    def __init__(self, manifest: Manifest, report: Report | None) -> None:
+        self.manifest, self.report = manifest, report
+
+    def key(self, item: int) -> str:
+        """The key of an image whose shard is whole."""
+        raise NotImplementedError
+
+    def label(self, item: int) -> int:
+        """The label of an image whose shard is whole. Raises InputError where it is no class of the manifest."""
+        raise NotImplementedError
+
+    def load(self, item: int) -> tuple[np.ndarray, int]:
+        """uint8 image (H, W, C) as stored, and label, checked. Raises InputError where it is damaged."""
+        raise NotImplementedError
+
+    def lost(self, item: int) -> bool:
+        """Whether the shard of an image is damaged, which has been reported."""
+        raise NotImplementedError
+
+    def png(self, item: int) -> bytes:
+        """An image as PNG. Raises InputError where it is damaged."""
+        return encode_png(self.load(item)[0])
+
+    def close(self) -> None:
+        """Let go of files and memory."""
+
+    def read(self, items: Sequence[int]) -> Images:
+        """The images, checked against the manifest. A damaged one is reported, or else raises InputError."""
+        found, intact = [], np.zeros(len(items), bool)
+        for position, item in enumerate(items):
+            if self.lost(item):
+                continue
+            try:
+                found.append(self.load(item))
+            except InputError as error:
+                if self.report is None:
+                    raise
+                self.report(error)
+                continue
+            intact[position] = True
+        image = np.stack([image for image, _ in found]) if found else np.empty((0, *self.manifest.shape), np.uint8)
+        return Images(image, np.array([label for _, label in found], np.int64), intact)
+
+
+def open_images(
+    folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None = None
+) -> Opened:
+    """Open the images at places `wanted` of the concatenated shards, some of `manifest`'s, whatever their form.
+
+    report: is told what is wrong with a damaged shard or image, where else InputError would be raised.
+    """
+    return (PackedImages if manifest.packed else PngImages)(folder, manifest, shards, wanted, report)
+
+
+def in_batches(windows: Iterable[tuple[np.ndarray, Opened]], size: int) -> Iterator[tuple[np.ndarray, Images]]:
+    """(places, images) in batches of `size` places, the last one smaller, from windows of places, closed after use."""
+    parts: list[tuple[np.ndarray, Images]] = []
+    held = 0
+    for places, opened in windows:
+        try:
+            start = 0
+            while start < len(places):
+                stop = min(len(places), start + size - held)
+                parts.append((places[start:stop], opened.read(range(start, stop))))
+                held, start = held + stop - start, stop
+                if held == size:
+                    yield joined(parts)
+                    parts, held = [], 0
+        finally:
+            opened.close()
+    if parts:
+        yield joined(parts)
+
+
+def joined(parts: list[tuple[np.ndarray, Images]]) -> tuple[np.ndarray, Images]:
+    if len(parts) == 1:
+        return parts[0]
+    places, images = zip(*parts, strict=True)
+    return np.concatenate(places), Images(*(np.concatenate(arrays) for arrays in zip(*images, strict=True)))
+
+
+class PackedImages(Opened):
+    """Images of packed shards: a shard is opened where one is wanted, an image is read when it is asked for."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
+    ) -> None:
+        super().__init__(manifest, report)
+        starts = np.cumsum([0, *(shard.count for shard in shards)])
+        number = np.searchsorted(starts, wanted, side="right") - 1
+        row = np.asarray(wanted, np.int64) - starts[number]
+        self.number, self.row = number.tolist(), row.tolist()
+        self.opened: dict[int, PackedShard] = {}
+        try:
+            for each in sorted(set(self.number)):
+                self.open(each, folder / shards[each].name, shards[each], row[number == each])
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, number: int, path: Path, shard: Shard, rows: np.ndarray) -> None:
+        try:
+            self.opened[number] = PackedShard(path, shard, self.manifest)
+        except InputError as error:
+            if self.report is None:
+                raise
+            self.report(error)
+            return
+        self.opened[number].expect(rows)
+
+    def lost(self, item: int) -> bool:
+        return self.number[item] not in self.opened
+
+    def key(self, item: int) -> str:
+        return self.opened[self.number[item]].key(self.row[item])
+
+    def label(self, item: int) -> int:
+        label = self.opened[self.number[item]].label[self.row[item]]
+        if not 0 <= label < len(self.manifest.classes):
+            raise self.error(item, f"has label {label}, outside 0 ... {len(self.manifest.classes) - 1}")
+        return label
+
+    def load(self, item: int) -> tuple[np.ndarray, int]:
+        image, label = np.empty(self.manifest.shape, np.uint8), self.label(item)
+        if what := self.opened[self.number[item]].read(self.row[item], image):
+            raise self.error(item, what)
+        return image, label
+
+    def error(self, item: int, what: str) -> InputError:
+        return InputError(f"image {self.key(item)} of {self.opened[self.number[item]].path} {what}")
+
+    def close(self) -> None:
+        for shard in self.opened.values():
+            shard.close()
+
+
+class PngImages(Opened):
+    """Images of shards of PNGs: those wanted are taken into memory at once, and decoded when they are asked for."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
+    ) -> None:
+        super().__init__(manifest, report)
+        self.samples = read_places(folder, shards, wanted, report)
+
+    def lost(self, item: int) -> bool:
+        return not self.samples[item]
+
+    def key(self, item: int) -> str:
+        return self.samples[item]["__key__"]
+
+    def label(self, item: int) -> int:
+        return decode_label(self.samples[item], self.manifest)
+
+    def load(self, item: int) -> tuple[np.ndarray, int]:
+        return decode_sample(self.samples[item], self.manifest)
+
+    def png(self, item: int) -> bytes:
+        self.load(item)
+        return self.samples[item]["png"]
+
+    def close(self) -> None:
+        self.samples = []
+
+
+def read_places(
+    folder: Path,
+    shards: Sequence[Shard],
+    wanted: Sequence[int],
+    report: Callable[[InputError], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The undecoded samples at places `wanted` of the concatenated shards; keeps no others in memory.
+
+    report: is told what is wrong with a damaged shard, whose samples are then {}, where else it would be refused.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    needed, first = set(wanted), 0
+    for shard in shards:
+        if any(first <= place < first + shard.count for place in needed):
+            samples = enumerate(read_shard(folder / shard.name, shard.count, shard.sha256), first)
+            try:
+                found |= {place: sample for place, sample in samples if place in needed}
+            except InputError as error:
+                if report is None:
+                    raise
+                report(error)
+        first += shard.count
+    return [found.get(place, {}) for place in wanted]
+
+
+def decode_sample(sample: dict[str, Any], manifest: Manifest) -> tuple[np.ndarray, int]:
+    """uint8 image (H, W, C) as stored, and label, checked against the manifest."""
+    try:
+        image = decode_png(sample["png"], manifest.resolution)
+    except Exception as error:  # whatever a corrupt file makes Pillow raise
+        raise InputError(f"{name_of(sample)} cannot be decoded: {type(error).__name__}: {error}") from error
+    if image.shape != manifest.shape:
+        raise InputError(f"{name_of(sample)} has shape {image.shape} where its manifest says {manifest.shape}")
+    return image, decode_label(sample, manifest)
+
+
+def decode_label(sample: dict[str, Any], manifest: Manifest) -> int:
+    """The label of a sample, checked against the manifest."""
+    try:
+        label = int(sample["cls"])
+    except Exception as error:
+        raise InputError(f"{name_of(sample)} cannot be decoded: {type(error).__name__}: {error}") from error
+    if not 0 <= label < len(manifest.classes):
+        raise InputError(f"{name_of(sample)} has label {label}, outside 0 ... {len(manifest.classes) - 1}")
+    return label
+
+
+def name_of(sample: dict[str, Any]) -> str:
+    return f"image {sample['__key__']} of {sample['__url__']}"

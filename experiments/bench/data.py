@@ -1,0 +1,197 @@
+"""Images a second of every way to a batch: packed shards, shards of PNGs, the original JPEGs, a bare copy of the bytes.
+
+`python experiments/bench/data.py` makes photograph-like JPEGs of 400x350, prepares them in both forms at every
+resolution, and measures all ways in turn, round after round, in one process with one thread; then the loader with its
+workers, and `cdm prepare` beside decoding alone. Everything is read from the page cache. The figures are medians over
+the rounds. A ratio is one of CPU times, which what else runs on the machine changes little.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from cdm_lightning.prepare import prepare_folder
+from cdm_lightning.raw_images import cut_square, decode
+from cdm_lightning.shards import read_manifest, write_atomically
+from cdm_lightning.stream import ShardStream
+
+WIDTH, HEIGHT = 400, 350  # about the mean of ImageNet
+DISTINCT = 50  # pictures; the others are copies of them
+Rate = tuple[float, float]  # images a second of the clock, and a second of this process's CPU time
+
+
+def photograph(rng: np.random.Generator) -> bytes:
+    """JPEG bytes of noise at low frequencies with a little grain, about 50 KB as a photograph of that size has."""
+    image = np.zeros((HEIGHT, WIDTH, 3))
+    for waves in (4, 12, 36, 100):
+        for channel in range(3):
+            noise = Image.fromarray(rng.normal(size=(waves * HEIGHT // WIDTH + 1, waves)).astype(np.float32))
+            image[..., channel] += (
+                120 / waves**0.5 * np.asarray(noise.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+            )
+    image += 128 + 4 * rng.normal(size=(HEIGHT, WIDTH, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def measured(batches: Iterator[int], seconds: float) -> Rate:
+    """Batches, as their numbers of images, until `seconds` are over."""
+    clock, cpu, images = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - clock < seconds:
+        images += next(batches)
+    return images / (time.perf_counter() - clock), images / (time.process_time() - cpu)
+
+
+def from_shards(root: Path, resolution: int, batch_size: int, workers: int = 0) -> Iterator[int]:
+    """Batches of an endless stream, with mirroring, as training has them."""
+    folder = root / "train" / str(resolution)
+    stream = ShardStream(folder, read_manifest(folder), resolution, batch_size, flip=True)
+    loader = DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
+    return (len(image) for image, _, _ in (loader if workers else stream))
+
+
+def from_jpegs(jpegs: Sequence[bytes], resolution: int, batch_size: int) -> Iterator[int]:
+    """Batches of the original files: decode, cut, stack."""
+    files = cycle(jpegs)
+    while True:
+        squares = [cut_square(decode(next(files)), resolution, "adm") for _ in range(batch_size)]
+        yield len(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous())
+
+
+def copied(resolution: int, batch_size: int, images: int) -> Iterator[int]:
+    """Batches copied from an array of as many images as the shards hold."""
+    whole = torch.zeros(max(images, batch_size), 3, resolution, resolution, dtype=torch.uint8)
+    for start in cycle(range(0, len(whole) - batch_size + 1, batch_size)):
+        yield len(whole[start : start + batch_size].clone())
+
+
+def in_turn(ways: dict[str, Iterator[int]], rounds: int, seconds: float) -> dict[str, Rate]:
+    """The median rates of some ways, each measured once a round after one batch that warms it up."""
+    for way in ways.values():
+        next(way)
+    found: dict[str, list[Rate]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(measured(way, seconds))
+    return {name: (median(r for r, _ in rates), median(r for _, r in rates)) for name, rates in found.items()}
+
+
+def prepared(source: Path, out: Path, images: int, **options: Any) -> Rate:
+    """The rate of `cdm prepare` with one process."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        prepare_folder(source, out, images_per_shard=max(1, images // 2), workers=1, **options)
+    return images / (time.perf_counter() - clock), images / (time.process_time() - cpu)
+
+
+def preparing(
+    source: Path, out: Path, jpegs: Sequence[bytes], resolutions: Sequence[int], images: int
+) -> dict[str, Rate]:
+    """Rates of `cdm prepare` in both forms, whose shards are measured later, beside the decoding that it needs."""
+    found = {}
+    for name, packed in (("packed", max(resolutions)), ("png", 0)):
+        found[f"prepare, all {name}"] = prepared(source, out / name, images, resolutions=resolutions, packed=packed)
+    small = [r for r in resolutions if r <= 64]
+    if small:
+        found[f"prepare, {max(small)} and less, packed"] = prepared(source, out / "small", images, resolutions=small)
+    limits: dict[str, Callable[[bytes], Any]] = {"decode alone": decode}
+    for size in sorted({max(resolutions), *([max(small)] if small else [])}, reverse=True):
+        limits[f"decode and cut {size}"] = lambda data, size=size: cut_square(decode(data), size, "adm")
+    for name, use in limits.items():
+        found[name] = measured((len([use(data)]) for data in cycle(jpegs)), 0.002 * images)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rates as text, one row a way, with the ratio to the original JPEGs."""
+    lines = []
+    for resolution, ways in results["rates"].items():
+        lines.append(f"{resolution}x{resolution:<8} {'images/s':>12} {'/CPU s':>12} {'of JPEG':>9} {'bytes/image':>12}")
+        for name, (wall, cpu) in ways.items():
+            size = results["bytes_per_image"][resolution].get(name, "")
+            lines.append(f"  {name:<20} {wall:>12,.0f} {cpu:>12,.0f} {cpu / ways['jpeg'][1]:>8.1f}x {size:>12}")
+        for name, (wall, _) in results["loader"].get(resolution, {}).items():
+            lines.append(f"  {name:<20} {wall:>12,.0f}")
+    lines.append(f"{'prepare, one process':<34} {'images/s':>10} {'/CPU s':>10}")
+    lines += [f"  {name:<32} {wall:>10,.0f} {cpu:>10,.0f}" for name, (wall, cpu) in results["prepare"].items()]
+    return "\n".join(lines)
+
+
+def main(
+    resolutions: Sequence[int] = (32, 64, 128, 256),
+    images: int = 1000,
+    batch_size: int = 64,
+    rounds: int = 5,
+    seconds: float = 0.5,
+    workers: Sequence[int] = (0, 1, 2),
+    out: Path | None = None,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Measure the data path and print a table.
+
+    Args:
+        resolutions: widths to measure, each half of another.
+        images: images in each folder of shards.
+        batch_size: images in a batch.
+        rounds: times that every way is measured.
+        seconds: how long each time.
+        workers: processes of the loader, a row for each number.
+        out: a JSON file to write.
+        quick: a few seconds with figures that say nothing, to see that it runs.
+    """
+    if quick:
+        resolutions, images, rounds, seconds, workers = resolutions[:2], 60, 1, 0.05, workers[:2]
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    jpegs = [photograph(rng) for _ in range(min(DISTINCT, images) if not quick else 5)]
+    results: dict[str, Any] = {"rates": {}, "loader": {}, "bytes_per_image": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        source, shards = Path(folder, "raw"), Path(folder, "shards")
+        (source / "a").mkdir(parents=True)
+        for number in range(images):
+            (source / "a" / f"{number:05d}.jpg").write_bytes(jpegs[number % len(jpegs)])
+        results["prepare"] = preparing(source, shards, jpegs, resolutions, images)
+        for resolution in resolutions:
+            forms = {name: shards / name for name in ("packed", "png")}
+            ways = {name: from_shards(root, resolution, batch_size) for name, root in forms.items()}
+            ways |= {"jpeg": from_jpegs(jpegs, resolution, batch_size), "copy": copied(resolution, batch_size, images)}
+            results["rates"][resolution] = in_turn(ways, rounds, seconds)
+            manifests = {name: read_manifest(root / "train" / str(resolution)) for name, root in forms.items()}
+            sizes = {name: sum(s.bytes for s in m.shards) // m.count for name, m in manifests.items()}
+            results["bytes_per_image"][resolution] = {**sizes, "jpeg": sum(map(len, jpegs)) // len(jpegs)}
+            ways = {
+                f"{name}, {n} workers": from_shards(root, resolution, batch_size, n)
+                for name, root in forms.items()
+                for n in workers
+            }
+            results["loader"][resolution] = in_turn(ways, 1, 4 * seconds)
+            del ways  # and with it the workers
+    machine = {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": sys.version.split()[0]}
+    results |= {"images": images, "batch_size": batch_size, "rounds": rounds, "torch": torch.__version__, **machine}
+    print(table(results))
+    if out is not None:
+        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
