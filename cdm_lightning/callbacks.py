@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -155,5 +156,6 @@ class LossCurve(Callback):
         axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=folder.name)
         axes.legend()
         figure.savefig(folder / "loss.partial.png", dpi=120, bbox_inches="tight")
-        figure.clear()
+        del figure, axes
+        gc.collect()  # its parts hold one another, and among torch's many objects Python would wait long with it
         (folder / "loss.partial.png").replace(folder / "loss.png")

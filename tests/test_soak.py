@@ -62,18 +62,20 @@ def members(session: int) -> list[Path]:
 
 
 def state(session: int) -> dict[str, float]:
-    """What a session's processes hold: RSS, PSS (shared pages divided among those who share them), handles, number.
+    """What a session's processes hold: memory of their own, handles, number.
 
-    Tensors on their way from a loader's worker are files in shared memory; as many as happen to wait are open.
+    Memory: anonymous pages, those that several share divided among them; pages of files are the system's to keep, and
+    their division depends on who else runs. Tensors on their way from a loader's worker are files in shared memory; as
+    many as happen to wait are open.
     """
-    sums = {"RSS MiB": 0.0, "PSS MiB": 0.0, "handles": 0.0, "waiting tensors": 0.0, "processes": 0.0}
+    sums = {"memory MiB": 0.0, "handles": 0.0, "waiting tensors": 0.0, "processes": 0.0}
     for folder in members(session):
         with suppress(OSError):  # one that ends meanwhile
             lines = (line.split() for line in (folder / "smaps_rollup").read_text().splitlines())
-            sizes = {line[0]: int(line[1]) / 1024 for line in lines if line[0] in ("Rss:", "Pss:")}
+            memory = next(int(line[1]) / 1024 for line in lines if line[0] == "Pss_Anon:")
             handles = [os.readlink(file) for file in (folder / "fd").iterdir()]
             waiting = sum(name.startswith("/dev/shm/torch_") for name in handles)
-            values = (sizes["Rss:"], sizes["Pss:"], len(handles) - waiting, waiting, 1)
+            values = (memory, len(handles) - waiting, waiting, 1)
             for name, value in zip(sums, values, strict=True):
                 sums[name] += value
     return sums
@@ -92,8 +94,7 @@ def judge(rows: list[dict[str, float]]) -> dict[str, tuple[str, bool]]:
 
     Memory: the rise of the Theil-Sen line, which single peaks do not move. Handles and processes: the median of the
     last third must be that of the first, save for waiting tensors, of which a few batches more or less are no growth.
-    Disk is told and not judged: logs and pictures are there to be kept. Nor is RSS, which counts a page that a training
-    process shares with its workers once for each.
+    Disk is told and not judged: logs and pictures are there to be kept.
     """
     rows = [row for row in rows if row["seconds"] >= WARM * rows[-1]["seconds"]]
     seconds, third, said = [row["seconds"] for row in rows], len(rows) // 3, {}
@@ -101,7 +102,7 @@ def judge(rows: list[dict[str, float]]) -> dict[str, tuple[str, bool]]:
         values = [row[name] for row in rows]
         if name.endswith("MiB"):
             rise = float(theilslopes(values, seconds).slope) * (seconds[-1] - seconds[0])
-            said[name] = (f"{rise:+.2f} MiB", "disk" in name or "RSS" in name or bool(rise < GROWTH))
+            said[name] = (f"{rise:+.2f} MiB", "disk" in name or bool(rise < GROWTH))
         elif name != "seconds":
             before, after = np.median(values[:third]), np.median(values[-third:])
             spare = 64 if name.endswith("waiting tensors") else 0
@@ -124,8 +125,8 @@ def test_the_judge_tells_a_leak_from_noise():
     noise, seconds = np.random.default_rng(0), np.linspace(0, 3600, 360)
     flat = 500 + noise.normal(0, 20, 360) + 200 * (seconds < 500)  # a high start is no leak, nor hides one
     for leak, allowed in ((0.0, True), (30.0, False)):  # MiB an hour
-        rows = [{"seconds": t, "fit PSS MiB": v + leak * t / 3600} for t, v in zip(seconds, flat, strict=True)]
-        assert judge(rows)["fit PSS MiB"][1] is allowed
+        rows = [{"seconds": t, "fit memory MiB": v + leak * t / 3600} for t, v in zip(seconds, flat, strict=True)]
+        assert judge(rows)["fit memory MiB"][1] is allowed
     for leak, allowed in ((0, True), (1, False)):
         rows = [{"seconds": t, "fit handles": 40 + (t % 100 < 10) + leak * (t > 1800)} for t in seconds]
         assert judge(rows)["fit handles"][1] is allowed

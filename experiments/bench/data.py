@@ -1,6 +1,6 @@
 """Images a second of every way to a batch: packed shards, shards of PNGs, the original JPEGs, a bare copy of the bytes.
 
-`python experiments/bench/data.py` makes photograph-like JPEGs of 400x350, prepares them in both forms at every
+It makes photograph-like JPEGs of 400x350, prepares them in both forms at every
 resolution, and measures all ways in turn, round after round, in one process with one thread; then the loader with its
 workers, and `cdm prepare` beside decoding alone. Everything is read from the page cache. The figures are medians over
 the rounds. A ratio is one of CPU times, which what else runs on the machine changes little.
@@ -9,10 +9,6 @@ the rounds. A ratio is one of CPU times, which what else runs on the machine cha
 from __future__ import annotations
 
 import io
-import json
-import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from cdm_lightning.prepare import prepare_folder
 from cdm_lightning.raw_images import cut_square, decode
-from cdm_lightning.shards import read_manifest, write_atomically
+from cdm_lightning.shards import read_manifest
 from cdm_lightning.stream import ShardStream
 
 WIDTH, HEIGHT = 400, 350  # about the mean of ImageNet
@@ -136,30 +131,29 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(
+def run(
+    quick: bool = False,
     resolutions: Sequence[int] = (32, 64, 128, 256),
     images: int = 1000,
     batch_size: int = 64,
     rounds: int = 5,
     seconds: float = 0.5,
     workers: Sequence[int] = (0, 1, 2),
-    out: Path | None = None,
-    quick: bool = False,
 ) -> dict[str, Any]:
-    """Measure the data path and print a table.
+    """Measure the data path.
 
     Args:
+        quick: a few seconds with figures that say nothing, to see that it runs.
         resolutions: widths to measure, each half of another.
         images: images in each folder of shards.
         batch_size: images in a batch.
         rounds: times that every way is measured.
         seconds: how long each time.
         workers: processes of the loader, a row for each number.
-        out: a JSON file to write.
-        quick: a few seconds with figures that say nothing, to see that it runs.
     """
     if quick:
         resolutions, images, rounds, seconds, workers = resolutions[:2], 60, 1, 0.05, workers[:2]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     jpegs = [photograph(rng) for _ in range(min(DISTINCT, images) if not quick else 5)]
@@ -185,13 +179,5 @@ def main(
             }
             results["loader"][resolution] = in_turn(ways, 1, 4 * seconds)
             del ways  # and with it the workers
-    machine = {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": sys.version.split()[0]}
-    results |= {"images": images, "batch_size": batch_size, "rounds": rounds, "torch": torch.__version__, **machine}
-    print(table(results))
-    if out is not None:
-        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
-    return results
-
-
-if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    torch.set_num_threads(threads)
+    return results | {"images": images, "batch_size": batch_size, "rounds": rounds}

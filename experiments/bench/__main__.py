@@ -1,0 +1,83 @@
+"""`python experiments/bench`: every benchmark in one run; tables on the screen, figures and a picture in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import growth
+import network
+import sampling
+import torch
+from jsonargparse import auto_cli
+
+import data
+from cdm_lightning.shards import write_atomically
+
+Part = Literal["network", "sampling", "data", "growth"]
+
+
+def bench(
+    out: Path = Path("runs/bench"),
+    parts: list[Part] = ["network", "sampling", "data", "growth"],  # noqa: B006, read only
+    guided_diffusion: Path | None = None,
+    compile: bool = False,
+    quick: bool = False,
+) -> None:
+    """Measure speed beside peers and beside what the machine can do; every part in rounds in which all take turns.
+
+    Args:
+        out: Folder for results.json, results.md and growth.png.
+        parts: What to measure.
+        guided_diffusion: A checkout of openai/guided-diffusion, to have its network among the peers.
+        compile: Measure our network compiled, too (minutes).
+        quick: A minute, with figures that say nothing, to see that it runs.
+    """
+    results: dict[str, Any] = {"machine": machine(), "quick": quick}
+    texts = [", ".join(f"{name} {value}" for name, value in results["machine"].items())]
+    for part in parts:
+        if part == "network":
+            results[part] = network.run(quick, guided_diffusion, compile)
+            texts.append(network.table(results[part]))
+        elif part == "sampling":
+            results[part] = sampling.run(quick)
+            texts.append(sampling.table(results[part]))
+        elif part == "data":
+            results[part] = data.run(quick)
+            texts.append("```\n" + data.table(results[part]) + "\n```")
+        else:
+            results[part] = growth.run(quick)
+            texts.append(growth.table(results[part]))
+            out.mkdir(parents=True, exist_ok=True)
+            growth.draw(results[part], out / "growth.png")
+        print(texts[-1] + "\n", flush=True)
+    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(out / "results.md", ("\n\n".join(texts) + "\n").encode())
+    print(f"{out}/results.json, results.md{', growth.png' if 'growth' in parts else ''}")
+
+
+def machine() -> dict[str, Any]:
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    return {
+        **found,
+        "processor": processor(),
+        "cores": cores,
+        "threads": threads,
+        "torch": torch.__version__,
+        "date": f"{date.today()}",
+    }
+
+
+def processor() -> str:
+    stated = Path("/proc/cpuinfo")
+    lines = stated.read_text().splitlines() if stated.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    auto_cli(bench, as_positional=False)

@@ -1,0 +1,114 @@
+"""How cost grows with resolution, batch, number of stages and number of images: time beside the work to be done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from cdm_lightning.performance.flops import forward_flops
+from matplotlib.figure import Figure
+from network import Size, awaken, clocked, inputs, kept, ours
+from sampling import stage_of
+
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.stages import SuperResolutionStage
+from cdm_lightning.unet import UNet
+
+Curve = list[dict[str, float]]  # x, work and seconds
+
+
+def run(quick: bool = False) -> dict[str, Curve]:
+    """Four curves: a training step by resolution and by batch; sampling by stages and by images."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rounds, large = (1, 1) if quick else (5, 16 if device.type == "cuda" else 1)
+    sides = (16, 32) if quick else (16, 32, 64, 128)
+    batches = (1, 2) if quick else tuple(n * large for n in (1, 2, 4, 8, 16, 32))
+    return {
+        "resolution": [training(Size(side, 32, 1, 2 * large), side, rounds, device) for side in sides],
+        "batch": [training(Size(16, 32, 1, batch), batch, rounds, device) for batch in batches],
+        "stages": [cascades(count, 8 * large, rounds, device) for count in (1, 2, 3)],
+        "images": [images(count, 16, rounds, device) for count in ((16, 32) if quick else (16, 64, 256, 1024))],
+    }
+
+
+def training(size: Size, x: int, rounds: int, device: torch.device) -> dict[str, float]:
+    contestant = ours(size, device)
+    awaken(contestant.network)
+    assert isinstance(contestant.network, UNet)
+    data = inputs(size, device)
+
+    def step() -> None:
+        contestant.call(*data).square().mean().backward()
+        contestant.update()
+
+    work = 3 * size.batch * forward_flops(contestant.network)
+    return {"x": x, "work": work, "seconds": timed(step, rounds, device), "kept": kept(contestant, data, None)}
+
+
+def cascades(count: int, batch: int, rounds: int, device: torch.device) -> dict[str, float]:
+    """Stages 8, 16, 32 of one network's width, 4 steps each."""
+    small = dict(num_classes=10, channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8])
+    fixed = dict(variance="fixed_small", timesteps=1000, schedule="linear", sampling_steps=4)
+    stages: list[Any] = [stage_of(Size(8, 32, 1), 4)]
+    for side in (16, 32)[: count - 1]:
+        stage = SuperResolutionStage(resolution=side, low_resolution=side // 2, augmentation="none", **small, **fixed)
+        awaken(stage.unet)
+        stages.append(stage.eval().requires_grad_(False))
+    cascade = CascadeModule.of(stages).to(device)
+    index = torch.arange(batch, device=device)
+    work = sum(4 * batch * forward_flops(stage.unet) for stage in stages)
+    return {"x": count, "work": work, "seconds": timed(lambda: cascade.sample(index % 10, index), rounds, device)}
+
+
+def images(count: int, block: int, rounds: int, device: torch.device) -> dict[str, float]:
+    """Images of one stage, drawn in blocks."""
+    cascade = CascadeModule.of([stage_of(Size(8, 32, 1), 4)]).to(device)
+
+    def draw() -> None:
+        for first in range(0, count, block):
+            index = torch.arange(first, first + block, device=device)
+            cascade.sample(index % 10, index)
+
+    return {
+        "x": count,
+        "work": 4 * count * forward_flops(cascade.stages[0].unet),
+        "seconds": timed(draw, rounds, device),
+    }
+
+
+def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    work()
+    seconds = []
+    for _ in range(rounds):
+        with clocked(device) as clock:
+            work()
+        seconds.append(clock[0])
+    return median(seconds)
+
+
+def table(found: dict[str, Curve]) -> str:
+    lines = ["| what grows | from → to | work grows | time grows |", "|---|---|---|---|"]
+    for name, curve in found.items():
+        first, last = curve[0], curve[-1]
+        lines.append(
+            f"| {name} | {first['x']} → {last['x']} | {last['work'] / first['work']:.1f} times | "
+            f"{last['seconds'] / first['seconds']:.1f} times |"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, Curve], path: Path) -> None:
+    """Seconds against the work, both on logarithmic axes; the dashed line is time in proportion to work."""
+    figure = Figure(figsize=(3 * len(found), 3.2))
+    for axes, (name, curve) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        work, seconds = ([point[key] for point in curve] for key in ("work", "seconds"))
+        axes.loglog([w / 1e9 for w in work], seconds, "o-", markersize=3)
+        proportional = [seconds[-1] * w / work[-1] for w in work]
+        axes.loglog([w / 1e9 for w in work], proportional, "--", color="grey", linewidth=1)
+        axes.set_title(f"{name}: {' '.join(str(point['x']) for point in curve)}", fontsize=8)
+        axes.set_xlabel("GFLOP", fontsize=8)
+    figure.supylabel("seconds", fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")

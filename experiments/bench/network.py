@@ -1,0 +1,277 @@
+"""A training step and a forward pass of the network beside its peers': equal parameters, operations, inputs, precision.
+
+Peers: diffusers' UNet2DModel with its EMAModel, and, where a path to a checkout is given, guided-diffusion's UNetModel
+with its own averages. All are laid out as the same ADM network, so one count of operations holds for all.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from cdm_lightning.performance.devices import measured_rates
+from cdm_lightning.performance.flops import forward_flops
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from cdm_lightning import InputError
+from cdm_lightning.unet import UNet
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Size:
+    """The network that all build. Attention at 16 and 8, four heads; multipliers 1, 2, 3, 4."""
+
+    resolution: int = 32
+    channels: int = 64
+    blocks: int = 2
+    batch: int = 16
+
+
+@dataclass
+class Contestant:
+    """One network with the optimizer and the averages that its project trains with."""
+
+    network: nn.Module
+    call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    update: Callable[[], None]
+
+
+def ours(size: Size, device: torch.device) -> Contestant:
+    network = UNet(size.resolution, 3, 6, size.channels, (1, 2, 3, 4), size.blocks, (16, 8), 4, num_classes=CLASSES)
+    network.to(device)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
+    weights = list(network.parameters())
+    averaged = [weight.detach().clone() for weight in weights]
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, weights, 1e-4)
+
+    return Contestant(network, network, update)
+
+
+def diffusers(size: Size, device: torch.device) -> Contestant:
+    attends = [size.resolution // 2**depth in (16, 8) for depth in range(4)]
+    down = ["AttnDownBlock2D" if has else "ResnetDownsampleBlock2D" for has in attends]
+    network = UNet2DModel(
+        sample_size=size.resolution, in_channels=3, out_channels=6, layers_per_block=size.blocks,
+        block_out_channels=tuple(size.channels * m for m in (1, 2, 3, 4)), down_block_types=tuple(down),
+        up_block_types=tuple("AttnUpBlock2D" if has else "ResnetUpsampleBlock2D" for has in reversed(attends)),
+        downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+        attention_head_dim=size.channels, attn_norm_num_groups=32, norm_eps=1e-5, num_class_embeds=CLASSES,
+    ).to(device)  # fmt: skip
+    optimizer, average = torch.optim.AdamW(network.parameters(), 1e-4), EMAModel(network.parameters())
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+
+    return Contestant(network, lambda x, t, label: network(x, t, class_labels=label).sample, update)
+
+
+def guided_diffusion(size: Size, device: torch.device, checkout: Path) -> Contestant:
+    if not (checkout / "guided_diffusion" / "unet.py").is_file():
+        raise InputError(f"{checkout} is no checkout of guided-diffusion: it holds no guided_diffusion/unet.py")
+    sys.path.insert(0, str(checkout))
+    from guided_diffusion.nn import update_ema
+    from guided_diffusion.unet import UNetModel
+
+    network = UNetModel(
+        image_size=size.resolution, in_channels=3, model_channels=size.channels, out_channels=6,
+        num_res_blocks=size.blocks, attention_resolutions=tuple(size.resolution // side for side in (16, 8)),
+        channel_mult=(1, 2, 3, 4), num_classes=CLASSES, num_heads=4, use_scale_shift_norm=True, resblock_updown=True,
+        use_new_attention_order=True,
+    ).to(device)  # fmt: skip
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, weight_decay=0.0)
+    averaged = [weight.detach().clone() for weight in network.parameters()]
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(averaged, network.parameters(), 0.9999)
+
+    return Contestant(network, network, update)
+
+
+def run(
+    quick: bool = False, guided: Path | None = None, compile: bool = False, rounds: int | None = None
+) -> dict[str, Any]:
+    """Interleaved rounds of every contestant; medians, and ratios to ours taken round by round."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = Size(16, 32, 1, 2) if quick else Size(batch=256) if device.type == "cuda" else Size()
+    rounds = rounds or (2 if quick else 12)
+    contestants = {"ours": ours(size, device), "diffusers": diffusers(size, device)}
+    if compile:
+        contestants["ours, compiled"] = ours(size, device)
+        contestants["ours, compiled"].network.compile(mode="max-autotune")
+    if guided is not None:
+        contestants["guided-diffusion"] = guided_diffusion(size, device, guided)
+    for contestant in contestants.values():
+        awaken(contestant.network)
+    network = contestants["ours"].network
+    assert isinstance(network, UNet)
+    precisions = {"bf16": torch.bfloat16} if device.type == "cuda" else {"fp32": None}
+    found = {}
+    for precision, dtype in precisions.items():
+        rates = measured_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
+        times = compete(contestants, inputs(size, device), dtype, rounds, device)
+        found[precision] = {
+            "matmul": rates.matmul, "convolution": rates.convolution,
+            "contestants": {name: figures(times, name, forward_flops(network) * size.batch) for name in contestants},
+            "profile": profile(size, device, dtype),
+            "kept": {name: kept(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
+        }  # fmt: skip
+    parameters = {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()}
+    return {"size": vars(size), "parameters": parameters, "flops": forward_flops(network), "rounds": rounds, **found}
+
+
+def awaken(network: nn.Module) -> None:
+    """No layer at zero: arithmetic on zeros and denormals has another speed."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+
+
+def inputs(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(size.batch, 3, size.resolution, size.resolution, generator=g)
+    t = torch.rand(size.batch, generator=g) * 999 + 1
+    return x.to(device), t.to(device), (torch.arange(size.batch) % CLASSES).to(device)
+
+
+def compete(
+    contestants: dict[str, Contestant], data: tuple[torch.Tensor, ...], dtype: Any, rounds: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of `forward`, `gradients` (and backward) and `step` (and the update), per contestant and round."""
+    times: dict[str, dict[str, list[float]]] = {n: {"forward": [], "gradients": [], "step": []} for n in contestants}
+    for number in range(rounds + 1):
+        for name, contestant in contestants.items():
+            call = autocast(contestant.call, device, dtype)
+            with torch.no_grad(), clocked(device) as forward:
+                call(*data)
+            with clocked(device) as step:
+                with clocked(device) as gradients:
+                    call(*data).float().square().mean().backward()
+                contestant.update()
+            if number:  # the first round warms up
+                for what, clock in (("forward", forward), ("gradients", gradients), ("step", step)):
+                    times[name][what].append(clock[0])
+    return times
+
+
+def autocast(call: Callable[..., torch.Tensor], device: torch.device, dtype: Any) -> Callable[..., torch.Tensor]:
+    def cast(*data: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return call(*data)
+
+    return cast
+
+
+@contextmanager
+def clocked(device: torch.device) -> Iterator[list[float]]:
+    """A list to which the seconds are appended at the end, when the device is done."""
+    seconds: list[float] = []
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    yield seconds
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds.append(time.perf_counter() - start)
+
+
+def figures(times: dict[str, dict[str, list[float]]], name: str, flops: float) -> dict[str, Any]:
+    """FLOP/s by the architecture's count (3 times the forward for a step), and how many times longer than ours."""
+    own = {}
+    for what, seconds in times[name].items():
+        rate = flops * (1 if what == "forward" else 3) / median(seconds)
+        ratio = median(theirs / mine for theirs, mine in zip(seconds, times["ours"][what], strict=True))
+        own[what] = {"seconds": median(seconds), "flops": rate, "ours_faster": ratio}
+    return own
+
+
+def kept(contestant: Contestant, data: tuple[torch.Tensor, ...], dtype: Any) -> int:
+    """Bytes that a forward pass leaves for backward, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in contestant.network.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = autocast(contestant.call, data[0].device, dtype)(*data)
+    del output
+    return sum(sizes.values())
+
+
+KINDS = {  # of operations, by the names that torch gives them, the first that fits
+    "convolution, backward": ("convolution_backward", "dgrad", "wgrad"),
+    "convolution, forward": ("convolution", "conv", "fprop"),
+    "attention": ("attention", "flash", "fmha"),
+    "linear layers": ("mm", "gemm"),
+    "group norm": ("group_norm",),
+    "activation": ("silu",),
+    "copies": ("copy", "cat", "clone", "contiguous", "fill", "memcpy", "memset"),
+    "optimizer and averages": ("adam", "lerp", "foreach"),
+}
+
+
+def profile(size: Size, device: torch.device, dtype: Any) -> dict[str, float]:
+    """Where the time of one of our training steps goes: shares of it by kinds of operations."""
+    contestant, data = ours(size, device), inputs(size, device)
+    awaken(contestant.network)
+    call = autocast(contestant.call, device, dtype)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    for _ in range(2):  # the first one warms up
+        with torch.profiler.profile(activities=activities) as profiler:
+            call(*data).float().square().mean().backward()
+            contestant.update()
+    shares: dict[str, float] = {}
+    for event in profiler.key_averages():
+        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        kind = next((k for k, names in KINDS.items() if any(n in event.key.lower() for n in names)), "everything else")
+        shares[kind] = shares.get(kind, 0.0) + taken
+    return {kind: taken / sum(shares.values()) for kind, taken in sorted(shares.items(), key=lambda item: -item[1])}
+
+
+def table(found: dict[str, Any]) -> str:
+    size, lines = found["size"], []
+    for precision in ("fp32", "bf16"):
+        if precision not in found:
+            continue
+        part = found[precision]
+        lines += [
+            f"network at {size['resolution']}x{size['resolution']}, {size['channels']} channels x (1, 2, 3, 4), "
+            f"{size['blocks']} blocks, batch {size['batch']}, {precision}, {found['rounds']} rounds; measured here: "
+            f"matmul {part['matmul'] / 1e9:.0f} GFLOP/s, 3x3 convolution {part['convolution'] / 1e9:.0f}",
+            "",
+            "| | forward GFLOP/s | gradients GFLOP/s | step GFLOP/s | step, share of convolution | ours is faster: "
+            "forward | gradients | step | kept, MiB an image |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name, own in part["contestants"].items():
+            rates = " | ".join(f"{own[what]['flops'] / 1e9:.1f}" for what in ("forward", "gradients", "step"))
+            ratios = " | ".join(f"{own[what]['ours_faster']:.2f}" for what in ("forward", "gradients", "step"))
+            share = own["step"]["flops"] / part["convolution"]
+            lines.append(f"| {name} | {rates} | {share:.0%} | {ratios} | {part['kept'][name] / 2**20:.1f} |")
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in part["profile"].items())
+        lines += ["", f"where the time of our step goes: {shares}"]
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""Sampling beside the bare network: what the loop costs over its network calls, and diffusers' pipeline beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from network import Contestant, Size, awaken, clocked, diffusers
+
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.randomness import generators
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
+
+BUNDLE = Path(__file__).parents[2] / "data/fashion-cascade"
+
+
+def run(quick: bool = False, rounds: int | None = None) -> dict[str, Any]:
+    """The shipped cascade's stages, and a network of the training benchmark's size beside diffusers' pipeline."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rounds, batch, steps = rounds or (1 if quick else 7), 4 if quick else 64, 4 if quick else 20
+    cascade = CascadeModule(BUNDLE).to(device)
+    cascade.set_levels([0] * (len(cascade.stages) - 1), False)
+    cascade.set_sampler(None, [steps] * len(cascade.stages))
+    size = Size(16, 32, 1, 2) if quick else Size(batch=64 if device.type == "cuda" else 16)
+    large = stage_of(size, steps=3 if quick else 5).to(device)
+    loops = {stage.name: loop(stage, batch, device, rounds) for stage in cascade.stages}
+    loops[f"{size.channels} channels at {size.resolution}"] = loop(large, size.batch, device, rounds)
+    return {"batch": batch, "rounds": rounds, "loops": loops, "pipeline": beside_diffusers(large, size, device, rounds)}
+
+
+def stage_of(size: Size, steps: int) -> BaseStage:
+    stage = BaseStage(
+        resolution=size.resolution, num_classes=10, channels=size.channels, num_res_blocks=size.blocks,
+        variance="fixed_small", timesteps=1000, schedule="linear", sampling_steps=steps,
+    )  # fmt: skip
+    awaken(stage.unet)
+    return stage.eval().requires_grad_(False)
+
+
+def sampler(stage: BaseStage | SuperResolutionStage, batch: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    label = torch.arange(batch, device=device) % (stage.num_classes or 1)
+    if isinstance(stage, SuperResolutionStage):
+        small = torch.zeros(batch, stage.image_channels, stage.low_resolution, stage.low_resolution, device=device)
+        return lambda: stage.sample(label, small, 0, 0, generators(range(batch), device, "bench"))
+    return lambda: stage.sample(label, 0, generators(range(batch), device, "bench"))
+
+
+def loop(stage: Any, batch: int, device: torch.device, rounds: int) -> dict[str, float]:
+    """Milliseconds a step of the sampler and of its network calls alone, with the very inputs that it makes."""
+    draw, calls = sampler(stage, batch, device), []
+    hook = stage.unet.register_forward_pre_hook(lambda _, args, told: calls.append((args, told)), with_kwargs=True)
+    draw()
+    hook.remove()
+    pairs = []
+    for _ in range(rounds):
+        with clocked(device) as whole:
+            draw()
+        with torch.no_grad(), clocked(device) as bare:
+            for args, told in calls:
+                stage.unet(*args, **told)
+        pairs.append((whole[0], bare[0]))
+    per_step = [1e3 * median(part) / len(calls) for part in zip(*pairs, strict=True)]
+    return {"sampler_ms": per_step[0], "network_ms": per_step[1], "overhead": median(w / b for w, b in pairs) - 1}
+
+
+def beside_diffusers(stage: BaseStage, size: Size, device: torch.device, rounds: int) -> dict[str, float]:
+    """Images a second of ours and of DDPMPipeline, the same number of steps of equal networks."""
+    steps = stage.diffusion.sampling_steps or 1
+    peer: Contestant = diffusers(size, device)
+    assert isinstance(peer.network, UNet2DModel)
+    unconditional = UNet2DModel.from_config({**peer.network.config, "num_class_embeds": None, "out_channels": 3})
+    awaken(unconditional)
+    pipeline = DDPMPipeline(unconditional.to(device), DDPMScheduler(timestep_spacing="linspace"))
+    pipeline.set_progress_bar_config(disable=True)
+    draw, generator, pairs = sampler(stage, size.batch, device), torch.Generator(device).manual_seed(0), []
+    for number in range(rounds + 1):
+        with clocked(device) as mine:
+            draw()
+        with clocked(device) as theirs:
+            pipeline(size.batch, generator, steps, output_type="np")
+        pairs += [(mine[0], theirs[0])] if number else []
+    mine_s, theirs_s = (median(part) for part in zip(*pairs, strict=True))
+    return {
+        "batch": size.batch, "steps": steps, "ours": size.batch / mine_s, "diffusers": size.batch / theirs_s,
+        "ours_faster": median(theirs / mine for mine, theirs in pairs),
+    }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    peers = found["pipeline"]
+    lines = [
+        f"sampling in batches of {found['batch']} (the last of {peers['batch']}), {found['rounds']} rounds",
+        "",
+        "| stage | sampler, ms a step | network alone, ms | overhead |",
+        "|---|---|---|---|",
+    ]
+    for name, own in found["loops"].items():
+        lines.append(f"| {name} | {own['sampler_ms']:.2f} | {own['network_ms']:.2f} | {own['overhead']:.1%} |")
+    return "\n".join(lines) + (
+        f"\n\n{peers['steps']} steps of the last: ours {peers['ours']:.2f} images/s, diffusers' DDPMPipeline "
+        f"{peers['diffusers']:.2f}: ours is {peers['ours_faster']:.2f} times faster"
+    )
