@@ -47,17 +47,19 @@ def layers(unet: UNet) -> Iterator[ResidualBlock | SelfAttention]:
             yield layer
 
 
-def convolution(layer: nn.Conv2d, size: int) -> int:
+def convolution(layer: nn.Module, size: int) -> int:
     """Of one image whose output is size x size."""
+    assert isinstance(layer, nn.Conv2d)
     kernel = layer.kernel_size[0] * layer.kernel_size[1]
     return 2 * layer.out_channels * (layer.in_channels // layer.groups) * kernel * size**2
 
 
-def linear(layer: nn.Linear) -> int:
+def linear(layer: nn.Module) -> int:
     """Of one row."""
+    assert isinstance(layer, nn.Linear)
     return 2 * layer.in_features * layer.out_features
 
 
 def attention(layer: SelfAttention, tokens: int) -> int:
     """q k^T, and the weighted sum of v, over all heads."""
-    return 2 * 2 * tokens**2 * layer.project.in_features
+    return 2 * 2 * tokens**2 * layer.qkv.in_features

@@ -106,8 +106,7 @@ class StepOnPaper:
         for module in stage.unet.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(self.fake(parameter.data)))
-        for name in ("abar", "log_beta", "log_posterior"):
-            stage.diffusion.table(name)  # real, since schedulers look into them
+        stage.diffusion.table("abar")  # real, with the others: schedulers look into what they make
         self.size = sum(4 * parameter.numel() for parameter in stage.unet.parameters())
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -136,9 +135,7 @@ class StepOnPaper:
         kept = {"parameters": self.size, "moments": 2 * self.size, "average": self.size * self.average}
         kept["buckets"] = self.size * (devices > 1)
         rest = peak - workspace - own - saved
-        passes = Memory(
-            **kept, gradients=gradients or own, activations=saved, temporary=rest, workspace=workspace
-        )
+        passes = Memory(**kept, gradients=gradients or own, activations=saved, temporary=rest, workspace=workspace)
         update = Memory(**kept, gradients=self.size, activations=0, temporary=self.in_update(), workspace=0)
         return max(passes, update, key=lambda memory: memory.total)
 
@@ -169,7 +166,7 @@ class StepOnPaper:
 def recomputing(stage: DiffusionStage, rules: Callable[[], Any] = nullcontext) -> Iterator[None]:
     """Every level of the network keeps its input alone and is computed again in backward, there under `rules`."""
     levels = [module for module in stage.unet.modules() if isinstance(module, Level)]
-    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), rules())}
+    options: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), rules())}
     for level in levels:
         level.forward = partial(checkpoint, level.forward, **options)  # type: ignore[method-assign]
     try:

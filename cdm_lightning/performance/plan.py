@@ -93,7 +93,9 @@ def made(
     here = at_hand()
     capacity = sheet.memory if sheet else memory_of(here)
     on_meta = recipe.stage("meta")
-    paper = StepOnPaper(on_meta, recipe.precision, "cpu" if not sheet and here.type == "cpu" else "cuda", recipe.average)
+    paper = StepOnPaper(
+        on_meta, recipe.precision, "cpu" if not sheet and here.type == "cpu" else "cuda", recipe.average
+    )
     search = Search(paper, share, devices, (1 - MARGIN) * capacity)
     checkpointing = recipe.checkpointing
     batch = micro_batch or search.largest(checkpointing)
@@ -102,7 +104,7 @@ def made(
         batch = micro_batch or search.largest(True)
     memory, other = search.memory(batch, checkpointing), search.memory(batch, not checkpointing)
     unet = on_meta.unet
-    figures = {
+    figures: dict[str, Any] = {
         "device": sheet.name if sheet else device_name(here),
         "source": sheet.source if sheet else "the device at hand",
         "devices": devices,
@@ -137,9 +139,7 @@ class Search:
 
     def memory(self, batch: int, checkpointing: bool) -> Memory:
         if (batch, checkpointing) not in self.known:
-            self.known[batch, checkpointing] = self.paper.memory(
-                batch, batch < self.share, self.devices, checkpointing
-            )
+            self.known[batch, checkpointing] = self.paper.memory(batch, batch < self.share, self.devices, checkpointing)
         return self.known[batch, checkpointing]
 
     def fits(self, batch: int, checkpointing: bool) -> bool:
@@ -222,12 +222,14 @@ def show(found: dict[str, Any]) -> None:
     rows = {
         "device": f"{found['devices']} x {found['device']}, {found['precision']}",
         "parameters": f"{found['parameters'] / 1e6:,.2f} M",
-        "GFLOP an image": f"{found['forward_flops'] / 1e9:,.2f} forward, {found['training_flops'] / 1e9:,.2f} in training",
+        "GFLOP an image": "{:,.2f} forward, {:,.2f} in training".format(
+            *(found[name] / 1e9 for name in ("forward_flops", "training_flops"))
+        ),
         "micro-batch": f"{found['micro_batch']} images, accumulated {found['accumulate']} times: "
         f"batch {found['batch']} on {found['devices']} device(s)",
         "memory": f"{memory['total']} of {found['capacity'] / 1e9:.1f} GB{'' if found['fits'] else ': DOES NOT FIT'}",
         "made up of": parts,
-        "checkpointing": f"{'needed' if found['checkpointing'] else 'not needed'}: {found['memory_plain'] / 1e9:.2f} GB "
+        "checkpointing": f"{'' if found['checkpointing'] else 'not '}needed: {found['memory_plain'] / 1e9:.2f} GB "
         f"without, {found['memory_checkpointing'] / 1e9:.2f} GB with it",
         "images a second": f"{found['images_a_second']:,.2f} ({found['speed']})",
         "whole training": f"{found['max_steps']:,} steps in {found['days']:,.2f} days: "

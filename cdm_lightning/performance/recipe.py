@@ -22,7 +22,7 @@ EXPERIMENTS = Path("experiments")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training is to be: the stage's class and arguments, the batch over all devices, its length, its numbers."""
+    """What a training is to be: the stage's class and arguments, the batch over all devices, its length and numbers."""
 
     model: dict[str, Any]
     batch: int
@@ -50,7 +50,7 @@ def configurations(stage: str, experiment: str) -> list[Path]:
 
 
 def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
-    """Parse configurations, each of which wins over the one before, and arguments after them, in the way of `cdm fit`."""
+    """Parse configurations, each of which wins over the one before, and arguments after them, as `cdm fit` does."""
     for path in configs:
         if not path.is_file():
             raise InputError(f"configuration {path} does not exist")

@@ -25,7 +25,7 @@ class StepTime:
     update: float
 
     def images_a_second(self, batch: int, accumulate: int) -> float:
-        """Of one device, at another micro-batch: the passes take as long per image, the update is one in `accumulate`."""
+        """Of one device, at another micro-batch: passes take as long per image, and `accumulate` of them one update."""
         return batch * accumulate / (accumulate * batch * self.passes / self.batch + self.update)
 
 
@@ -43,8 +43,8 @@ def measured_step(
     stage: with weights, on any device; it is trained. Reading images is no part of it.
     """
     stage = stage.to(device).train()
-    averaged = list(copy.deepcopy(stage.unet).parameters()) if average else []
-    weights = list(stage.unet.parameters())
+    averaged: list[torch.Tensor] = list(copy.deepcopy(stage.unet).parameters()) if average else []
+    weights: list[torch.Tensor] = list(stage.unet.parameters())
     optimizer = torch.optim.Adam(weights, lr=stage.lr)
     size = (batch, stage.image_channels, stage.resolution, stage.resolution)
     image = torch.rand(size, device=device) * 2 - 1
