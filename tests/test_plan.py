@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_cli import refused
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.cli import main
+from cdm_lightning.meter import TrainingLog
 from cdm_lightning.performance.devices import DATA_SHEETS, measured_rates
 from cdm_lightning.performance.flops import forward_flops, training_flops
 from cdm_lightning.performance.memory import StepOnPaper
@@ -173,6 +175,23 @@ def test_a_plan_for_the_device_at_hand_is_timed(tmp_path, capsys):
     assert found["matmul_rate"] > 0 and found["convolution_rate"] > 0
     assert found["command"].startswith("cdm fit --config experiments/defaults.yaml") and options in found["command"]
     assert read_recipe(configurations("base8", "fashion"), options).batch == 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["base8", "sr16", "sr32"])
+def test_the_rate_of_a_timed_step_is_that_of_fit(name, tmp_path, monkeypatch):
+    """Both in processor time of this process, which other people's work on the machine does not change."""
+    ends: list[float] = []
+    monkeypatch.setattr("cdm_lightning.performance.step_time.time.perf_counter", time.process_time)
+    monkeypatch.setattr(TrainingLog, "on_train_batch_end", lambda *arguments: ends.append(time.process_time()))
+    recipe = read_recipe(configurations(name, "fashion"))
+    took = measured_step(recipe.stage("cpu"), recipe.batch, recipe.precision, torch.device("cpu"), recipe.average)
+    configs = [word for path in configurations(name, "fashion") for word in ("--config", str(path))]
+    short = ["--trainer.max_steps=20", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    main(["fit", *configs, *short, f"--trainer.default_root_dir={tmp_path}"])
+    rate = recipe.batch * 15 / (ends[-1] - ends[4])
+    print(name, took.images_a_second(recipe.batch, 1), rate)
+    assert took.images_a_second(recipe.batch, 1) == pytest.approx(rate, rel=0.2)
 
 
 def test_images_a_second_count_one_update_for_all_accumulated_batches():

@@ -216,24 +216,24 @@ def start(
 
 def show(found: dict[str, Any]) -> None:
     """Print a plan as a table. 1 GB is 10^9 bytes."""
-    memory = {name: f"{size / 1e9:.2f}" for name, size in found["memory"].items()}
+    memory = {name: f"{size / 1e9:.3g}" for name, size in found["memory"].items()}
     parts = ", ".join(f"{name} {size}" for name, size in memory.items() if name != "total")
     table = whole_table(str(found["stage"]), "")
     rows = {
         "device": f"{found['devices']} x {found['device']}, {found['precision']}",
         "parameters": f"{found['parameters'] / 1e6:,.2f} M",
-        "GFLOP an image": "{:,.2f} forward, {:,.2f} in training".format(
+        "GFLOP an image": "{:,.4g} forward, {:,.4g} in training".format(
             *(found[name] / 1e9 for name in ("forward_flops", "training_flops"))
         ),
         "micro-batch": f"{found['micro_batch']} images, accumulated {found['accumulate']} times: "
         f"batch {found['batch']} on {found['devices']} device(s)",
         "memory": f"{memory['total']} of {found['capacity'] / 1e9:.1f} GB{'' if found['fits'] else ': DOES NOT FIT'}",
         "made up of": parts,
-        "checkpointing": f"{'' if found['checkpointing'] else 'not '}needed: {found['memory_plain'] / 1e9:.2f} GB "
-        f"without, {found['memory_checkpointing'] / 1e9:.2f} GB with it",
-        "images a second": f"{found['images_a_second']:,.2f} ({found['speed']})",
-        "whole training": f"{found['max_steps']:,} steps in {found['days']:,.2f} days: "
-        f"{found['device_days']:,.2f} device-days",
+        "checkpointing": f"{'' if found['checkpointing'] else 'not '}needed: {found['memory_plain'] / 1e9:.3g} GB "
+        f"without, {found['memory_checkpointing'] / 1e9:.3g} GB with it",
+        "images a second": f"{found['images_a_second']:,.4g} ({found['speed']})",
+        "whole training": f"{found['max_steps']:,} steps in {found['days']:,.4g} days: "
+        f"{found['device_days']:,.4g} device-days",
     }
     if "matmul_rate" in found:
         rates = (f"{found[name] / 1e9:,.0f}" for name in ("matmul_rate", "convolution_rate"))
