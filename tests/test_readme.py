@@ -29,6 +29,7 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "bundle": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
     "npz": [],
+    "plan": [],
     "sweep": [
         "--count=1",
         "--arguments=--trainer.limit_test_batches=2 --data.batch_size=20 --model.sampling_steps=[2,2,2]",

@@ -1,0 +1,107 @@
+"""What devices can do: by their data sheets, and as measured on the one at hand."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+
+from cdm_lightning import InputError
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """A device as its maker describes it: FLOP/s without sparsity, memory in bytes (1 GB = 10^9), bytes a second."""
+
+    name: str
+    bf16: float  # on tensor cores, which is the rate of fp16 too
+    tf32: float  # on tensor cores: what torch's convolutions of float32 use unless told otherwise
+    fp32: float
+    memory: float
+    bandwidth: float
+    source: str
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of what most of a step's operations are in a Lightning precision."""
+        return self.tf32 if precision.startswith("32") else self.bf16
+
+
+# The sheets state tensor rates with sparsity, which is twice these.
+DATA_SHEETS = {
+    sheet.name: sheet
+    for sheet in (
+        DataSheet("H100", 989.4e12, 494.7e12, 66.9e12, 80e9, 3.35e12, "NVIDIA H100 data sheet, SXM5 80 GB"),
+        DataSheet("H200", 989.4e12, 494.7e12, 66.9e12, 141e9, 4.8e12, "NVIDIA H200 data sheet, SXM 141 GB"),
+        DataSheet("A100", 312e12, 156e12, 19.5e12, 80e9, 2.039e12, "NVIDIA A100 data sheet, SXM4 80 GB"),
+    )
+}
+
+
+def data_sheet(name: str) -> DataSheet:
+    if name.upper() not in DATA_SHEETS:
+        raise InputError(f"device {name!r} is none of {', '.join(DATA_SHEETS)}; without a name, it is the one at hand")
+    return DATA_SHEETS[name.upper()]
+
+
+def at_hand() -> torch.device:
+    """The device that a training would use here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that a training could use: a GPU's memory, or what is free of this machine's, within its control group."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    stated = Path("/proc/meminfo")
+    if stated.is_file():  # where what files occupy counts as free
+        lines = dict(line.split(":") for line in stated.read_text().splitlines())
+        free = 1024.0 * int(lines["MemAvailable"].split()[0])
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, float(int(limit) - int(used)))
+    except (OSError, ValueError):  # no control groups of the second version
+        return free
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s as measured, 2 per multiplication and addition."""
+
+    matmul: float
+    convolution: float  # 3x3, forward
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Rates:
+    """Median rates of a large matrix product and of a 3x3 convolution, each run for at least `seconds`.
+
+    On a CPU 1024^3, and 4 images of 128 channels at 64x64; on a GPU 8192^3, and 32 images of 256 channels at 64x64 in
+    channels_last, where the tensor cores are at their best.
+    """
+    large = device.type == "cuda"
+    n, batch, channels, size = (8192, 32, 256, 64) if large else (1024, 4, 128, 64)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+    w = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    if large:
+        x, w = (tensor.to(memory_format=torch.channels_last) for tensor in (x, w))
+
+    def rate(statement: str, flops: float, **names: object) -> float:
+        timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+        return flops / timer.blocked_autorange(min_run_time=seconds).median
+
+    with torch.no_grad():
+        matmul = rate("a @ b", 2 * n**3, a=a, b=b)
+        flops = 2 * batch * size**2 * channels**2 * 9
+        return Rates(matmul, rate("convolve(x, w, padding=1)", flops, convolve=F.conv2d, x=x, w=w))

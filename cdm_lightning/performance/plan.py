@@ -1,0 +1,245 @@
+"""`cdm plan`: what training a stage takes on a device, before anybody trains it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+
+from cdm_lightning import InputError
+from cdm_lightning.performance.devices import DataSheet, at_hand, data_sheet, device_name, measured_rates, memory_of
+from cdm_lightning.performance.flops import forward_flops, training_flops
+from cdm_lightning.performance.memory import AUTOCAST, Memory, StepOnPaper
+from cdm_lightning.performance.recipe import Recipe, configurations, read_recipe
+from cdm_lightning.performance.step_time import measured_step
+from cdm_lightning.shards import write_atomically
+from cdm_lightning.tables import whole_console, whole_table
+
+MARGIN = 0.1  # of a device's memory left to what is not counted: the driver's context, fragmentation, validation
+FLOOR = 4  # images of a micro-batch: below, a plan recomputes activations rather than accumulate that often
+PATIENCE = 10.0  # seconds that a step may take to be worth timing; with one image, three times that
+PRECISIONS = ("32-true", *AUTOCAST)
+
+
+def plan(
+    stage: str | None = None,
+    experiment: str = "imagenet",
+    configs: list[Path] | None = None,
+    arguments: str = "",
+    device: str | None = None,
+    devices: int = 1,
+    micro_batch: int | None = None,
+    precision: str | None = None,
+    utilisation: float = 0.4,
+    out: Path | None = None,
+) -> None:
+    """Parameters, FLOPs, memory, time, micro-batch and accumulation of a training, and the command that starts it.
+
+    Memory is added up over a step without data. On the device at hand the step is timed; for a named one its speed is
+    an assumption: a share of the data sheet's rate. Several devices are taken to be as fast as their sum.
+
+    Args:
+        stage: A file of the experiment, without .yaml: sr256. May come first, without its name.
+        experiment: A folder of `experiments`.
+        configs: Configurations instead of a stage's, as `cdm fit` takes them.
+        arguments: Options of `cdm fit` that come after the configurations, in one string.
+        device: H100, H200 or A100, by data sheet; null for the device at hand.
+        devices: How many such devices share the batch.
+        micro_batch: Images per device and pass; null for the most that fit.
+        precision: 32-true, bf16-mixed or 16-mixed; null for the recipe's.
+        utilisation: Share of the device's rate that a training is assumed to reach where it is not timed.
+        out: A JSON file for the plan.
+    """
+    if (stage is None) == (configs is None):
+        raise InputError("give one of a stage and configs: what is to be planned")
+    if devices < 1:
+        raise InputError(f"devices {devices} is less than 1")
+    if not 0 < utilisation <= 1:
+        raise InputError(f"utilisation {utilisation} lies outside 0 < share <= 1")
+    recipe = read_recipe(configurations(stage, experiment) if stage is not None else configs or [], arguments)
+    changed = precision is not None and precision != recipe.precision
+    recipe = replace(recipe, precision=precision or recipe.precision)
+    if recipe.precision not in PRECISIONS:
+        raise InputError(f"precision {recipe.precision!r} is none that a plan knows: {', '.join(PRECISIONS)}")
+    share = shared(recipe.batch, devices, micro_batch)
+    sheet = None if device is None else data_sheet(device)
+    found = made(recipe, sheet, devices, share, micro_batch, utilisation)
+    command = start(stage, experiment, configs, arguments, recipe, changed, found)
+    found = {"stage": stage or ",".join(map(str, configs or [])), **found, "command": command}
+    if out is not None:
+        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    show(found)
+
+
+def shared(batch: int, devices: int, micro_batch: int | None) -> int:
+    """Images of the batch that fall on each device."""
+    if batch % devices:
+        raise InputError(f"batch_size {batch} cannot be shared by {devices} devices: it must be a multiple of them")
+    share = batch // devices
+    if micro_batch is not None and (micro_batch < 1 or share % micro_batch):
+        raise InputError(f"micro_batch {micro_batch} does not divide the {share} images of batch_size on each device")
+    return share
+
+
+def made(
+    recipe: Recipe, sheet: DataSheet | None, devices: int, share: int, micro_batch: int | None, utilisation: float
+) -> dict[str, Any]:
+    """The plan's figures: bytes, FLOPs, seconds."""
+    here = at_hand()
+    capacity = sheet.memory if sheet else memory_of(here)
+    on_meta = recipe.stage("meta")
+    paper = StepOnPaper(
+        on_meta, recipe.precision, "cpu" if not sheet and here.type == "cpu" else "cuda", recipe.average
+    )
+    search = Search(paper, share, devices, (1 - MARGIN) * capacity)
+    checkpointing = recipe.checkpointing
+    batch = micro_batch or search.largest(checkpointing)
+    if not checkpointing and (not search.fits(batch, False) or batch < min(FLOOR, share)):
+        checkpointing = True
+        batch = micro_batch or search.largest(True)
+    memory, other = search.memory(batch, checkpointing), search.memory(batch, not checkpointing)
+    unet = on_meta.unet
+    figures: dict[str, Any] = {
+        "device": sheet.name if sheet else device_name(here),
+        "source": sheet.source if sheet else "the device at hand",
+        "devices": devices,
+        "precision": recipe.precision,
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "forward_flops": forward_flops(unet),
+        "training_flops": training_flops(unet, checkpointing),
+        "batch": recipe.batch,
+        "max_steps": recipe.max_steps,
+        "micro_batch": batch,
+        "accumulate": share // batch,
+        "checkpointing": checkpointing,
+        "recipe_checkpoints": recipe.checkpointing,
+        "fits": search.fits(batch, checkpointing),
+        "capacity": capacity,
+        "memory": {**asdict(memory), "total": memory.total},
+        "memory_plain": (other if checkpointing else memory).total,
+        "memory_checkpointing": (memory if checkpointing else other).total,
+    }
+    figures |= of_sheet(sheet, figures, utilisation) if sheet else of_here(here, recipe, figures, utilisation)
+    rate = figures["images_a_second_a_device"] * devices
+    days = recipe.batch * recipe.max_steps / rate / 86400
+    return {**figures, "images_a_second": rate, "days": days, "device_days": days * devices}
+
+
+class Search:
+    """Memory by micro-batch, among the divisors of a device's share of the batch."""
+
+    def __init__(self, paper: StepOnPaper, share: int, devices: int, limit: float) -> None:
+        self.paper, self.share, self.devices, self.limit = paper, share, devices, limit
+        self.known: dict[tuple[int, bool], Memory] = {}
+
+    def memory(self, batch: int, checkpointing: bool) -> Memory:
+        if (batch, checkpointing) not in self.known:
+            self.known[batch, checkpointing] = self.paper.memory(batch, batch < self.share, self.devices, checkpointing)
+        return self.known[batch, checkpointing]
+
+    def fits(self, batch: int, checkpointing: bool) -> bool:
+        return self.memory(batch, checkpointing).total <= self.limit
+
+    def largest(self, checkpointing: bool) -> int:
+        """The largest micro-batch that fits; 1 where not even one image does.
+
+        Where it may lie is told from 1 and 4 images, on a line; whether it fits, by a step of that size.
+        """
+        sizes = [size for size in range(1, self.share + 1) if self.share % size == 0]
+        one, few = self.memory(1, checkpointing), self.memory(min(4, self.share), checkpointing)
+        slope = (few.total - one.total) / max(1, min(4, self.share) - 1)
+        likely = [size for size in sizes if one.total + slope * (size - 1) <= self.limit] or [1]
+        return next((size for size in reversed(likely) if self.fits(size, checkpointing)), 1)
+
+
+def of_sheet(sheet: DataSheet, figures: dict[str, Any], utilisation: float) -> dict[str, Any]:
+    """Speed of a device that is not there: an assumption."""
+    rate = sheet.rate(figures["precision"])
+    return {
+        "speed": f"assumed: {utilisation:.0%} of {rate / 1e12:.1f} TFLOP/s ({sheet.source}), nothing was measured",
+        "images_a_second_a_device": utilisation * rate / figures["training_flops"],
+    }
+
+
+def of_here(here: torch.device, recipe: Recipe, figures: dict[str, Any], utilisation: float) -> dict[str, Any]:
+    """Speed of the device at hand: timed, unless a step of one image takes too long or does not fit."""
+    rates = measured_rates(here, AUTOCAST.get(recipe.precision, torch.float32))
+    measured = {"matmul_rate": rates.matmul, "convolution_rate": rates.convolution}
+    flops, batch = figures["training_flops"], figures["micro_batch"]
+    guess = flops / (utilisation * rates.convolution)  # seconds an image
+    sizes = [n for n in range(1, batch + 1) if batch % n == 0 and n * guess <= (PATIENCE if n > 1 else 3 * PATIENCE)]
+    if not figures["fits"] or not sizes:
+        why = f"a step of one image would take {guess:.0f} s" if figures["fits"] else "it does not fit"
+        said = f"assumed: {utilisation:.0%} of the convolution's rate; not timed, for {why}"
+        return {**measured, "speed": said, "images_a_second_a_device": 1 / guess}
+    took = measured_step(
+        recipe.stage("cpu"), sizes[-1], recipe.precision, here, recipe.average, figures["checkpointing"]
+    )
+    speed = took.images_a_second(batch, figures["accumulate"])
+    reached = speed * flops / rates.convolution
+    return {
+        **measured,
+        "speed": f"timed at {took.batch} images, {reached:.0%} of the convolution's rate; without reading images",
+        "images_a_second_a_device": speed,
+    }
+
+
+def start(
+    stage: str | None,
+    experiment: str,
+    configs: list[Path] | None,
+    arguments: str,
+    recipe: Recipe,
+    changed: bool,
+    found: dict[str, Any],
+) -> str | None:
+    """The command that trains as planned; None where the plan does not fit."""
+    if not found["fits"]:
+        return None
+    options = [*([arguments] if arguments else []), f"--trainer.devices {found['devices']}"]
+    options.append(f"--trainer.accumulate_grad_batches {found['accumulate']}")
+    if changed:
+        options.append(f"--trainer.precision {recipe.precision}")
+    if found["checkpointing"] and not recipe.checkpointing:
+        options.append("--model.checkpointing true")
+    line = " ".join(options)
+    if stage is None:
+        return " ".join(["cdm fit", *(f"--config {shlex.quote(str(path))}" for path in configs or []), line])
+    of = "" if experiment == "imagenet" else f"EXPERIMENT={experiment} "
+    return f'make train-stage {of}STAGE={stage} ARGS="{line}"'
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a plan as a table. 1 GB is 10^9 bytes."""
+    memory = {name: f"{size / 1e9:.3g}" for name, size in found["memory"].items()}
+    parts = ", ".join(f"{name} {size}" for name, size in memory.items() if name != "total")
+    table = whole_table(str(found["stage"]), "")
+    rows = {
+        "device": f"{found['devices']} x {found['device']}, {found['precision']}",
+        "parameters": f"{found['parameters'] / 1e6:,.2f} M",
+        "GFLOP an image": "{:,.4g} forward, {:,.4g} in training".format(
+            *(found[name] / 1e9 for name in ("forward_flops", "training_flops"))
+        ),
+        "micro-batch": f"{found['micro_batch']} images, accumulated {found['accumulate']} times: "
+        f"batch {found['batch']} on {found['devices']} device(s)",
+        "memory": f"{memory['total']} of {found['capacity'] / 1e9:.1f} GB{'' if found['fits'] else ': DOES NOT FIT'}",
+        "made up of": parts,
+        "checkpointing": f"{'' if found['checkpointing'] else 'not '}needed: {found['memory_plain'] / 1e9:.3g} GB "
+        f"without, {found['memory_checkpointing'] / 1e9:.3g} GB with it",
+        "images a second": f"{found['images_a_second']:,.4g} ({found['speed']})",
+        "whole training": f"{found['max_steps']:,} steps in {found['days']:,.4g} days: "
+        f"{found['device_days']:,.4g} device-days",
+    }
+    if "matmul_rate" in found:
+        rates = (f"{found[name] / 1e9:,.0f}" for name in ("matmul_rate", "convolution_rate"))
+        rows["GFLOP/s here"] = "matrix product {}, 3x3 convolution {}".format(*rates)
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console = whole_console()
+    console.print(table)
+    console.print(escape(found["command"] or "no micro-batch fits: another device, or fewer images per pass"))

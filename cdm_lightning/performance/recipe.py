@@ -1,0 +1,82 @@
+"""A stage's recipe as `cdm fit` would read it from its configurations, the stage built without memory."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
+
+from cdm_lightning import InputError
+from cdm_lightning.callbacks import EMA
+from cdm_lightning.checkpoints import Trainer
+from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.stages import DiffusionStage
+
+EXPERIMENTS = Path("experiments")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training is to be: the stage's class and arguments, the batch over all devices, its length and numbers."""
+
+    model: dict[str, Any]
+    batch: int
+    max_steps: int
+    precision: str
+    average: bool
+    checkpointing: bool
+
+    def stage(self, device: str) -> DiffusionStage:
+        """The stage, untrained and without checkpointing. device: meta takes no memory."""
+        with torch.device(device):
+            return instantiate_class((), self.model)
+
+
+def configurations(stage: str, experiment: str) -> list[Path]:
+    """The files that `make train-stage` gives to `cdm fit`, from what all runs share to what the stage says."""
+    folder = EXPERIMENTS / experiment
+    if not folder.is_dir():
+        known = sorted(path.parent.name for path in EXPERIMENTS.glob("*/defaults.yaml"))
+        raise InputError(f"experiment {experiment!r} is no folder of {EXPERIMENTS.absolute()}: {known} are there")
+    if stage == "defaults" or not (folder / f"{stage}.yaml").is_file():
+        known = sorted({path.stem for path in folder.glob("*.yaml")} - {"defaults", "cas", "cascade"})
+        raise InputError(f"stage {stage!r} is none of {folder}: {', '.join(known)} are there")
+    return [EXPERIMENTS / "defaults.yaml", folder / "defaults.yaml", folder / f"{stage}.yaml"]
+
+
+def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
+    """Parse configurations, each of which wins over the one before, and arguments after them, as `cdm fit` does."""
+    for path in configs:
+        if not path.is_file():
+            raise InputError(f"configuration {path} does not exist")
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    parser = LightningArgumentParser(parser_mode="omegaconf+", prog="cdm plan")
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(DiffusionStage, "model", subclass_mode=True)
+    parser.add_lightning_class_args(ShardDataModule, "data")
+    for name, kind in (("seed_everything", bool | int), ("ckpt_path", str | None), ("weights_only", bool | None)):
+        parser.add_argument(f"--{name}", type=kind)  # a fit's own, which take no part in a plan
+    words = [word for path in configs for word in ("--config", str(path))]
+    read = parser.parse_args([*words, *shlex.split(arguments)])
+    if read.model is None:
+        raise InputError(f"{', '.join(map(str, configs))} name no model")
+    model = read.model.as_dict()
+    arguments_of_stage = dict(model.get("init_args", {}))
+    checkpointing = bool(arguments_of_stage.pop("checkpointing", False))  # a plan decides on it by itself
+    steps = read.trainer.max_steps
+    if steps < 1:
+        raise InputError(f"max_steps {steps} says no length of the training: a plan needs at least 1")
+    return Recipe(
+        model={"class_path": model["class_path"], "init_args": arguments_of_stage},
+        batch=read.data.batch_size,
+        max_steps=steps,
+        precision=str(read.trainer.precision),
+        average=any(call.class_path == f"{EMA.__module__}.{EMA.__name__}" for call in read.trainer.callbacks or []),
+        checkpointing=checkpointing,
+    )

@@ -1,0 +1,236 @@
+"""`cdm plan`: FLOPs against torch's counter, memory against a process's own, accumulation, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import refused
+from torch.utils.flop_counter import FlopCounterMode
+
+from cdm_lightning.cli import main
+from cdm_lightning.meter import TrainingLog
+from cdm_lightning.performance.devices import DATA_SHEETS, measured_rates
+from cdm_lightning.performance.flops import forward_flops, training_flops
+from cdm_lightning.performance.memory import StepOnPaper
+from cdm_lightning.performance.plan import Search
+from cdm_lightning.performance.recipe import configurations, read_recipe
+from cdm_lightning.performance.step_time import StepTime, measured_step
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
+from cdm_lightning.unet import UNet
+
+ROOT = Path(__file__).parents[1]
+BASE = dict(image_channels=1, num_classes=10, channels=32, channel_mult=[1, 2], num_res_blocks=1, norm_groups=16,
+            attention_resolutions=[16], num_heads=2)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_flops_are_those_that_torch_counts_in_a_forward_pass():
+    unet = UNet(16, 6, 6, 32, (1, 2, 3), 2, (8, 4), 4, num_classes=10, level_embedding=True)
+    x, t = torch.randn(2, 6, 16, 16), torch.tensor([1.0, 2.0])
+    with FlopCounterMode(display=False) as counter:
+        unet(x, t, torch.tensor([0, 1]), None, t)
+    # torch has no entry for the CPU's flash attention: q k^T and the product with v, 2 FLOPs each, by hand
+    missing = 0
+    if not any("attention" in str(op) for op in counter.get_flop_counts()["Global"]):
+        missing = sum(4 * tokens**2 * width * number for tokens, width, number in ((64, 64, 5), (16, 96, 6)))
+    assert 2 * forward_flops(unet) == counter.get_total_flops() + 2 * missing
+    assert training_flops(unet) == 3 * forward_flops(unet) and training_flops(unet, True) == 4 * forward_flops(unet)
+
+
+@pytest.mark.parametrize(
+    "name, parameters, gflop",  # sums over the layers by hand would be as long as the code: torch's counter gave these
+    [("base32", 825_505_542, 151.319), ("sr64", 751_690_758, 504.208), ("sr256", 634_046_467, 1759.157)],
+)
+def test_the_papers_networks_have_these_sizes(name, parameters, gflop):
+    unet = read_recipe(configurations(name, "imagenet")).stage("meta").unet
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+    assert forward_flops(unet) / 1e9 == pytest.approx(gflop, abs=1e-3)
+
+
+def on_paper(options, precision="32-true", like="cpu", average=True) -> StepOnPaper:
+    with torch.device("meta"):
+        stage = BaseStage(**options)
+    return StepOnPaper(stage, precision, like, average)
+
+
+MEASURE = """
+import copy, json, sys
+from pathlib import Path
+import torch
+from cdm_lightning.stages import BaseStage
+torch.set_num_threads(1)
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+def train(precision, batch, options):
+    stage = BaseStage(**options)
+    averaged = copy.deepcopy(stage)
+    optimizer = torch.optim.Adam(stage.unet.parameters())
+    size = (batch, stage.image_channels, stage.resolution, stage.resolution)
+    for _ in range(2):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        data = torch.rand(size), torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = stage.losses(data, "train", by_quarters=True)["loss"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return status("VmHWM")
+options = json.loads(sys.argv[1])
+for precision in sys.argv[3:]:
+    train(precision, 1, {**options, "channels": 16})  # libraries load what they need
+    before = status("VmRSS")
+    print(train(precision, int(sys.argv[2]), options) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process's peak is read from Linux's /proc")
+def test_memory_on_paper_is_that_of_a_real_step():
+    options, batch, precisions = {"resolution": 32, **BASE}, 48, ["32-true", "bf16-mixed"]
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", MEASURE, json.dumps(options), str(batch), *precisions]
+    done = subprocess.run(command, env={**os.environ, **given_back}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for precision, measured in zip(precisions, map(int, done.stdout.split()), strict=True):
+        memory = on_paper(options, precision).memory(batch)
+        print(precision, memory.total / 1e6, measured / 1e6)
+        assert memory.activations > 0.7 * memory.total  # else the test says nothing of them
+        assert memory.total == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_memory_on_paper_is_that_of_a_real_step_on_a_gpu(precision):
+    options, batch, device = {"resolution": 64, **BASE, "channels": 64}, 64, torch.device("cuda")
+    memory = on_paper(options, precision, "cuda").memory(batch)
+    measured_step(BaseStage(**options), 1, precision, device, seconds=0)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    measured_step(BaseStage(**options), batch, precision, device, seconds=0)
+    assert memory.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
+
+
+def test_what_memory_is_made_of():
+    options = {"resolution": 16, **BASE}
+    paper = on_paper(options)
+    one, two, many = (paper.memory(n) for n in (64, 128, 192))
+    assert many.activations - two.activations == two.activations - one.activations  # linear in the batch
+    size = 4 * sum(p.numel() for p in paper.stage.unet.parameters())
+    assert (one.parameters, one.moments, one.average, one.buckets) == (size, 2 * size, size, 0)
+    assert on_paper(options, average=False).memory(64).average == 0 and paper.memory(64, devices=2).buckets == size
+    assert paper.memory(64, accumulate=True).gradients == size
+    assert paper.memory(64, checkpointing=True).total < 0.7 * one.total
+    assert paper.memory(64) == one  # the network is as it was
+    half, gpu = (on_paper(options, "bf16-mixed", like).memory(64) for like in ("cpu", "cuda"))
+    assert half.activations < gpu.activations < one.activations  # group norms in float32 on a GPU
+    least = on_paper(options, like="cuda").memory(1)  # the update is the peak of so small a batch
+    assert least.gradients == least.temporary == size and least.activations == 0
+
+
+def plan(tmp_path, *arguments) -> dict:
+    main(["plan", *arguments, "--out", str(tmp_path / "plan.json")])
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_the_plan_of_sr256_on_eight_gpus(tmp_path, capsys):
+    found = plan(tmp_path, "sr256", "--device", "h100", "--devices", "8", "--utilisation", "0.5")
+    assert found["micro_batch"] * found["accumulate"] * 8 == found["batch"] == 1024 and found["fits"]
+    assert found["memory"]["total"] == sum(v for k, v in found["memory"].items() if k != "total")
+    assert found["memory"]["total"] <= 0.9 * found["capacity"] == 0.9 * 80e9
+    assert found["memory_checkpointing"] < found["memory_plain"]
+    factor = 4 if found["checkpointing"] else 3
+    assert found["training_flops"] == factor * found["forward_flops"]
+    assert found["images_a_second"] == pytest.approx(8 * 0.5 * 989.4e12 / found["training_flops"])
+    days = 1024 * 500_000 / found["images_a_second"] / 86400
+    assert found["days"] == pytest.approx(days) and found["device_days"] == pytest.approx(8 * days)
+    said = capsys.readouterr().out
+    accumulate = f"--trainer.accumulate_grad_batches {found['accumulate']}"
+    assert f'make train-stage STAGE=sr256 ARGS="--trainer.devices 8 {accumulate}' in said
+    assert "assumed" in said and "measured" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "imagenet").glob("*[0-9].yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("device", DATA_SHEETS)
+def test_every_stage_of_imagenet_can_be_planned(path, device, tmp_path):
+    found = plan(tmp_path, path.stem, "--device", device, "--devices", "4")
+    assert found["fits"] and found["micro_batch"] * found["accumulate"] * 4 == found["batch"]
+
+
+def test_a_plan_for_the_device_at_hand_is_timed(tmp_path, capsys):
+    options = "--model.channels 16 --model.norm_groups 4 --data.batch_size 8 --trainer.max_steps 1000"
+    configs = json.dumps([str(path) for path in configurations("base8", "fashion")])
+    found = plan(tmp_path, "--configs", configs, f"--arguments={options}", "--micro_batch", "4")
+    assert found["speed"].startswith("timed at 4 images") and found["accumulate"] == 2
+    assert found["days"] == pytest.approx(8000 / found["images_a_second"] / 86400)
+    assert found["matmul_rate"] > 0 and found["convolution_rate"] > 0
+    assert found["command"].startswith("cdm fit --config experiments/defaults.yaml") and options in found["command"]
+    assert read_recipe(configurations("base8", "fashion"), options).batch == 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["base8", "sr16", "sr32"])
+def test_the_rate_of_a_timed_step_is_that_of_fit(name, tmp_path, monkeypatch):
+    """Both in processor time of this process, which other people's work on the machine does not change."""
+    ends: list[float] = []
+    monkeypatch.setattr("cdm_lightning.performance.step_time.time.perf_counter", time.process_time)
+    monkeypatch.setattr(TrainingLog, "on_train_batch_end", lambda *arguments: ends.append(time.process_time()))
+    recipe = read_recipe(configurations(name, "fashion"))
+    took = measured_step(recipe.stage("cpu"), recipe.batch, recipe.precision, torch.device("cpu"), recipe.average)
+    configs = [word for path in configurations(name, "fashion") for word in ("--config", str(path))]
+    short = ["--trainer.max_steps=20", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    main(["fit", *configs, *short, f"--trainer.default_root_dir={tmp_path}"])
+    rate = recipe.batch * 15 / (ends[-1] - ends[4])
+    print(name, took.images_a_second(recipe.batch, 1), rate)
+    assert took.images_a_second(recipe.batch, 1) == pytest.approx(rate, rel=0.2)
+
+
+def test_images_a_second_count_one_update_for_all_accumulated_batches():
+    took = StepTime(batch=4, passes=2.0, update=1.0)
+    assert took.images_a_second(4, 1) == 4 / 3 and took.images_a_second(8, 2) == 16 / 9
+
+
+def test_the_largest_micro_batch_that_fits_is_a_divisor():
+    with torch.device("meta"):
+        stage = SuperResolutionStage(resolution=16, low_resolution=8, augmentation="blur", **BASE)
+    paper = StepOnPaper(stage, "32-true", "cpu")
+    whole = Search(paper, 24, 1, 1e12)
+    assert whole.largest(False) == 24
+    assert Search(paper, 24, 1, whole.memory(12, False).total + paper.size).largest(False) == 12
+    assert Search(paper, 24, 1, 1).largest(False) == 1 and not Search(paper, 24, 1, 1).fits(1, False)
+
+
+def test_measured_rates_are_those_of_this_machine():
+    rates = measured_rates(torch.device("cpu"), torch.float32, seconds=0.05)
+    assert all(1e8 < rate < 1e14 for rate in asdict(rates).values())
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["sr65"], "stage 'sr65' is none of experiments/imagenet: base16, base32"),
+        (["defaults"], "stage 'defaults' is none of"),
+        (["sr64", "--experiment", "nowhere"], "experiment 'nowhere' is no folder of"),
+        (["sr64", "--device", "H300"], "device 'H300' is none of H100, H200, A100"),
+        (["sr64", "--devices", "3"], "batch_size 2048 cannot be shared by 3 devices"),
+        (["sr64", "--devices", "0"], "devices 0 is less than 1"),
+        (["sr64", "--micro_batch", "5"], "micro_batch 5 does not divide the 2048 images"),
+        (["sr64", "--micro_batch", "0"], "micro_batch 0 does not divide"),
+        (["sr64", "--precision", "64-true"], "precision '64-true' is none that a plan knows"),
+        (["sr64", "--utilisation", "1.5"], "utilisation 1.5 lies outside"),
+        (["sr64", "--arguments=--trainer.max_steps=-1"], "max_steps -1 says no length"),
+        (["--configs", '["nowhere.yaml"]'], "configuration nowhere.yaml does not exist"),
+        ([], "give one of a stage and configs"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, arguments, sentence):
+    assert sentence in refused(capsys, ["plan", *arguments])
