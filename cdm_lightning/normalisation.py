@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from cdm_lightning import InputError
 
+SMALL = 2**17  # numbers in x; below, the plain form is faster, which makes fewer calls
 SQUARES = torch.ops.aten.mse_loss  # (a - b)^2 without a's difference from b in memory
 NONE = 0  # its reduction
 
@@ -35,7 +36,8 @@ class ModulatedNorm(nn.GroupNorm):
         self.activation = activation
 
     def forward(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]  # takes parts
-        if torch.compiler.is_compiling():  # the compiler fuses the plain form, and chooses what to keep by itself
+        # A compiler fuses the plain form by itself, and chooses what to keep.
+        if torch.compiler.is_compiling() or sum(part.numel() for part in x) < SMALL:
             return self.plain(*x, modulation=modulation)
         settings = (self.num_groups, self.eps, self.activation)
         return _ModulatedNorm.apply(settings, self.weight, self.bias, modulation, *x)
@@ -59,10 +61,11 @@ class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: tuple[int, float, bool], *tensors: Any) -> torch.Tensor:
         (groups, eps, activation), (weight, bias, modulation, *parts) = settings, tensors
-        mean, rstd = _statistics([_rows(part) for part in parts], groups, eps)  # (B, C)
+        y = _empty(parts)
+        mean, rstd = _statistics(parts, groups, eps, y)  # (B, C)
         gamma, beta = _modulated(weight, bias, modulation)
         a = rstd * gamma
-        y = _affine(parts, a, torch.addcmul(beta, mean, a, value=-1))
+        _affine(parts, a, torch.addcmul(beta, mean, a, value=-1), y)
         ctx.save_for_backward(weight, bias, modulation, mean, rstd, *parts)
         ctx.settings = settings
         return (F.silu(y, inplace=True) if activation else y).to(parts[0].dtype)
@@ -75,27 +78,34 @@ class _ModulatedNorm(torch.autograd.Function):
         a = rstd * gamma
         dz = dy.float().contiguous(memory_format=torch.channels_last)
         if activation:
-            z = _affine(parts, a, torch.addcmul(beta, mean, a, value=-1))
+            z = _affine(parts, a, torch.addcmul(beta, mean, a, value=-1), _empty(parts))
             dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
-        widths = [part.shape[1] for part in parts]
-        slices = _rows(dz).split(widths, dim=2)
+        dx = [_empty([part]) for part in parts]
+        slices = _rows(dz).split([part.shape[1] for part in parts], dim=2)
         of_beta = _rows(dz).sum(1)  # (B, C): what beta is told, image by image
-        products = [(rows * _rows(part)).sum(1) for rows, part in zip(slices, parts, strict=True)]
+        products = [
+            torch.mul(rows, _rows(part), out=_rows(out)).sum(1)
+            for rows, part, out in zip(slices, parts, dx, strict=True)
+        ]
         of_gamma = rstd * (torch.cat(products, 1) - mean * of_beta)  # sum of dz n
         size = dz[0].numel() / groups
         first, second = (_per_group(gamma * of, groups, torch.sum) / size for of in (of_beta, of_gamma))
         of_x = -second * rstd.square()  # dx = a dz + of_x x + rest
         rest = -mean * of_x - first * rstd
-        linear = [value[:, None].split(widths, dim=2) for value in (rest, of_x, a)]
-        dx = [
-            _image(torch.addcmul(b, _rows(part), of_part).addcmul_(rows, of_rows), part)
-            for part, rows, b, of_part, of_rows in zip(parts, slices, *linear, strict=True)
-        ]
+        linear = [value[:, None].split([part.shape[1] for part in parts], dim=2) for value in (rest, of_x, a)]
+        for part, rows, out, b, of_part, of_rows in zip(parts, slices, dx, *linear, strict=True):
+            torch.addcmul(b, _rows(part), of_part, out=_rows(out)).addcmul_(rows, of_rows)
         of_modulation = None
         if modulation is not None:
             of_modulation = torch.cat([of_gamma * weight + of_beta * bias, of_beta], 1).to(modulation.dtype)
             of_gamma, of_beta = (of * (1 + modulation[:, : len(weight)]) for of in (of_gamma, of_beta))
-        return None, of_gamma.sum(0), of_beta.sum(0), of_modulation, *dx
+        return (
+            None,
+            of_gamma.sum(0),
+            of_beta.sum(0),
+            of_modulation,
+            *(g.to(p.dtype) for g, p in zip(dx, parts, strict=True)),
+        )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -103,9 +113,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.float().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _image(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B, HW, C) to the shape and type of `like`, channels_last."""
-    return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2).to(like.dtype)
+def _empty(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Memory for the parts side by side, float32 (B, C, H, W) in channels_last."""
+    b, _, h, w = parts[0].shape
+    return parts[0].new_empty((b, h, w, sum(p.shape[1] for p in parts)), dtype=torch.float32).permute(0, 3, 1, 2)
 
 
 def _per_group(values: torch.Tensor, groups: int, reduce: Any) -> torch.Tensor:
@@ -114,13 +125,19 @@ def _per_group(values: torch.Tensor, groups: int, reduce: Any) -> torch.Tensor:
     return reduce(grouped, 2, keepdim=True).expand_as(grouped).reshape(values.shape)
 
 
-def _statistics(parts: Sequence[torch.Tensor], groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each channel's group, (B, C), of parts (B, HW, C).
+def _statistics(
+    parts: Sequence[torch.Tensor], groups: int, eps: float, scratch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each channel's group, (B, C), over all parts. scratch: as `_empty` makes it.
 
     The variance within channels, around each one's own mean, plus that of the means: no large numbers are subtracted.
     """
-    means = [part.mean(1) for part in parts]
-    within = [SQUARES(part, m[:, None].expand_as(part), NONE).mean(1) for part, m in zip(parts, means, strict=True)]
+    means = [_rows(part).mean(1) for part in parts]
+    room = _rows(scratch).split([part.shape[1] for part in parts], dim=2)
+    within = []
+    for part, mean, out in zip(parts, means, room, strict=True):
+        rows = _rows(part)
+        within.append(SQUARES.out(rows, mean[:, None].expand_as(rows), NONE, out=out).mean(1))
     mean = torch.cat(means, 1)
     centre = _per_group(mean, groups, torch.mean)
     variance = _per_group(torch.cat(within, 1) + (mean - centre).square(), groups, torch.mean)
@@ -137,10 +154,9 @@ def _modulated(
     return weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
 
 
-def _affine(parts: Sequence[torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a x + b of the parts side by side, float32 (B, C, H, W) in channels_last. a, b: (B, C)."""
-    first, widths = parts[0], [part.shape[1] for part in parts]
-    z = first.new_empty((len(first), first[0, 0].numel(), sum(widths)), dtype=torch.float32)
-    for part, out, *row in zip(parts, *(v.split(widths, dim=-1) for v in (z, a[:, None], b[:, None])), strict=True):
-        torch.addcmul(row[1], _rows(part), row[0], out=out)
-    return z.view(len(first), *first.shape[2:], -1).permute(0, 3, 1, 2)
+def _affine(parts: Sequence[torch.Tensor], a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """a x + b of the parts side by side, into `out`, as `_empty` makes it. a, b: (B, C)."""
+    split = [value.split([part.shape[1] for part in parts], dim=2) for value in (_rows(out), a[:, None], b[:, None])]
+    for part, room, times, plus in zip(parts, *split, strict=True):
+        torch.addcmul(plus, _rows(part), times, out=room)
+    return out

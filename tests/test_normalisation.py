@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from cdm_lightning import InputError
+from cdm_lightning import InputError, normalisation
 from cdm_lightning.normalisation import ModulatedNorm
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    monkeypatch.setattr(normalisation, "SMALL", 0)
+
 
 EXACT = 1e-5  # of float32 beside float64, relative to the largest value
 
@@ -86,3 +92,10 @@ def test_compilers_get_the_plain_form_in_one_graph():
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match="norm_groups 32 does not divide the 48 channels"):
         ModulatedNorm(48, 32)
+
+
+def test_small_inputs_take_the_plain_form(monkeypatch):
+    monkeypatch.setattr(normalisation, "SMALL", 3 * 64 * 6 * 4 + 1)
+    norm, parts, modulation, _ = given((64,), True, True)
+    assert torch.equal(norm(*parts, modulation=modulation), norm.plain(*parts, modulation=modulation))
+    assert norm(parts[0].repeat(2, 1, 1, 1)).grad_fn.name() == "_ModulatedNormBackward"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from cdm_lightning import InputError
+from cdm_lightning import InputError, normalisation
 from cdm_lightning.unet import ResidualBlock, SelfAttention, UNet, conv_of_upsampled, sinusoidal_embedding
 
 CHANNELS, MULT, BLOCKS, HEADS = 32, (1, 2, 2), 2, 4
@@ -85,7 +85,9 @@ def randomise(model: torch.nn.Module) -> None:
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_parity_with_diffusers_forward_and_backward():
+@pytest.mark.parametrize("small", [0, 2**17])  # by the fused norm, and by the plain one that small inputs get
+def test_parity_with_diffusers_forward_and_backward(small, monkeypatch):
+    monkeypatch.setattr(normalisation, "SMALL", small)
     theirs, mine = oracle(), ours(num_classes=10, level_embedding=True)
     randomise(theirs)
     transfer(mine, theirs)
