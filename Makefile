@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo detector train-stage plan cas sweep test test-long lint clean
+.PHONY: help setup demo detector train-stage plan bench cas sweep test test-long lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,9 @@ CAS ?= runs/cas
 
 cas: setup ## Classification accuracy score of samples: make cas SAMPLES=runs/demo/samples [CAS=runs/cas] [RECIPE=experiments/fashion/cas.yaml]
 	$(CDM) cas --config $(RECIPE) --samples $(SAMPLES) --out $(CAS) $(ARGS)
+
+bench: setup ## Measure speed beside peers and the machine: make bench [ARGS="--guided_diffusion CHECKOUT --compile true"]
+	.venv/bin/python experiments/bench $(ARGS)
 
 test: setup ## Run every test
 	.venv/bin/pytest

@@ -19,6 +19,7 @@ from cdm_lightning.diffusion import Sampler
 from cdm_lightning.images import quantize, to_float, to_uint8
 from cdm_lightning.randomness import generators
 from cdm_lightning.stages import BaseStage, Batch, DiffusionStage, SuperResolutionStage
+from cdm_lightning.unet import Compile
 
 
 class CascadeModule(L.LightningModule):
@@ -103,6 +104,11 @@ class CascadeModule(L.LightningModule):
             if sampling_steps is not None:
                 stage.diffusion.sampling_steps = sampling_steps[number]
             stage.diffusion.sampling_grid(stops[number])
+
+    def compile_networks(self, mode: Compile) -> None:
+        """Have every stage's network compiled by torch at its first call, which takes minutes."""
+        for stage in self.stages:
+            stage.unet.compile(mode=mode)
 
     @property
     def resolution(self) -> int:

@@ -40,6 +40,7 @@ class SampleManifest:
     sampling_steps: list[int]
     precision: str = "32-true"  # of the networks, in Lightning's words
     start: str | None = None  # of the stored images the cascade went on from: one hash over all shards
+    compile: str | None = None  # how torch compiled the networks
 
     def block(self, number: int) -> dict[str, torch.Tensor]:
         """The padded indices and labels of one block, and its number."""

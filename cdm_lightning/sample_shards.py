@@ -27,6 +27,7 @@ from cdm_lightning.shards import (
     write_atomically,
     write_manifest,
 )
+from cdm_lightning.unet import Compile
 
 NO_CLASSES = ["0"]  # as shards name the one class of samples of a cascade without classes
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -40,6 +41,7 @@ def plan(
     block_size: int = 64,
     start: Path | None = None,
     precision: Precision = "32-true",
+    compile: Compile | None = None,
 ) -> SampleManifest:
     """The manifest of `count` samples of a cascade as it is set; refuses what makes no sense."""
     chosen = list(range(cascade.num_classes or 1)) if classes is None else list(classes)
@@ -55,7 +57,7 @@ def plan(
     manifest = SampleManifest(
         bundle, count, chosen, cascade.seed, block_size, cascade.levels, cascade.truncated,
         [d.sampler for d in diffusions], [d.sampling_steps or d.timesteps for d in diffusions],
-        precision, digest_of(read_manifest(start).shards) if start is not None else None,
+        precision, digest_of(read_manifest(start).shards) if start is not None else None, compile,
     )  # fmt: skip
     if start is not None:
         check_start(cascade, manifest, start)

@@ -19,6 +19,7 @@ from cdm_lightning.processes import first_process
 from cdm_lightning.sample_blocks import SampleManifest, shard_name
 from cdm_lightning.sample_shards import Precision, draw, plan
 from cdm_lightning.shards import digest_of, read_manifest, read_shard
+from cdm_lightning.unet import Compile
 
 
 def sample(
@@ -35,6 +36,7 @@ def sample(
     start: Path | None = None,
     block_size: int = 64,
     precision: Precision = "32-true",
+    compile: Compile | None = None,
     devices: PositiveInt = 1,
     accelerator: str = "auto",
 ) -> None:
@@ -58,6 +60,8 @@ def sample(
             with the same classes; null to start from noise.
         block_size: Images the network works on at a time, per process.
         precision: Of the networks: 32-true, or bf16-mixed or 16-mixed, which are faster and other images.
+        compile: Compile the networks, which takes minutes and makes other images within float error: default, or
+            reduce-overhead (CUDA graphs, on a GPU); null for not.
         devices: Processes to share the work.
         accelerator: cpu, gpu or auto.
     """
@@ -67,7 +71,9 @@ def sample(
     about = read_about(bundle)
     each = len(classes) if classes is not None else cascade.num_classes or 1
     total = count if count is not None else each * (per_class or 0)
-    manifest = plan(cascade, about["stages_sha256"], total, classes, block_size, start, precision)
+    manifest = plan(cascade, about["stages_sha256"], total, classes, block_size, start, precision, compile)
+    if compile is not None:
+        cascade.compile_networks(compile)
     folders = draw(cascade, manifest, out, start, devices, accelerator, origin(about))
     if first_process():
         say(folders, manifest, Path(out) / "samples.png")

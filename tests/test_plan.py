@@ -34,7 +34,9 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_flops_are_those_that_torch_counts_in_a_forward_pass():
+def test_flops_are_those_that_torch_counts_in_a_forward_pass(monkeypatch):
+    plain = lambda x, conv: conv(torch.nn.functional.interpolate(x, scale_factor=2))  # noqa: E731
+    monkeypatch.setattr("cdm_lightning.unet.conv_of_upsampled", plain)  # the architecture's count
     unet = UNet(16, 6, 6, 32, (1, 2, 3), 2, (8, 4), 4, num_classes=10, level_embedding=True)
     x, t = torch.randn(2, 6, 16, 16), torch.tensor([1.0, 2.0])
     with FlopCounterMode(display=False) as counter:
@@ -57,10 +59,10 @@ def test_the_papers_networks_have_these_sizes(name, parameters, gflop):
     assert forward_flops(unet) / 1e9 == pytest.approx(gflop, abs=1e-3)
 
 
-def on_paper(options, precision="32-true", like="cpu", average=True) -> StepOnPaper:
+def on_paper(options, precision="32-true", average=True) -> StepOnPaper:
     with torch.device("meta"):
         stage = BaseStage(**options)
-    return StepOnPaper(stage, precision, like, average)
+    return StepOnPaper(stage, precision, average)
 
 
 MEASURE = """
@@ -74,7 +76,7 @@ def status(name):
 def train(precision, batch, options):
     stage = BaseStage(**options)
     averaged = copy.deepcopy(stage)
-    optimizer = torch.optim.Adam(stage.unet.parameters())
+    optimizer = torch.optim.Adam(stage.unet.parameters(), fused=True)
     size = (batch, stage.image_channels, stage.resolution, stage.resolution)
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -111,7 +113,7 @@ def test_memory_on_paper_is_that_of_a_real_step():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_memory_on_paper_is_that_of_a_real_step_on_a_gpu(precision):
     options, batch, device = {"resolution": 64, **BASE, "channels": 64}, 64, torch.device("cuda")
-    memory = on_paper(options, precision, "cuda").memory(batch)
+    memory = on_paper(options, precision).memory(batch)
     measured_step(BaseStage(**options), 1, precision, device, seconds=0)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -130,10 +132,10 @@ def test_what_memory_is_made_of():
     assert paper.memory(64, accumulate=True).gradients == size
     assert paper.memory(64, checkpointing=True).total < 0.7 * one.total
     assert paper.memory(64) == one  # the network is as it was
-    half, gpu = (on_paper(options, "bf16-mixed", like).memory(64) for like in ("cpu", "cuda"))
-    assert half.activations < gpu.activations < one.activations  # group norms in float32 on a GPU
-    least = on_paper(options, like="cuda").memory(1)  # the update is the peak of so small a batch
-    assert least.gradients == least.temporary == size and least.activations == 0
+    assert on_paper(options, "bf16-mixed").memory(64).activations < 0.6 * one.activations
+    # beside a scaler Adam is not fused, and its step is the peak of so small a batch
+    few = on_paper({**options, "resolution": 4}, "16-mixed").memory(1)
+    assert few.temporary == few.gradients == few.parameters and few.activations == 0
 
 
 def plan(tmp_path, *arguments) -> dict:
@@ -202,7 +204,7 @@ def test_images_a_second_count_one_update_for_all_accumulated_batches():
 def test_the_largest_micro_batch_that_fits_is_a_divisor():
     with torch.device("meta"):
         stage = SuperResolutionStage(resolution=16, low_resolution=8, augmentation="blur", **BASE)
-    paper = StepOnPaper(stage, "32-true", "cpu")
+    paper = StepOnPaper(stage, "32-true")
     whole = Search(paper, 24, 1, 1e12)
     assert whole.largest(False) == 24
     assert Search(paper, 24, 1, whole.memory(12, False).total + paper.size).largest(False) == 12

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 from cdm_lightning.unet import Level
@@ -84,24 +81,14 @@ class Alive(TorchDispatchMode):
         self.bytes += size
 
 
-class LikeCUDA(TorchFunctionMode):
-    """Autocast on a CPU keeps a group norm in 16 bits, on a GPU it makes it float32; this does as the GPU does."""
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if function is F.group_norm and torch.is_autocast_enabled("cpu"):
-            arguments = (arguments[0].float(), *arguments[1:])
-        return function(*arguments, **(options or {}))
-
-
 class StepOnPaper:
     """A stage's training step without data: FakeTensors have shapes, types and lives, and no memory.
 
-    stage: on the meta device; its parameters are replaced. precision: Lightning's. like: the kind of device whose rules
-    of autocast and whose optimizer are followed.
+    stage: on the meta device; its parameters are replaced. precision: Lightning's.
     """
 
-    def __init__(self, stage: DiffusionStage, precision: str, like: Literal["cuda", "cpu"], average: bool = True):
-        self.stage, self.precision, self.like, self.average = stage, precision, like, average
+    def __init__(self, stage: DiffusionStage, precision: str, average: bool = True):
+        self.stage, self.precision, self.average = stage, precision, average
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         for module in stage.unet.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -121,10 +108,7 @@ class StepOnPaper:
                 if accumulate:
                     parameter.grad = torch.empty_like(parameter)
                 stack.callback(parameter.register_post_accumulate_grad_hook(partial(self.arrived, alive)).remove)
-            rules = LikeCUDA if self.like == "cuda" else nullcontext
-            if checkpointing:
-                stack.enter_context(recomputing(self.stage, rules))  # backward takes no function mode along
-            stack.enter_context(rules())
+            stack.enter_context(recomputing(self.stage, checkpointing))
             stack.enter_context(alive)
             loss = self.loss(batch)
             activations = alive.bytes
@@ -143,8 +127,8 @@ class StepOnPaper:
         alive.gradients += 4 * parameter.numel()
 
     def in_update(self) -> int:
-        """What Adam's step takes beside its state: on a GPU all parameters at once, on a CPU one after the other."""
-        return self.size if self.like == "cuda" else max(4 * p.numel() for p in self.stage.unet.parameters())
+        """What Adam's step takes beside its state: the fused one nothing, the other, beside a scaler, a copy of all."""
+        return self.size if self.precision.startswith("16") else 0
 
     def loss(self, batch: int) -> torch.Tensor:
         """The stage's loss of its own images, drawn by nobody."""
@@ -156,21 +140,21 @@ class StepOnPaper:
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             if isinstance(stage, SuperResolutionStage):
                 low_res = torch.empty(batch, size[0], stage.low_resolution, stage.low_resolution)
-                predict = stage.predictor(label, low_res, torch.empty(batch))  # type: ignore[arg-type]  # None: no class
+                predict = stage.conditioned(label, low_res, torch.empty(batch))  # type: ignore[arg-type]  # None: no class
             else:
-                predict = lambda x, t: stage.unet(x, t, label)  # noqa: E731
+                predict = stage.predictor(label)  # type: ignore[arg-type]  # as above
             return stage.diffusion.loss(predict, image, t, noise)["loss"].mean()
 
 
 @contextmanager
-def recomputing(stage: DiffusionStage, rules: Callable[[], Any] = nullcontext) -> Iterator[None]:
-    """Every level of the network keeps its input alone and is computed again in backward, there under `rules`."""
+def recomputing(stage: DiffusionStage, wanted: bool) -> Iterator[None]:
+    """Whether every level of the network keeps its input alone and is computed again in backward."""
     levels = [module for module in stage.unet.modules() if isinstance(module, Level)]
-    options: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), rules())}
+    before = [level.checkpointing for level in levels]
     for level in levels:
-        level.forward = partial(checkpoint, level.forward, **options)  # type: ignore[method-assign]
+        level.checkpointing = wanted
     try:
         yield
     finally:
-        for level in levels:
-            del level.forward
+        for level, was in zip(levels, before, strict=True):
+            level.checkpointing = was

@@ -93,9 +93,7 @@ def made(
     here = at_hand()
     capacity = sheet.memory if sheet else memory_of(here)
     on_meta = recipe.stage("meta")
-    paper = StepOnPaper(
-        on_meta, recipe.precision, "cpu" if not sheet and here.type == "cpu" else "cuda", recipe.average
-    )
+    paper = StepOnPaper(on_meta, recipe.precision, recipe.average)
     search = Search(paper, share, devices, (1 - MARGIN) * capacity)
     checkpointing = recipe.checkpointing
     batch = micro_batch or search.largest(checkpointing)
@@ -153,8 +151,14 @@ class Search:
         sizes = [size for size in range(1, self.share + 1) if self.share % size == 0]
         one, few = self.memory(1, checkpointing), self.memory(min(4, self.share), checkpointing)
         slope = (few.total - one.total) / max(1, min(4, self.share) - 1)
-        likely = [size for size in sizes if one.total + slope * (size - 1) <= self.limit] or [1]
-        return next((size for size in reversed(likely) if self.fits(size, checkpointing)), 1)
+        place = max(0, sum(one.total + slope * (size - 1) <= self.limit for size in sizes) - 1)
+        if self.fits(sizes[place], checkpointing):
+            while place + 1 < len(sizes) and self.fits(sizes[place + 1], checkpointing):
+                place += 1
+        else:
+            while place and not self.fits(sizes[place], checkpointing):
+                place -= 1
+        return sizes[place]
 
 
 def of_sheet(sheet: DataSheet, figures: dict[str, Any], utilisation: float) -> dict[str, Any]:

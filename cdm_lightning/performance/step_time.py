@@ -6,7 +6,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +44,7 @@ def measured_step(
     stage = stage.to(device).train()
     averaged: list[torch.Tensor] = list(copy.deepcopy(stage.unet).parameters()) if average else []
     weights: list[torch.Tensor] = list(stage.unet.parameters())
-    optimizer = torch.optim.Adam(weights, lr=stage.lr)
+    optimizer = torch.optim.Adam(weights, lr=stage.lr, fused=not precision.startswith("16"))
     size = (batch, stage.image_channels, stage.resolution, stage.resolution)
     image = torch.rand(size, device=device) * 2 - 1
     label = torch.arange(batch, device=device) % (stage.num_classes or 1)
@@ -66,7 +65,7 @@ def measured_step(
                 torch._foreach_lerp_(averaged, weights, 0.001)
 
     times: list[tuple[float, float]] = []
-    with recomputing(stage) if checkpointing else nullcontext(), tqdm(desc="training steps", unit=" steps") as bar:
+    with recomputing(stage, checkpointing), tqdm(desc="training steps", unit=" steps") as bar:
         start = time.perf_counter()
         while len(times) < 5 or time.perf_counter() - start < seconds:
             times.append((clocked(passes, device), clocked(update, device)))

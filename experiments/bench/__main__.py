@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ import torch
 from jsonargparse import auto_cli
 
 import data
+from cdm_lightning import InputError
+from cdm_lightning.refusal import fail
 from cdm_lightning.shards import write_atomically
 
 Part = Literal["network", "sampling", "data", "growth"]
@@ -80,4 +83,7 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(bench, as_positional=False)
+    try:
+        auto_cli(bench, as_positional=False)
+    except InputError as error:
+        sys.exit(fail(error))
