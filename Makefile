@@ -73,8 +73,8 @@ cas: setup ## Classification accuracy score of samples: make cas SAMPLES=runs/de
 bench: setup ## Measure speed beside peers and the machine: make bench [ARGS="--guided_diffusion CHECKOUT --compile true"]
 	.venv/bin/python experiments/bench $(ARGS)
 
-test: setup ## Run every test
-	.venv/bin/pytest
+test: setup ## Run every test, in two processes
+	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 test-long: setup ## Run what takes longer than `make test` may: kills at random moments, 50,000 samples, the soak
 	.venv/bin/pytest -m long --timeout 0 $(ARGS)

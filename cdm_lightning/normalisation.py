@@ -26,7 +26,7 @@ class ModulatedNorm(nn.GroupNorm):
     """act((1 + scale) norm(x) + shift), norm over `groups` groups of channels, act SiLU or the identity.
 
     x: (B, C, H, W), or several tensors side by side along the channels, whose concatenation is never made. modulation:
-    (B, 2C), scale and shift per image, or None. Computes in float32 and returns x's type.
+    (B, 2C), scale and shift per image, or None. Computes in float32 at least and returns x's type.
     """
 
     def __init__(self, channels: int, groups: int, activation: bool = True) -> None:
@@ -76,7 +76,7 @@ class _ModulatedNorm(torch.autograd.Function):
         (groups, _, activation), (weight, bias, modulation, mean, rstd, *parts) = ctx.settings, ctx.saved_tensors
         gamma, beta = _modulated(weight, bias, modulation)
         a = rstd * gamma
-        dz = dy.float().contiguous(memory_format=torch.channels_last)
+        dz = dy.to(a.dtype).contiguous(memory_format=torch.channels_last)
         if activation:
             z = _affine(parts, a, torch.addcmul(beta, mean, a, value=-1), _empty(parts))
             dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
@@ -109,14 +109,15 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to float32 (B, HW, C), a view where x is float32 and channels_last."""
-    return x.float().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
+    """(B, C, H, W) to (B, HW, C) of float32 at least, a view where x is that and channels_last."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _empty(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Memory for the parts side by side, float32 (B, C, H, W) in channels_last."""
-    b, _, h, w = parts[0].shape
-    return parts[0].new_empty((b, h, w, sum(p.shape[1] for p in parts)), dtype=torch.float32).permute(0, 3, 1, 2)
+    """Memory for the parts side by side, (B, C, H, W) of float32 at least, in channels_last."""
+    (b, _, h, w), dtype = parts[0].shape, torch.promote_types(parts[0].dtype, torch.float32)
+    return parts[0].new_empty((b, h, w, sum(part.shape[1] for part in parts)), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _per_group(values: torch.Tensor, groups: int, reduce: Any) -> torch.Tensor:
@@ -150,7 +151,7 @@ def _modulated(
     """gamma = weight (1 + scale) and beta = bias (1 + scale) + shift: (B, C), without modulation (C,)."""
     if modulation is None:
         return weight, bias
-    scale, shift = modulation.float().chunk(2, dim=1)
+    scale, shift = modulation.to(torch.promote_types(modulation.dtype, weight.dtype)).chunk(2, dim=1)
     return weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
 
 

@@ -32,6 +32,8 @@ def test_every_part_runs_and_is_written_down(tmp_path):
     assert all(kept > 0 for kept in network["fp32"]["kept"].values())
     assert sum(network["fp32"]["profile"].values()) == pytest.approx(1)
     assert network["fp32"]["profile"]["convolution, forward"] > 0.01
+    [row] = found["recipes"]["base8"]["None"]
+    assert row["images_a_second"] > 0 and row["memory_on_paper"] > 1e6 and row["batch"] == 8
     loops = found["sampling"]["loops"]
     assert {"base8", "sr16", "sr32"} <= set(loops) and all(own["network_ms"] > 0 for own in loops.values())
     assert found["data"]["rates"].keys() == {"32", "64"}

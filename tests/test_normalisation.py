@@ -55,6 +55,14 @@ def test_it_equals_the_plain_form_in_float64(widths, modulated, activation, offs
         assert error < 2 * float((theirs - truth).detach().abs().max()) + 1e-6 * size  # no worse than torch's own
 
 
+def test_its_gradients_are_those_of_finite_differences():
+    norm, parts, modulation, _ = given((20, 12), True, True)
+    norm = norm.double()
+    inputs = [value[:2, ..., :2, :2].double().requires_grad_() for value in parts]
+    told = modulation[:2].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda told, *x: norm(*x, modulation=told), (told, *inputs))
+
+
 def test_the_layout_of_its_input_changes_nothing_and_its_output_is_channels_last():
     norm, parts, modulation, weight = given((64,), True, True)
     expected = everything(norm, norm, parts, modulation, weight)

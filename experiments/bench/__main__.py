@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import growth
 import network
+import recipes
 import sampling
 import torch
 from jsonargparse import auto_cli
@@ -21,12 +22,12 @@ from cdm_lightning import InputError
 from cdm_lightning.refusal import fail
 from cdm_lightning.shards import write_atomically
 
-Part = Literal["network", "sampling", "data", "growth"]
+Part = Literal["network", "recipes", "sampling", "data", "growth"]
 
 
 def bench(
     out: Path = Path("runs/bench"),
-    parts: list[Part] = ["network", "sampling", "data", "growth"],  # noqa: B006, read only
+    parts: list[Part] = ["network", "recipes", "sampling", "data", "growth"],  # noqa: B006, read only
     guided_diffusion: Path | None = None,
     compile: bool = False,
     quick: bool = False,
@@ -46,6 +47,9 @@ def bench(
         if part == "network":
             results[part] = network.run(quick, guided_diffusion, compile)
             texts.append(network.table(results[part]))
+        elif part == "recipes":
+            results[part] = recipes.run(quick, compile)
+            texts.append(recipes.table(results[part]))
         elif part == "sampling":
             results[part] = sampling.run(quick)
             texts.append(sampling.table(results[part]))

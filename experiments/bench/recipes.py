@@ -1,0 +1,78 @@
+"""The recipes on the device at hand: images a second, share of the measured rates, memory, and the plan beside them."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from cdm_lightning.performance.devices import at_hand, measured_rates
+from cdm_lightning.performance.flops import training_flops
+from cdm_lightning.performance.memory import AUTOCAST, StepOnPaper
+from cdm_lightning.performance.recipe import configurations, read_recipe
+from cdm_lightning.performance.step_time import measured_step
+from cdm_lightning.unet import Compile
+
+
+def run(quick: bool = False, compile: bool = False) -> dict[str, Any]:
+    """On a GPU the paper's stages, each at growing micro-batches until memory ends; on a CPU the demo's."""
+    device = at_hand()
+    large = device.type == "cuda" and not quick
+    experiment, names = ("imagenet", ("base32", "sr64", "sr256")) if large else ("fashion", ("base8", "sr16", "sr32"))
+    modes: list[Compile | None] = [None, "default"] if compile else [None]
+    precision = "bf16-mixed" if device.type == "cuda" else "32-true"
+    rates = measured_rates(device, AUTOCAST.get(precision, torch.float32), 0.1 if quick else 1.0)
+    found: dict[str, Any] = {"matmul": rates.matmul, "convolution": rates.convolution, "precision": precision}
+    for name in names[: 1 if quick else None]:
+        sizes = [2**power for power in range(10)] if large else [8] if quick else [64]
+        found[name] = {str(mode): climb(name, experiment, precision, sizes, mode, device) for mode in modes}
+    return found
+
+
+def climb(
+    name: str, experiment: str, precision: str, sizes: list[int], mode: Compile | None, device: torch.device
+) -> list[dict[str, float]]:
+    """A row per micro-batch that fits."""
+    recipe, rows = read_recipe(configurations(name, experiment)), []
+    paper = StepOnPaper(recipe.stage("meta"), precision, recipe.average)
+    for batch in sizes:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            stage = recipe.stage("cpu")
+            if mode is not None:
+                stage.unet.compile(mode=mode)
+            took = measured_step(stage, batch, precision, device, recipe.average, seconds=2.0)
+        except torch.OutOfMemoryError:
+            break
+        rate = took.images_a_second(batch, 1)
+        rows.append(
+            {
+                "batch": batch, "images_a_second": rate, "flops": rate * training_flops(stage.unet),
+                "memory": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+                "memory_on_paper": paper.memory(batch).total,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        f"training steps of the recipes, {found['precision']}; measured here: matmul {found['matmul'] / 1e9:,.0f} "
+        f"GFLOP/s, 3x3 convolution {found['convolution'] / 1e9:,.0f}",
+        "",
+        "| stage | compiled | micro-batch | images/s | GFLOP/s | share of matmul | peak memory, GB | on paper, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, modes in found.items():
+        for mode, rows in modes.items() if isinstance(modes, dict) else ():
+            for row in rows:
+                memory = f"{row['memory'] / 1e9:.1f}" if row["memory"] else "–"
+                lines.append(
+                    f"| {name} | {mode} | {row['batch']} | {row['images_a_second']:,.1f} | {row['flops'] / 1e9:,.0f} | "
+                    f"{row['flops'] / found['matmul']:.0%} | {memory} | {row['memory_on_paper'] / 1e9:.2f} |"
+                )
+    return "\n".join(lines)
