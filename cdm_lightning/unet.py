@@ -68,7 +68,7 @@ class ResidualBlock(nn.Module):
         h = self.norm1(*x)
         h = conv_of_upsampled(h, self.conv1) if self.scale_factor > 1 else self.conv1(self.resample(h))
         h = self.norm2(h, modulation=self.modulation(embedding))  # (B, channels, H', W')
-        return self.conv2(self.dropout(h)) + self.shortcut(*x)
+        return self.conv2(self.dropout(h)).add_(self.shortcut(*x))  # in place: backward needs no convolution's output
 
     def resample(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale_factor < 1:
@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
             return self.skip(self.resample(x))
         assert isinstance(self.skip, nn.Conv2d)  # two tensors have more channels than one
         mine, its = self.skip.weight.split([x.shape[1], beside.shape[1]], dim=1)
-        return F.conv2d(x, mine, self.skip.bias) + F.conv2d(beside, its)
+        return F.conv2d(x, mine, self.skip.bias).add_(F.conv2d(beside, its))
 
 
 def conv_of_upsampled(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:

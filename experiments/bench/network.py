@@ -117,7 +117,7 @@ def run(
     contestants = {"ours": ours(size, device), "diffusers": diffusers(size, device)}
     if compile:
         contestants["ours, compiled"] = ours(size, device)
-        contestants["ours, compiled"].network.compile(mode="max-autotune")
+        contestants["ours, compiled"].network.compile(mode="max-autotune" if device.type == "cuda" else "default")
     if guided is not None:
         contestants["guided-diffusion"] = guided_diffusion(size, device, guided)
     for contestant in contestants.values():
