@@ -191,7 +191,7 @@ class Diffusion:
             if isinstance(scheduler, DDIMScheduler):
                 options["use_clipped_model_output"] = True  # else the clamped x_0 goes with the epsilon of another
             x = scheduler.step(output, index, x, **options).prev_sample
-        return x
+        return x.clone(memory_format=torch.contiguous_format)  # as stored ones are read: strides decide on bits
 
     def sampling_grid(self, stop_at: int = 0) -> tuple[Any, list[int]]:
         """The scheduler and the descending indices t - 1 at which the network is called on the way from T to s.

@@ -25,6 +25,14 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def as_drawn(stored: np.ndarray) -> torch.Tensor:
+    """uint8 (B, H, W, C) as stored to (B, C, H, W), strided as drawn images are.
+
+    A network's last bits depend on strides. `contiguous()` would not do: with one channel it leaves the strides of (B, H, W, C).
+    """
+    return torch.from_numpy(stored).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+
+
 def quantize(image: torch.Tensor) -> torch.Tensor:
     """The nearest float that an 8-bit image can hold: what a stage hands to the next one, in memory and from files."""
     return to_float(to_uint8(image))

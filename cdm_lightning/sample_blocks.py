@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cdm_lightning import InputError
-from cdm_lightning.images import encode_png
+from cdm_lightning.images import as_drawn, encode_png
 from cdm_lightning.reading import open_images
 from cdm_lightning.shards import read_manifest, write_shard
 
@@ -136,7 +136,7 @@ class BlockData(Dataset):
         for index, label, stored in zip(block["index"].tolist(), block["label"].tolist(), images.label, strict=True):
             if stored != label:
                 raise InputError(f"image {index} of {self.start} has class {stored}, and sample {index} has {label}")
-        return {**block, "image": torch.from_numpy(images.image).permute(0, 3, 1, 2)}
+        return {**block, "image": as_drawn(images.image)}
 
 
 class Blocks(L.LightningDataModule):

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from cdm_lightning import InputError
-from cdm_lightning.images import downscale, encode_png
+from cdm_lightning.images import as_drawn, downscale, encode_png
 from cdm_lightning.randomness import key
 from cdm_lightning.reading import in_batches, open_images
 from cdm_lightning.shards import Manifest, Shard, find_folder, read_manifest, write_manifest, write_shard
@@ -39,7 +39,7 @@ def stream(
     """Batches of the images of some shards of a folder, as `read_images` gives them."""
     windows = ((np.arange(s.count), open_images(folder, manifest, [s], range(s.count))) for s in shards)
     for _, images in in_batches(windows, batch_size):
-        image = torch.from_numpy(images.image).permute(0, 3, 1, 2).contiguous()
+        image = as_drawn(images.image)
         yield downscale(image, resolution), torch.from_numpy(images.label)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.markup import escape
+from tqdm import tqdm
 
 from cdm_lightning import InputError
 from cdm_lightning.performance.devices import DataSheet, at_hand, data_sheet, device_name, measured_rates, memory_of
@@ -101,6 +102,7 @@ def made(
         checkpointing = True
         batch = micro_batch or search.largest(True)
     memory, other = search.memory(batch, checkpointing), search.memory(batch, not checkpointing)
+    search.bar.close()
     unet = on_meta.unet
     figures: dict[str, Any] = {
         "device": sheet.name if sheet else device_name(here),
@@ -134,9 +136,11 @@ class Search:
     def __init__(self, paper: StepOnPaper, share: int, devices: int, limit: float) -> None:
         self.paper, self.share, self.devices, self.limit = paper, share, devices, limit
         self.known: dict[tuple[int, bool], Memory] = {}
+        self.bar = tqdm(desc="steps without data", unit=" steps", leave=False)
 
     def memory(self, batch: int, checkpointing: bool) -> Memory:
         if (batch, checkpointing) not in self.known:
+            self.bar.update()
             self.known[batch, checkpointing] = self.paper.memory(batch, batch < self.share, self.devices, checkpointing)
         return self.known[batch, checkpointing]
 

@@ -16,13 +16,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from cdm_lightning.performance.devices import measured_rates
-from cdm_lightning.performance.flops import forward_flops
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from cdm_lightning import InputError
+from cdm_lightning.performance.devices import measured_rates
+from cdm_lightning.performance.flops import forward_flops
 from cdm_lightning.unet import UNet
 
 CLASSES = 10
