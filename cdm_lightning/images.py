@@ -28,7 +28,7 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
 def as_drawn(stored: np.ndarray) -> torch.Tensor:
     """uint8 (B, H, W, C) as stored to (B, C, H, W), strided as drawn images are.
 
-    A network's last bits depend on strides. `contiguous()` would not do: with one channel it leaves the strides of (B, H, W, C).
+    A network's last bits depend on strides. `contiguous()` would not do: with one channel it leaves those of the store.
     """
     return torch.from_numpy(stored).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
