@@ -155,9 +155,11 @@ class Search:
         sizes = [size for size in range(1, self.share + 1) if self.share % size == 0]
         one, few = self.memory(1, checkpointing), self.memory(min(4, self.share), checkpointing)
         slope = (few.total - one.total) / max(1, min(4, self.share) - 1)
-        place = max(0, sum(one.total + slope * (size - 1) <= self.limit for size in sizes) - 1)
+        line = [one.total + slope * (size - 1) for size in sizes]  # too much if at all: small inputs keep more an image
+        place = max(0, sum(total <= self.limit for total in line) - 1)
         if self.fits(sizes[place], checkpointing):
-            while place + 1 < len(sizes) and self.fits(sizes[place + 1], checkpointing):
+            likely = sum(total <= 1.5 * self.limit for total in line)
+            while place + 1 < likely and self.fits(sizes[place + 1], checkpointing):
                 place += 1
         else:
             while place and not self.fits(sizes[place], checkpointing):
