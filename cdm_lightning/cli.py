@@ -80,6 +80,11 @@ class CLI(LightningCLI):
         if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
             number = self.trainer.accumulate_grad_batches
             raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
+        mode, number = getattr(self.model, "compiled_as", None), self.trainer.accumulate_grad_batches
+        if mode is not None and mode != "default" and number > 1:
+            raise InputError(
+                f"compile {mode} and accumulate_grad_batches {number} exclude each other: CUDA graphs reuse memory"
+            )
         if self.config.fit.ckpt_path == "last" and not self.config.fit.trainer.fast_dev_run:
             self.config_init.fit.ckpt_path = self.newest()
         elif self.config.fit.ckpt_path is None and (older := self.newest()):

@@ -14,7 +14,7 @@ from cdm_lightning.diffusion import Diffusion, Predict, Prediction, Sampler, Sch
 from cdm_lightning.images import to_uint8
 from cdm_lightning.matching import check_fits
 from cdm_lightning.meter import Meter, TrainingLog, quarters
-from cdm_lightning.optimization import adam, clip
+from cdm_lightning.optimization import adam, clip, fuses
 from cdm_lightning.randomness import generators, key, rand, randn
 from cdm_lightning.unet import Compile, UNet
 
@@ -192,6 +192,10 @@ class DiffusionStage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another stage, or of this one on another target, before anything is loaded."""
         check_fits(type(self).__name__, self.name, dict(self.hparams), checkpoint)
+        if self._trainer is not None:  # a training that goes on, in its own precision
+            for state in checkpoint.get("optimizer_states", []):
+                for group in state["param_groups"]:
+                    group["fused"] = fuses(self)
 
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
         return randn((self.image_channels, self.resolution, self.resolution), generator)

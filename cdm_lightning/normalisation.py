@@ -26,7 +26,7 @@ class ModulatedNorm(nn.GroupNorm):
     """act((1 + scale) norm(x) + shift), norm over `groups` groups of channels, act SiLU or the identity.
 
     x: (B, C, H, W), or several tensors side by side along the channels, whose concatenation is never made. modulation:
-    (B, 2C), scale and shift per image, or None. Computes in float32 at least and returns x's type.
+    (B, 2C), scale and shift per image, or None. The fused form computes in float32 at least.
     """
 
     def __init__(self, channels: int, groups: int, activation: bool = True) -> None:

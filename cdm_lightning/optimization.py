@@ -14,8 +14,7 @@ def adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: float) -> dic
     The fused form reads and writes every number once. Beside a gradient scaler (16-mixed) it would take the unscaling
     upon itself, after the clipping.
     """
-    scaled = str(stage.trainer.precision).startswith("16")
-    optimizer = torch.optim.Adam(stage.unet.parameters(), lr=lr, fused=not scaled)
+    optimizer = torch.optim.Adam(stage.unet.parameters(), lr=lr, fused=fuses(stage))
     total = stage.trainer.estimated_stepping_batches
     decay = max(1.0, decay_fraction * total)
 
@@ -25,6 +24,11 @@ def adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: float) -> dic
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def fuses(stage: Any) -> bool:
+    """Whether Adam is fused in this training."""
+    return not str(stage.trainer.precision).startswith("16")
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], limit: float | None, algorithm: str | None) -> None:

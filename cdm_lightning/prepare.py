@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -143,7 +144,7 @@ def prepare(
     arguments = {  # all that the bytes depend on
         "seed": seed, "resolutions": resolutions, "crop": crop, "grey": grey, "images_per_shard": images_per_shard,
         "limit": limit, "images": len(images), "listing": hashlib.sha256(b"".join(lines)).hexdigest()[:16],
-        "pillow": PIL.__version__, "packed": in_arrays, "png": "averages",
+        "pillow": PIL.__version__, "packed": in_arrays, "png": f"averages, zlib {zlib.ZLIB_RUNTIME_VERSION}",
     }  # fmt: skip
     images = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(f"{seed}/{image.name}")).digest())[:limit]
 

@@ -161,6 +161,17 @@ def test_the_plan_of_sr256_on_eight_gpus(tmp_path, capsys):
     assert "assumed" in said and "measured" in said
 
 
+def test_a_micro_batch_that_was_asked_for_and_fits_needs_no_checkpointing(tmp_path):
+    found = plan(tmp_path, "base8", "--experiment", "fashion", "--device", "H100", "--micro_batch", "2")
+    assert not found["checkpointing"] and found["training_flops"] == 3 * found["forward_flops"]
+
+
+def test_a_command_that_make_would_misread_is_given_as_one_of_cdm(tmp_path):
+    options = '--model.attention_resolutions "[8, 4]"'
+    found = plan(tmp_path, "base8", "--experiment", "fashion", "--device", "H100", f"--arguments={options}")
+    assert found["command"].startswith("cdm fit --config experiments/defaults.yaml") and options in found["command"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "imagenet").glob("*[0-9].yaml")), ids=lambda p: p.stem)
 @pytest.mark.parametrize("device", DATA_SHEETS)
@@ -229,6 +240,11 @@ def test_measured_rates_are_those_of_this_machine():
         (["sr64", "--micro_batch", "5"], "micro_batch 5 does not divide the 2048 images"),
         (["sr64", "--micro_batch", "0"], "micro_batch 0 does not divide"),
         (["sr64", "--precision", "64-true"], "precision '64-true' is none that a plan knows"),
+        pytest.param(
+            ["sr64", "--precision", "16-mixed"],
+            "precision 16-mixed needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+        ),
         (["sr64", "--utilisation", "1.5"], "utilisation 1.5 lies outside"),
         (["sr64", "--arguments=--trainer.max_steps=-1"], "max_steps -1 says no length"),
         (["--configs", '["nowhere.yaml"]'], "configuration nowhere.yaml does not exist"),

@@ -48,6 +48,16 @@ def test_shards_hold_what_the_cascade_draws(bundle, tmp_path):
     assert (tmp_path / "s" / "samples.png").stat().st_size > 1000
 
 
+def test_networks_are_compiled_where_asked_and_the_manifest_says_so(bundle, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr("cdm_lightning.unet.UNet.compile", lambda network, mode: modes.append(mode))
+    sample(bundle, tmp_path / "out", count=4, block_size=4, compile="default", accelerator="cpu")
+    assert modes == ["default"] * 3
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["compile"] == "default"
+    with pytest.raises(InputError, match="begun with compile default, not None"):
+        sample(bundle, tmp_path / "out", count=4, block_size=4, accelerator="cpu")
+
+
 def test_two_processes_draw_the_same_bits_as_one(bundle, tmp_path):
     options = dict(per_class=1, block_size=3)
     sample(bundle, tmp_path / "one", **options)

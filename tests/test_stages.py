@@ -13,6 +13,7 @@ from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.images import downscale, quantize, to_float, to_uint8
 from cdm_lightning.randomness import generators, rand, randn
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
+from cdm_lightning.unet import UNet
 
 
 def batch_of(stage, count=4, first=0):
@@ -199,3 +200,44 @@ def test_a_stage_that_makes_no_sense_is_refused(build, sentence):
 def test_images_of_another_size_are_refused(stages):
     with pytest.raises(InputError, match=r"images of shape \(1, 16, 16\) do not fit stage base8"):
         stages[0].losses(batch_of(stages[1]), "train")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiles by the compiler's front end alone, in one graph, and keeps the modes that were asked for."""
+    modes = []
+
+    def compile(network, mode):
+        modes.append(mode)
+        torch.nn.Module.compile(network, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(UNet, "compile", compile)
+    return modes
+
+
+def test_a_compiled_training_is_the_plain_one_and_its_checkpoint_too(tmp_path, compiled):
+    image, label, index = batch_of(BaseStage(resolution=8, **SMALL), 8)
+    states = []
+    for mode in (None, "default"):
+        torch.manual_seed(0)
+        stage = BaseStage(resolution=8, **SMALL, lr=1e-2, compile=mode)
+        trainer = L.Trainer(
+            max_steps=3, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            callbacks=[EMA(0.5)], default_root_dir=tmp_path, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(stage, DataLoader([(image, label, index)] * 3, batch_size=None))
+        trainer.save_checkpoint(tmp_path / f"{mode}.ckpt")
+        states.append(load_stage(tmp_path / f"{mode}.ckpt").state_dict())
+    assert compiled == ["default"] and states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_training_fuses_as_it_is_told_not_as_the_checkpoint_was(tmp_path):
+    stage = BaseStage(resolution=8, **SMALL)
+    for precision, fused in (("32-true", True), ("16-mixed", False)):
+        stage.trainer = type("T", (), {"precision": precision})()
+        group = {"lr": 1.0, "fused": None}
+        hparams = {"stage": "BaseStage", "hyper_parameters": dict(stage.hparams)}
+        stage.on_load_checkpoint({**hparams, "optimizer_states": [{"state": {}, "param_groups": [group]}]})
+        assert group["fused"] is fused

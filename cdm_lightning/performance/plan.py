@@ -67,6 +67,8 @@ def plan(
     recipe = replace(recipe, precision=precision or recipe.precision)
     if recipe.precision not in PRECISIONS:
         raise InputError(f"precision {recipe.precision!r} is none that a plan knows: {', '.join(PRECISIONS)}")
+    if recipe.precision.startswith("16") and device is None and at_hand().type == "cpu":
+        raise InputError(f"precision {recipe.precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
     share = shared(recipe.batch, devices, micro_batch)
     sheet = None if device is None else data_sheet(device)
     found = made(recipe, sheet, devices, share, micro_batch, utilisation)
@@ -98,7 +100,8 @@ def made(
     search = Search(paper, share, devices, (1 - MARGIN) * capacity)
     checkpointing = recipe.checkpointing
     batch = micro_batch or search.largest(checkpointing)
-    if not checkpointing and (not search.fits(batch, False) or batch < min(FLOOR, share)):
+    small = micro_batch is None and batch < min(FLOOR, share)
+    if not checkpointing and (small or not search.fits(batch, False)):
         checkpointing = True
         batch = micro_batch or search.largest(True)
     memory, other = search.memory(batch, checkpointing), search.memory(batch, not checkpointing)
@@ -218,7 +221,9 @@ def start(
     if found["checkpointing"] and not recipe.checkpointing:
         options.append("--model.checkpointing true")
     line = " ".join(options)
-    if stage is None:
+    if stage is not None and any(sign in line for sign in "\"'$`\\"):  # which make and the shell would read, too
+        configs = configurations(stage, experiment)
+    if configs is not None:
         return " ".join(["cdm fit", *(f"--config {shlex.quote(str(path))}" for path in configs or []), line])
     of = "" if experiment == "imagenet" else f"EXPERIMENT={experiment} "
     return f'make train-stage {of}STAGE={stage} ARGS="{line}"'

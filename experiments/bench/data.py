@@ -90,6 +90,13 @@ def in_turn(ways: dict[str, Iterator[int]], rounds: int, seconds: float) -> dict
     return {name: (median(r for r, _ in rates), median(r for _, r in rates)) for name, rates in found.items()}
 
 
+def alone(way: Iterator[int], seconds: float) -> Rate:
+    """The rate of a loader while no other has workers, after the batches that they had read ahead."""
+    for _ in range(20):
+        next(way)
+    return measured(way, seconds)
+
+
 def prepared(source: Path, out: Path, images: int, **options: Any) -> Rate:
     """The rate of `cdm prepare` with one process."""
     clock, cpu = time.perf_counter(), time.process_time()
@@ -172,12 +179,10 @@ def run(
             manifests = {name: read_manifest(root / "train" / str(resolution)) for name, root in forms.items()}
             sizes = {name: sum(s.bytes for s in m.shards) // m.count for name, m in manifests.items()}
             results["bytes_per_image"][resolution] = {**sizes, "jpeg": sum(map(len, jpegs)) // len(jpegs)}
-            ways = {
-                f"{name}, {n} workers": from_shards(root, resolution, batch_size, n)
+            results["loader"][resolution] = {
+                f"{name}, {n} workers": alone(from_shards(root, resolution, batch_size, n), 4 * seconds)
                 for name, root in forms.items()
                 for n in workers
             }
-            results["loader"][resolution] = in_turn(ways, 1, 4 * seconds)
-            del ways  # and with it the workers
     torch.set_num_threads(threads)
     return results | {"images": images, "batch_size": batch_size, "rounds": rounds}
