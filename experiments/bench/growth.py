@@ -8,12 +8,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from cdm_lightning.performance.flops import forward_flops
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from network import Size, awaken, clocked, inputs, kept, ours
 from sampling import stage_of
 
 from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.performance.flops import forward_flops
 from cdm_lightning.stages import SuperResolutionStage
 from cdm_lightning.unet import UNet
 
@@ -102,7 +103,7 @@ def table(found: dict[str, Curve]) -> str:
 
 def draw(found: dict[str, Curve], path: Path) -> None:
     """Seconds against the work, both on logarithmic axes; the dashed line is time in proportion to work."""
-    figure = Figure(figsize=(3 * len(found), 3.2))
+    figure = Figure(figsize=(3 * len(found), 3.2), layout="constrained")
     for axes, (name, curve) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         work, seconds = ([point[key] for point in curve] for key in ("work", "seconds"))
         axes.loglog([w / 1e9 for w in work], seconds, "o-", markersize=3)
@@ -110,5 +111,7 @@ def draw(found: dict[str, Curve], path: Path) -> None:
         axes.loglog([w / 1e9 for w in work], proportional, "--", color="grey", linewidth=1)
         axes.set_title(f"{name}: {' '.join(str(point['x']) for point in curve)}", fontsize=8)
         axes.set_xlabel("GFLOP", fontsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
     figure.supylabel("seconds", fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
