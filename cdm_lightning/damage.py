@@ -48,14 +48,21 @@ class Damage(L.Callback):
     when a row of the log is due and where a checkpoint is written, which holds the sum of all.
     """
 
+    summed_at = 0  # global_step when the processes last added up: once a step, whatever is accumulated
+
     def log(self, module: L.LightningModule, group: str, counts: torch.Tensor) -> None:
         skipped, stand_ins = counts.tolist()
         module.log_dict({f"{group}/skipped_images": float(skipped), f"{group}/stand_ins": float(stand_ins)})
 
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        self.summed_at = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         data = trainer.datamodule
         data.unsummed += data.left_out.pop("train")  # of a batch that is done; the next may be here
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        every, step = trainer.log_every_n_steps, trainer.global_step
+        if every and step % every == 0 and step > self.summed_at:
+            self.summed_at = step
             data.add_up()
         self.log(pl_module, "data", data.skipped)
 
