@@ -234,10 +234,13 @@ def test_the_counts_are_in_the_csv_log_of_a_stage(root, tmp_path, monkeypatch):
 class KillWorker(L.Callback):
     """SIGKILL for a process that reads images, as the kernel does when memory runs out."""
 
+    def setup(self, trainer, pl_module, stage):
+        self.others = multiprocessing.active_children()  # an earlier run's readers, which live until they are collected
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 2:
-            workers = [p for p in multiprocessing.active_children() if "pin" not in p.name]
-            os.kill(workers[0].pid, signal.SIGKILL)
+            worker = next(p for p in multiprocessing.active_children() if p not in self.others)
+            os.kill(worker.pid, signal.SIGKILL)
             time.sleep(0.5)
 
 
