@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+
+AHEAD = 2**18  # numbers drawn by one call for an image, 1 MB
 
 
 def key(*parts: int | str) -> int:
@@ -28,6 +31,25 @@ def generators(index: Iterable[int], device: torch.device | str, *parts: int | s
 def randn(shape: Sequence[int], generator: Sequence[torch.Generator]) -> torch.Tensor:
     """Standard normal float32 (B, *shape), image i from generator[i]."""
     return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generator])
+
+
+def randn_ahead(
+    shape: Sequence[int], steps: int, device: torch.device, generator: Sequence[torch.Generator] | None
+) -> Iterator[torch.Tensor]:
+    """Standard normal float32 (B, C, H, W) for each of some steps in turn; image i's from generator[i] alone.
+
+    One call draws an image's noise for many steps, as a call per image and step would cost a GPU more than its network.
+    On a CPU these are the numbers of `randn` called step by step: so where they come in sixteens, as it makes them, and
+    elsewhere it is called so. generator None: the global one, all images at once.
+    """
+    one = tuple(shape[1:])
+    together = max(1, AHEAD // math.prod(one)) if device.type != "cpu" or math.prod(one) % 16 == 0 else 1
+    for first in range(0, steps, together):
+        many = (min(together, steps - first), *one)
+        if generator is None:
+            yield from torch.randn((many[0], *shape), device=device)
+        else:
+            yield from torch.stack([torch.randn(many, generator=g, device=g.device) for g in generator], dim=1)
 
 
 def rand(generator: Sequence[torch.Generator]) -> torch.Tensor:

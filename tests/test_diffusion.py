@@ -1,13 +1,15 @@
 """The diffusion against closed forms: for Gaussian data the optimal denoiser, and every sampler's law, are known."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from cdm_lightning import InputError
-from cdm_lightning.diffusion import Diffusion, discretized_gaussian_log_likelihood
+from cdm_lightning.diffusion import Diffusion, discretized_gaussian_log_likelihood, schedule_settings
 from cdm_lightning.randomness import generators
 
 MEAN, STD = 0.3, 0.2  # of the data, pixel by pixel
@@ -361,6 +363,28 @@ def test_every_prediction_trains_and_samples_to_the_same_law(prediction):
 
     mean, std = propagate("fixed_large", "linear", 1000, diffusion.sampling_grid()[1])
     assert_law(run(diffusion, predict=predict), mean, std, slack=5e-4)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("variance", ["learned", "fixed_small", "fixed_large"])
+def test_the_ancestral_step_is_that_of_diffusers(variance, prediction, clip):
+    diffusion = Diffusion(1000, "cosine", variance, prediction, clip=clip, sampling_steps=7)
+    names = {"learned": "learned_range"}
+    peer = DDPMScheduler(**schedule_settings("cosine", 1000), variance_type=names.get(variance, variance),
+                         prediction_type=prediction, clip_sample=clip, timestep_spacing="linspace")  # fmt: skip
+    abar = diffusion.table("abar")
+    peer.alphas_cumprod, peer.one = abar[1:], abar[:1][0]  # its own are rounded to float32
+    grid = diffusion.sampling_grid(100)[1]
+    peer.set_timesteps(timesteps=[*grid, 99, 0])
+    for index, after in pairwise([*grid, 99, 0, -1]):
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        output = torch.randn(2, 6 if variance == "learned" else 3, 8, 8, dtype=torch.float64)
+        generator = generators([1, 2], "cpu", index)
+        expected = peer.step(output, index, x, generator=generator).prev_sample
+        z = torch.stack([torch.randn(3, 8, 8, generator=g, dtype=x.dtype) for g in generators([1, 2], "cpu", index)])
+        found = diffusion.ancestral_step(output, x, float(abar[index + 1]), float(abar[after + 1]), z)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_clipping_keeps_the_predicted_image_in_range():

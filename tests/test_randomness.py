@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from cdm_lightning.randomness import generators, key, rand, randn
+from cdm_lightning import randomness
+from cdm_lightning.randomness import generators, key, rand, randn, randn_ahead
 
 COUNT = 100_000
 
@@ -85,3 +86,20 @@ def test_neighbouring_images_are_independent(draws, lag):
     assert np.abs(both[:5, :5] - np.eye(5)).max() < 5 / COUNT**0.5  # and of the draws of one image
     cells = np.histogram2d(draws[0][:-lag], draws[0][lag:], 20, ((0, 1), (0, 1)))[0]
     assert stats.chisquare(cells.ravel()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 4), (3, 6, 6), (1, 1, 5)])  # in sixteens, and not
+def test_noise_drawn_ahead_is_that_of_plain_generators_step_by_step(shape, monkeypatch):
+    monkeypatch.setattr(randomness, "AHEAD", 3 * np.prod(shape) + 1)  # three steps at once, the last alone
+    ahead, plain = (generators([4, 9, 70], "cpu", 0, "sample", 1) for _ in range(2))
+    drawn = list(randn_ahead((3, *shape), 7, torch.device("cpu"), ahead))
+    assert len(drawn) == 7
+    for z in drawn:
+        assert torch.equal(z, randn(shape, plain))
+
+
+def test_noise_without_generators_is_the_global_one():
+    torch.manual_seed(3)
+    drawn = torch.stack(list(randn_ahead((2, 1, 4, 4), 5, torch.device("cpu"), None)))
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.randn(5, 2, 1, 4, 4))
