@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from cdm_lightning import InputError
+from cdm_lightning.ancestral import ancestral_step
 from cdm_lightning.randomness import randn_ahead
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> (B, C or 2C, H, W)
@@ -190,39 +191,14 @@ class Diffusion:
                 t = self.time_of(clock.alpha_bar(t))
             output = predict(x, torch.full((len(x),), float(t), device=x.device)).to(x.dtype)
             if z_t is not None:
-                x = self.ancestral_step(output, x, abar[index + 1], abar[after + 1], z_t)
+                settings = (self.prediction, self.variance, self.clip)
+                x = ancestral_step(output, x, z_t, abar[index + 1], abar[after + 1], *settings)
                 continue
             output = output[:, : x.shape[1]]  # only the ancestral sampler uses a learned variance
             # Else the clamped x_0 goes with the epsilon of another.
             options = {"use_clipped_model_output": True} if self.sampler == "ddim" else {}
             x = scheduler.step(output, index, x, **options).prev_sample
         return x.clone(memory_format=torch.contiguous_format)  # as stored ones are read: strides decide on bits
-
-    def ancestral_step(
-        self, output: torch.Tensor, x: torch.Tensor, abar: float, before: float, z: torch.Tensor
-    ) -> torch.Tensor:
-        """x_r = mean(x_0, x_t) + sigma z for r < t, abar and `before` those of t and r; at r = 0 the mean (DDPM, eq. 7).
-
-        diffusers' DDPMScheduler.step in fewer operations and with noise that is told, which that one draws by itself.
-        """
-        prediction, v = output.chunk(2, dim=1) if self.variance == "learned" else (output, None)
-        if self.prediction == "epsilon":
-            image = torch.sub(x, prediction, alpha=math.sqrt(1 - abar)) / math.sqrt(abar)
-        elif self.prediction == "sample":
-            image = prediction
-        else:
-            image = torch.sub(x * math.sqrt(abar), prediction, alpha=math.sqrt(1 - abar))
-        image = image.clamp(-1, 1) if self.clip else image
-        beta = 1 - abar / before
-        of_image, of_x = math.sqrt(before) * beta / (1 - abar), math.sqrt(1 - beta) * (1 - before) / (1 - abar)
-        mean = torch.add(image * of_image, x, alpha=of_x)
-        if before == 1:
-            return mean
-        posterior = beta * (1 - before) / (1 - abar)
-        if v is None:
-            return mean.add_(z, alpha=math.sqrt(beta if self.variance == "fixed_large" else posterior))
-        low, high = 0.5 * math.log(posterior), 0.5 * math.log(beta)
-        return mean.addcmul_(z, (v * (0.5 * (high - low))).add_(0.5 * (high + low)).exp_())  # f = (v + 1) / 2, as in vlb
 
     def sampling_grid(self, stop_at: int = 0) -> tuple[Any, list[int]]:
         """The scheduler and the descending indices t - 1 at which the network is called on the way from T to s.

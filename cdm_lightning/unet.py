@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning import InputError
+from cdm_lightning.convolutions import conv_of_upsampled, pointwise
 from cdm_lightning.normalisation import ModulatedNorm
 
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 Compile = Literal["default", "reduce-overhead", "max-autotune"]  # torch.compile's modes; the second uses CUDA graphs
 
 
@@ -25,7 +27,7 @@ def sinusoidal_embedding(t: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def zero(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+def zero(layer: Layer) -> Layer:
     """Set a layer's parameters to zero, so that the block it closes starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -84,18 +86,6 @@ class ResidualBlock(nn.Module):
         return F.conv2d(x, mine, self.skip.bias).add_(F.conv2d(beside, its))
 
 
-def conv_of_upsampled(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-    """conv(x repeated 2x2), a 3x3 convolution: (B, C, H, W) to (B, C', 2H, 2W).
-
-    The nine taps fall on four pixels of x. As a transposed convolution with their sums, 4x4 in steps of 2, this takes
-    4/9 of the arithmetic; below 8x8 the plain form is faster.
-    """
-    if x.device.type != "cpu" or min(x.shape[2:]) < 8:
-        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    sums = 4 * F.avg_pool2d(F.pad(conv.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1)
-    return F.conv_transpose2d(x, sums.transpose(0, 1), conv.bias, stride=2, padding=1)
-
-
 class SelfAttention(nn.Module):
     """x + project(softmax(q k^T / sqrt(d)) v) over all positions, in `heads` heads."""
 
@@ -110,10 +100,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C), no copy in channels_last
-        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, d)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
-        return x + self.project(attended).transpose(1, 2).reshape(b, c, h, w)
+        tokens = pointwise(self.norm(x), self.qkv).permute(0, 2, 3, 1)  # (B, H, W, 3C), no copy in channels_last
+        q, k, v = tokens.reshape(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, d)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
+        return x + pointwise(attended.permute(0, 3, 1, 2), self.project)
 
 
 class Level(nn.ModuleList):

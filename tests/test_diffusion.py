@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from cdm_lightning import InputError
+from cdm_lightning.ancestral import ancestral_step
 from cdm_lightning.diffusion import Diffusion, discretized_gaussian_log_likelihood, schedule_settings
 from cdm_lightning.randomness import generators
 
@@ -383,7 +384,7 @@ def test_the_ancestral_step_is_that_of_diffusers(variance, prediction, clip):
         generator = generators([1, 2], "cpu", index)
         expected = peer.step(output, index, x, generator=generator).prev_sample
         z = torch.stack([torch.randn(3, 8, 8, generator=g, dtype=x.dtype) for g in generators([1, 2], "cpu", index)])
-        found = diffusion.ancestral_step(output, x, float(abar[index + 1]), float(abar[after + 1]), z)
+        found = ancestral_step(output, x, z, float(abar[index + 1]), float(abar[after + 1]), prediction, variance, clip)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 

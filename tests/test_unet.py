@@ -5,7 +5,8 @@ import torch
 from diffusers import UNet2DModel
 
 from cdm_lightning import InputError, normalisation
-from cdm_lightning.unet import ResidualBlock, SelfAttention, UNet, conv_of_upsampled, sinusoidal_embedding
+from cdm_lightning.convolutions import conv_of_upsampled, pointwise
+from cdm_lightning.unet import ResidualBlock, SelfAttention, UNet, sinusoidal_embedding
 
 CHANNELS, MULT, BLOCKS, HEADS = 32, (1, 2, 2), 2, 4
 
@@ -171,6 +172,17 @@ def test_a_convolution_of_repeated_pixels_is_the_plain_one(size):
     pairs = zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (got, expected)), strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+def test_a_layer_along_the_channels_is_the_linear_layer():
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    layer = torch.nn.Linear(6, 8).double()
+    wanted, weight = (x, layer.weight, layer.bias), torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    expected = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    got = pointwise(x, layer)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+    for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 def gradients(model: UNet, seed: int = 0) -> list[torch.Tensor]:
