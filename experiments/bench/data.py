@@ -9,6 +9,8 @@ the rounds. A ratio is one of CPU times, which what else runs on the machine cha
 from __future__ import annotations
 
 import io
+import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,30 +99,57 @@ def alone(way: Iterator[int], seconds: float) -> Rate:
     return measured(way, seconds)
 
 
-def prepared(source: Path, out: Path, images: int, **options: Any) -> Rate:
-    """The rate of `cdm prepare` with one process."""
-    clock, cpu = time.perf_counter(), time.process_time()
+def prepared(source: Path, out: Path, images_per_shard: int, workers: int = 1, **options: Any) -> tuple[float, float]:
+    """Seconds of `cdm prepare`, of the clock and of all its processes' CPU time."""
+    clock, cpu = time.perf_counter(), cpu_seconds()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        prepare_folder(source, out, images_per_shard=max(1, images // 2), workers=1, **options)
-    return images / (time.perf_counter() - clock), images / (time.process_time() - cpu)
+        prepare_folder(source, out, images_per_shard=images_per_shard, workers=workers, **options)
+    return time.perf_counter() - clock, cpu_seconds() - cpu
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def preparing(
     source: Path, out: Path, jpegs: Sequence[bytes], resolutions: Sequence[int], images: int
 ) -> dict[str, Rate]:
     """Rates of `cdm prepare` in both forms, whose shards are measured later, beside the decoding that it needs."""
-    found = {}
-    for name, packed in (("packed", max(resolutions)), ("png", 0)):
-        found[f"prepare, all {name}"] = prepared(source, out / name, images, resolutions=resolutions, packed=packed)
+    found: dict[str, Rate] = {}
     small = [r for r in resolutions if r <= 64]
-    if small:
-        found[f"prepare, {max(small)} and less, packed"] = prepared(source, out / "small", images, resolutions=small)
+    ways: dict[str, dict[str, Any]] = {
+        "all packed": {"resolutions": resolutions, "packed": max(resolutions)},
+        "all png": {"resolutions": resolutions, "packed": 0},
+        **({f"{max(small)} and less, packed": {"resolutions": small}} if small else {}),
+    }
+    cores = len(os.sched_getaffinity(0))
+    for (way, options), folder in zip(ways.items(), ("packed", "png", "small"), strict=False):
+        wall, cpu = prepared(source, out / folder, max(1, images // 2), **options)
+        found[f"prepare, {way}"] = (images / wall, images / cpu)
+        if cores > 1:
+            found[f"prepare, {way}, {cores} processes"] = on_all_cores(
+                source, out / f"{folder}-all", images, cores, **options
+            )
     limits: dict[str, Callable[[bytes], Any]] = {"decode alone": decode}
     for size in sorted({max(resolutions), *([max(small)] if small else [])}, reverse=True):
         limits[f"decode and cut {size}"] = lambda data, size=size: cut_square(decode(data), size, "adm")
     for name, use in limits.items():
         found[name] = measured((len([use(data)]) for data in cycle(jpegs)), 0.002 * images)
     return found
+
+
+def on_all_cores(source: Path, out: Path, images: int, cores: int, **options: Any) -> Rate:
+    """What three times as many images take more, so that the processes' start does not count."""
+    more = out.parent / f"{out.name}-source"
+    (more / "a").mkdir(parents=True)
+    for file in (source / "a").iterdir():
+        for copy in range(3):
+            os.link(file, more / "a" / f"{copy}-{file.name}")
+    each = max(1, images // 5 // cores)
+    took = [prepared(f, out / f.name, each, workers=cores, **options) for f in (source, more)]
+    return tuple(2 * images / max(last - first, 1e-9) for first, last in zip(*took, strict=True))  # type: ignore[return-value]  # two
 
 
 def table(results: dict[str, Any]) -> str:
@@ -133,8 +162,8 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"  {name:<20} {wall:>12,.0f} {cpu:>12,.0f} {cpu / ways['jpeg'][1]:>8.1f}x {size:>12}")
         for name, (wall, _) in results["loader"].get(resolution, {}).items():
             lines.append(f"  {name:<20} {wall:>12,.0f}")
-    lines.append(f"{'prepare, one process':<34} {'images/s':>10} {'/CPU s':>10}")
-    lines += [f"  {name:<32} {wall:>10,.0f} {cpu:>10,.0f}" for name, (wall, cpu) in results["prepare"].items()]
+    lines.append(f"{'prepare':<48} {'images/s':>10} {'/CPU s':>10}")
+    lines += [f"  {name:<46} {wall:>10,.0f} {cpu:>10,.0f}" for name, (wall, cpu) in results["prepare"].items()]
     return "\n".join(lines)
 
 

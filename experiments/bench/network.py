@@ -135,7 +135,7 @@ def run(
         found[precision] = {
             "matmul": rates.matmul, "convolution": rates.convolution,
             "contestants": {name: figures(times, name, forward_flops(network) * size.batch) for name in contestants},
-            "profile": profile(size, device, dtype),
+            "profile": profile(size, device, dtype, 1 if quick else 5),
             "kept": {name: kept(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
         }  # fmt: skip
     parameters = {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()}
@@ -237,21 +237,25 @@ KINDS = {  # of operations, by the names that torch gives them, the first that f
 }
 
 
-def profile(size: Size, device: torch.device, dtype: Any) -> dict[str, float]:
-    """Where the time of one of our training steps goes: shares of it by kinds of operations."""
+def profile(size: Size, device: torch.device, dtype: Any, rounds: int = 5) -> dict[str, float]:
+    """Where the time of one of our training steps goes: shares of it by kinds of operations, medians of some rounds."""
     contestant, data = ours(size, device), inputs(size, device)
     awaken(contestant.network)
     call = autocast(contestant.call, device, dtype)
-    for _ in range(2):  # the first one warms up
+    found: list[dict[str, float]] = []
+    for _ in range(rounds + 1):
         with torch.profiler.profile() as profiler:
             call(*data).float().square().mean().backward()
             contestant.update()
-    shares: dict[str, float] = {}
-    for event in profiler.key_averages():
-        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        kind = next((k for k, names in KINDS.items() if any(n in event.key.lower() for n in names)), "everything else")
-        shares[kind] = shares.get(kind, 0.0) + taken
-    return {kind: taken / sum(shares.values()) for kind, taken in sorted(shares.items(), key=lambda item: -item[1])}
+        found.append({})
+        for event in profiler.key_averages():
+            taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+            kind = next(
+                (k for k, names in KINDS.items() if any(n in event.key.lower() for n in names)), "everything else"
+            )
+            found[-1][kind] = found[-1].get(kind, 0.0) + taken
+    times = {kind: median(one.get(kind, 0.0) for one in found[1:]) for kind in found[-1]}  # the first warms up
+    return {kind: taken / sum(times.values()) for kind, taken in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def table(found: dict[str, Any]) -> str:
