@@ -191,6 +191,15 @@ def test_a_plan_for_the_device_at_hand_is_timed(tmp_path, capsys):
     assert read_recipe(configurations("base8", "fashion"), options).batch == 8
 
 
+def test_a_recipe_that_compiles_is_timed_so(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr("cdm_lightning.unet.UNet.compile", lambda self, mode: modes.append(mode))
+    options = "--model.channels 16 --model.norm_groups 4 --data.batch_size 4 --model.compile default"
+    configs = json.dumps([str(path) for path in configurations("base8", "fashion")])
+    found = plan(tmp_path, "--configs", configs, f"--arguments={options}")
+    assert modes == ["default"] and found["speed"].startswith("timed compiled as default at 4 images")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["base8", "sr16", "sr32"])
 def test_the_rate_of_a_timed_step_is_that_of_fit(name, tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ def plan(
     """Parameters, FLOPs, memory, time, micro-batch and accumulation of a training, and the command that starts it.
 
     Memory is added up over a step without data. On the device at hand the step is timed; for a named one its speed is
-    an assumption: a share of the data sheet's rate. Several devices are taken to be as fast as their sum.
+    an assumption: a share of the data sheet's rate. Several devices are taken to be as fast as their sum. A recipe that
+    compiles is timed so; its memory is that of the plain network.
 
     Args:
         stage: A file of the experiment, without .yaml: sr256. May come first, without its name.
@@ -190,14 +191,14 @@ def of_here(here: torch.device, recipe: Recipe, figures: dict[str, Any], utilisa
         why = f"a step of one image would take {guess:.0f} s" if figures["fits"] else "it does not fit"
         said = f"assumed: {utilisation:.0%} of the convolution's rate; not timed, for {why}"
         return {**measured, "speed": said, "images_a_second_a_device": 1 / guess}
-    took = measured_step(
-        recipe.stage("cpu"), sizes[-1], recipe.precision, here, recipe.average, figures["checkpointing"]
-    )
+    stage = recipe.stage("cpu")
+    took = measured_step(stage, sizes[-1], recipe.precision, here, recipe.average, figures["checkpointing"])
+    compiled = "" if stage.compiled_as is None else f" compiled as {stage.compiled_as}"
     speed = took.images_a_second(batch, figures["accumulate"])
-    reached = speed * flops / rates.convolution
+    reached = f"{speed * flops / rates.convolution:.0%} of the convolution's rate"
     return {
         **measured,
-        "speed": f"timed at {took.batch} images, {reached:.0%} of the convolution's rate; without reading images",
+        "speed": f"timed{compiled} at {took.batch} images, {reached}; without reading images",
         "images_a_second_a_device": speed,
     }
 

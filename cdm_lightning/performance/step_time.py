@@ -42,6 +42,7 @@ def measured_step(
     stage: with weights, on any device; it is trained. Reading images is no part of it.
     """
     stage = stage.to(device).train()
+    stage.setup("fit")  # compiles, where the recipe says so
     averaged: list[torch.Tensor] = list(copy.deepcopy(stage.unet).parameters()) if average else []
     weights: list[torch.Tensor] = list(stage.unet.parameters())
     optimizer = torch.optim.Adam(weights, lr=stage.lr, fused=not precision.startswith("16"))
