@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from cdm_lightning import InputError
 from cdm_lightning.faults import FiniteSteps
 from cdm_lightning.health import adherence
-from cdm_lightning.images import save_grid, to_uint8
+from cdm_lightning.images import to_uint8
+from cdm_lightning.pictures import save_grid
 from cdm_lightning.randomness import generators
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 

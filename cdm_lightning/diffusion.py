@@ -1,4 +1,4 @@
-"""The diffusion process: q(x_t|x_0), the losses, and the reverse process on diffusers' schedulers.
+"""The diffusion process: q(x_t|x_0), the losses, and the reverse process on the grids of diffusers' schedulers.
 
 Time is the paper's: t in (0, T], and 0 is the clean image. diffusers counts 0 ... T-1; its index is t - 1 and never
 leaves this file.
@@ -66,6 +66,8 @@ class Diffusion:
         ):
             if value not in get_args(kind):
                 raise InputError(f"{name} {value!r} is none of {', '.join(get_args(kind))}")
+        if "linear" in (schedule, sampling_schedule) and timesteps <= 20:
+            raise InputError(f"timesteps {timesteps} are too few for the linear schedule, whose last beta is 20 / T")
         self.timesteps, self.schedule, self.variance = timesteps, schedule, variance
         self.prediction, self.continuous, self.clip = prediction, continuous, clip
         self.sampler, self.sampling_steps, self.sampling_schedule = sampler, sampling_steps, sampling_schedule
@@ -223,10 +225,11 @@ class Diffusion:
         if self.sampler == "ddim":
             self._check_ddim(steps, stop_at)
         scheduler.set_timesteps(steps)
-        indices = [int(i) for i in scheduler.timesteps]
-        wanted = sorted({*indices, stop_at - 1} if stop_at else set(indices), reverse=True)
-        if wanted != indices:  # never with DDIM; DPM-Solver's own grid repeats itself where steps come close to T
-            indices = wanted
+        grid = [int(i) for i in scheduler.timesteps]
+        if steps == 1 and self.sampler == "ddpm":
+            grid = [self.timesteps - 1]  # a linspace of one point lies at the other end
+        indices = sorted({*grid, stop_at - 1} if stop_at else set(grid), reverse=True)
+        if indices != [int(i) for i in scheduler.timesteps]:  # never with DDIM; DPM-Solver's grid repeats itself near T
             scheduler.set_timesteps(timesteps=indices)
         return scheduler, [i for i in indices if i >= stop_at]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from cdm_lightning import InputError
 
@@ -25,6 +29,23 @@ def shared_out(devices: int, accelerator: str) -> dict[str, Any]:
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if under_torchrun() else 1
     strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if devices * machines > 1 else "auto"
     return {"accelerator": accelerator, "devices": devices, "num_nodes": machines, "strategy": strategy}
+
+
+class EndOnSigterm(L.Callback):
+    """SIGTERM ends a prediction at once, with exit code 143, in the processes that this one started too.
+
+    Lightning only takes note of it, which a prediction never looks at. What was stored stays.
+    """
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def end(number: int, frame: Any) -> None:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(number)
+            rank_zero_info("SIGTERM: what is written stays, and the same command goes on")
+            raise SystemExit(128 + number)
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, end)  # Lightning restores what was there before it at the end
 
 
 def under_torchrun() -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-AHEAD = 2**18  # numbers drawn by one call for an image, 1 MB
+AHEAD = 2**16  # numbers drawn by one call for an image, a quarter of a megabyte
 
 
 def key(*parts: int | str) -> int:
@@ -45,11 +45,14 @@ def randn_ahead(
     one = tuple(shape[1:])
     together = max(1, AHEAD // math.prod(one)) if device.type != "cpu" or math.prod(one) % 16 == 0 else 1
     for first in range(0, steps, together):
-        many = (min(together, steps - first), *one)
+        many = min(together, steps - first)
         if generator is None:
-            yield from torch.randn((many[0], *shape), device=device)
-        else:
-            yield from torch.stack([torch.randn(many, generator=g, device=g.device) for g in generator], dim=1)
+            yield from torch.randn((many, *shape), device=device)
+            continue
+        drawn = torch.empty((many, *shape), device=device)
+        for image, g in zip(range(shape[0]), generator, strict=True):
+            drawn[:, image] = torch.randn((many, *one), generator=g, device=g.device)
+        yield from drawn
 
 
 def rand(generator: Sequence[torch.Generator]) -> torch.Tensor:

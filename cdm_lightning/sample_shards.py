@@ -16,7 +16,7 @@ import torch
 
 from cdm_lightning import InputError
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.processes import first_process, join, shared_out, wait_for_all
+from cdm_lightning.processes import EndOnSigterm, first_process, join, shared_out, wait_for_all
 from cdm_lightning.sample_blocks import Blocks, BlockWriter, SampleManifest, shard_name
 from cdm_lightning.shards import (
     Manifest,
@@ -104,7 +104,8 @@ def draw(
         writer = BlockWriter(folders, manifest)
         trainer = L.Trainer(
             **shared, logger=False,
-            callbacks=[writer], enable_model_summary=False, enable_progress_bar=False, default_root_dir=out,
+            callbacks=[writer, EndOnSigterm()],
+            enable_model_summary=False, enable_progress_bar=False, default_root_dir=out,
             precision=manifest.precision,  # type: ignore[arg-type]  # a word that plan() took
             use_distributed_sampler=False,  # whole blocks are shared out below
         )  # fmt: skip

@@ -14,7 +14,8 @@ from cdm_lightning import InputError
 from cdm_lightning.bundle import origin, read_about
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.diffusion import Sampler
-from cdm_lightning.images import decode_png, save_grid
+from cdm_lightning.images import decode_png
+from cdm_lightning.pictures import save_grid
 from cdm_lightning.processes import first_process
 from cdm_lightning.sample_blocks import SampleManifest, shard_name
 from cdm_lightning.sample_shards import Precision, draw, plan

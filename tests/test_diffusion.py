@@ -388,6 +388,36 @@ def test_the_ancestral_step_is_that_of_diffusers(variance, prediction, clip):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("sampler, first", [("ddpm", 1000), ("ddim", 1000), ("dpm++", 996)])
+@pytest.mark.parametrize("stop_at", [0, 500])
+def test_one_step_begins_at_the_noise(sampler, first, stop_at):
+    if sampler == "ddim" and stop_at:
+        return  # refused: s is not on its grid
+    times = []
+    diffusion = Diffusion(1000, "cosine", "fixed_small", sampler=sampler, sampling_steps=1)
+    diffusion.sample(lambda x, t: times.append(float(t[0])) or torch.zeros_like(x), torch.randn(2, 1, 4, 4), stop_at)
+    assert times[0] == first and all(t > stop_at for t in times)
+
+
+@pytest.mark.parametrize("variance", ["learned", "fixed_small"])
+def test_a_network_in_bfloat16_is_taken_at_its_word(variance):
+    diffusion = Diffusion(1000, "cosine", variance, sampling_steps=5)
+    outputs = [torch.randn(2, 6 if variance == "learned" else 3, 8, 8).bfloat16() for _ in range(5)]
+
+    def drawn(given):
+        following = iter(given)
+        return diffusion.sample(lambda x, t: next(following), torch.zeros(2, 3, 8, 8), 0, generators([1, 2], "cpu"))
+
+    half, whole = drawn(outputs), drawn([output.float() for output in outputs])
+    assert half.dtype == torch.float32 and torch.equal(half, whole)
+
+
+def test_every_image_has_a_generator_of_its_own():
+    with pytest.raises(ValueError, match="shorter"):
+        run_of = Diffusion(1000, "cosine", "fixed_small", sampling_steps=5)
+        run_of.sample(optimal_eps(run_of), torch.zeros(2, 1, 4, 4), 0, generators([1], "cpu"))
+
+
 def test_clipping_keeps_the_predicted_image_in_range():
     for sampler in ("ddpm", "ddim", "dpm++"):
         diffusion = Diffusion(1000, "linear", "fixed_small", sampler=sampler, sampling_steps=10)
@@ -398,6 +428,7 @@ def test_clipping_keeps_the_predicted_image_in_range():
 @pytest.mark.parametrize(
     "options, stop_at, sentence",
     [
+        (dict(timesteps=20, schedule="linear"), 0, "timesteps 20 are too few for the linear schedule"),
         (dict(variance="learned", continuous=True), 0, "continuous time takes a fixed variance"),
         (dict(variance="fixed_small", sampling_schedule="linear"), 0, "which only a stage trained in continuous time"),
         (dict(sampling_steps=0), 0, "sampling_steps 0 lies outside"),
@@ -415,4 +446,4 @@ def test_clipping_keeps_the_predicted_image_in_range():
 )
 def test_what_makes_no_sense_is_refused(options, stop_at, sentence):
     with pytest.raises(InputError, match=sentence.replace("(", r"\(")):
-        Diffusion(1000, **options).sampling_grid(stop_at)
+        Diffusion(**{"timesteps": 1000, **options}).sampling_grid(stop_at)

@@ -10,7 +10,8 @@ from conftest import SMALL
 from PIL import Image
 
 from cdm_lightning import InputError
-from cdm_lightning.images import decode_png, downscale, encode_png, quantize, save_grid, to_float, to_uint8
+from cdm_lightning.images import decode_png, downscale, encode_png, quantize, to_float, to_uint8
+from cdm_lightning.pictures import save_grid
 from cdm_lightning.shards import read_manifest
 from cdm_lightning.stages import SuperResolutionStage
 from cdm_lightning.stream import ShardStream

@@ -103,3 +103,13 @@ def test_noise_without_generators_is_the_global_one():
     drawn = torch.stack(list(randn_ahead((2, 1, 4, 4), 5, torch.device("cpu"), None)))
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.randn(5, 2, 1, 4, 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose calls for one step and many differ")
+def test_noise_drawn_ahead_on_a_gpu_is_keyed_by_the_image_alone():
+    device = torch.device("cuda")
+    three, one = (
+        torch.stack(list(randn_ahead((len(index), 3, 6, 6), 7, device, generators(index, device, 0, "sample"))))
+        for index in ([4, 9, 70], [9])
+    )
+    assert torch.equal(three[:, 1:2], one) and len(three.unique()) > 0.99 * three.numel()

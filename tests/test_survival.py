@@ -150,6 +150,25 @@ def test_a_killed_run_ends_in_the_bytes_of_an_unbroken_one(bundle, tmp_path):
     assert figures["shards torn or of other bytes"] == 0
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sigterm_ends_sampling_at_once_in_all_processes(bundle, tmp_path, devices):
+    options = {"count": 40, "block_size": 2}
+    out = tmp_path / "s"
+    with Command(tmp_path, bundle, SLOWLY.format(3), devices, out=out, **options) as command:
+        process = command.start()
+        wait_for(process, lambda: list(out.rglob("*.tar")))  # a minute and more from its end
+        process.terminate()
+        begun = time.monotonic()
+        errors = process.communicate(timeout=30)[1]
+        while members(process.pid):
+            assert time.monotonic() - begun < 30, "a process outlived the first one"
+            time.sleep(0.1)
+    assert process.returncode == 143 and "SIGTERM: what is written stays, and the same command goes on" in errors
+    assert "Traceback" not in errors and not list(out.glob("train/*/manifest.json"))
+    sample(bundle, tmp_path / "whole", **options)
+    assert hashes(out, "*.tar").items() <= hashes(tmp_path / "whole").items()
+
+
 @pytest.mark.long
 def test_two_dozen_kills(bundle, tmp_path):
     victims = ["all", "all", "the first", "all", "one of the others"]

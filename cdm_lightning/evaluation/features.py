@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cdm_lightning import InputError
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.real_images import stream
-from cdm_lightning.processes import first_process, join, shared_out, wait_for_all
+from cdm_lightning.processes import EndOnSigterm, first_process, join, shared_out, wait_for_all
 from cdm_lightning.records import read_table
 from cdm_lightning.shards import Manifest, find_folder, read_manifest, write_atomically
 
@@ -62,7 +62,7 @@ def extract(
     if todo:
         work = Extractor(folder, manifest, resolution, detector, out, batch_size)
         trainer = L.Trainer(
-            **shared_out(devices, accelerator), logger=False,
+            **shared_out(devices, accelerator), logger=False, callbacks=[EndOnSigterm()],
             use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=False,
             enable_progress_bar=False, default_root_dir=out,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -46,13 +46,16 @@ class Memory:
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the storages that operations make, while they live; `peak` is the moment at which they were most."""
+    """Adds up the storages that operations make, while they live; `peak` is the moment at which they were most.
 
-    def __init__(self) -> None:
+    known: tensors of before, of which operations give views, or which they change: not counted.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.bytes = self.gradients = 0
         self.peak = (0, 0, 0)  # bytes with the workspace, workspace, gradients among them
-        self.storages: dict[int, Any] = {}
+        self.storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         result = operation(*arguments, **(options or {}))
@@ -102,11 +105,14 @@ class StepOnPaper:
     def memory(self, batch: int, accumulate: bool = False, devices: int = 1, checkpointing: bool = False) -> Memory:
         """At a micro-batch. accumulate: gradients of an earlier micro-batch are there from the start."""
         self.stage.unet.zero_grad()
-        alive, gradients = Alive(), self.size if accumulate else 0
+        parameters = list(self.stage.unet.parameters())
         with self.mode, ExitStack() as stack:
-            for parameter in self.stage.unet.parameters():
-                if accumulate:
+            if accumulate:
+                for parameter in parameters:
                     parameter.grad = torch.empty_like(parameter)
+            alive = Alive([*parameters, *(p.grad for p in parameters if p.grad is not None)])
+            gradients = self.size if accumulate else 0
+            for parameter in parameters:
                 stack.callback(parameter.register_post_accumulate_grad_hook(partial(self.arrived, alive)).remove)
             stack.enter_context(recomputing(self.stage, checkpointing))
             stack.enter_context(alive)

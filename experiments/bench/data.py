@@ -1,8 +1,8 @@
 """Images a second of every way to a batch: packed shards, shards of PNGs, the original JPEGs, a bare copy of the bytes.
 
-It makes photograph-like JPEGs of 400x350, prepares them in both forms at every
-resolution, and measures all ways in turn, round after round, in one process with one thread; then the loader with its
-workers, and `cdm prepare` beside decoding alone. Everything is read from the page cache. The figures are medians over
+It makes photograph-like JPEGs of 400x350, prepares them in both forms at every resolution, and measures all ways in
+turn, round after round, in one process with one thread; then the loader with its workers, and `cdm prepare`, in one
+process and on all cores, beside decoding alone. Everything is read from the page cache. The figures are medians over
 the rounds. A ratio is one of CPU times, which what else runs on the machine changes little.
 """
 
@@ -32,7 +32,7 @@ from cdm_lightning.stream import ShardStream
 
 WIDTH, HEIGHT = 400, 350  # about the mean of ImageNet
 DISTINCT = 50  # pictures; the others are copies of them
-Rate = tuple[float, float]  # images a second of the clock, and a second of this process's CPU time
+Rate = tuple[float, float]  # images a second of the clock, and a second of CPU time of all processes that work
 
 
 def photograph(rng: np.random.Generator) -> bytes:
