@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class CascadeModule(L.LightningModule):
         self.set_sampler(sampler, sampling_steps)
 
     stages: Any  # a ModuleList of DiffusionStage, base first
+    batch_sizes: list[int] | None = None  # images that each stage's network works on at a time; None: all there are
     origin: dict[str, Any]  # classes, crop and filter of the images it was trained on; None is unknown
 
     def assemble(self, stages: Sequence[DiffusionStage], levels: Sequence[int] | None, truncated: bool) -> None:
@@ -105,6 +106,14 @@ class CascadeModule(L.LightningModule):
                 stage.diffusion.sampling_steps = sampling_steps[number]
             stage.diffusion.sampling_grid(stops[number])
 
+    def set_batch_sizes(self, batch_sizes: Sequence[int] | None) -> None:
+        """Choose how many images each stage's network works on at a time; None for all that `sample` is given."""
+        if batch_sizes is not None and (len(batch_sizes) != len(self.stages) or min(batch_sizes) < 1):
+            raise InputError(
+                f"batch_sizes {list(batch_sizes)} must have {len(self.stages)} entries, one a stage, of at least 1"
+            )
+        self.batch_sizes = None if batch_sizes is None else list(batch_sizes)
+
     def compile_networks(self, mode: Compile) -> None:
         """Have every stage's network compiled by torch at its first call, which takes minutes."""
         for stage in self.stages:
@@ -135,7 +144,9 @@ class CascadeModule(L.LightningModule):
         stops = [*self.levels, 0] if self.truncated else [0] * len(self.stages)
         images = []
         if image is None:
-            image = hand_over(base.sample(label, stops[0], self.generators(index, 0)), stops[0])
+            own = self.generators(index, 0)
+            drawn = self.in_batches(0, len(label), lambda part: base.sample(label[part], stops[0], own[part]))
+            image = hand_over(drawn, stops[0])
             images.append(image)
         for number, (stage, level, stop_at) in enumerate(zip(upsamplers, self.levels, stops[1:], strict=True), 1):
             if not images and stage.low_resolution != image.shape[-1]:
@@ -144,9 +155,18 @@ class CascadeModule(L.LightningModule):
             arrived = self.truncated and images and level > 0  # z_s already; what was given, and z_0, are clean
             strength = torch.full((len(label),), float(level), device=self.device)
             low_res = image if arrived else stage.augment(image, strength, generator)
-            image = hand_over(stage.sample(label, low_res, level, stop_at, generator), stop_at)
+
+            def upsample(part: slice, z=low_res, stage=stage, how=(level, stop_at), own=generator) -> torch.Tensor:
+                return stage.sample(label[part], z[part], *how, own[part])
+
+            image = hand_over(self.in_batches(number, len(label), upsample), stop_at)
             images.append(image)
         return images
+
+    def in_batches(self, number: int, count: int, draw: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """What a stage draws of `count` images, as many of them at a time as were chosen."""
+        size = count if self.batch_sizes is None else self.batch_sizes[number]
+        return torch.cat([draw(slice(first, first + size)) for first in range(0, count, size)])
 
     def generators(self, index: torch.Tensor, stage: int) -> list[torch.Generator]:
         return generators(index.tolist(), self.device, self.seed, "sample", stage)

@@ -41,6 +41,7 @@ class SampleManifest:
     precision: str = "32-true"  # of the networks, in Lightning's words
     start: str | None = None  # of the stored images the cascade went on from: one hash over all shards
     compile: str | None = None  # how torch compiled the networks
+    batch_sizes: list[int] | None = None  # images of a block that each stage's network works on at a time; None: all
 
     def block(self, number: int) -> dict[str, torch.Tensor]:
         """The padded indices and labels of one block, and its number."""

@@ -58,6 +58,7 @@ def plan(
         bundle, count, chosen, cascade.seed, block_size, cascade.levels, cascade.truncated,
         [d.sampler for d in diffusions], [d.sampling_steps or d.timesteps for d in diffusions],
         precision, digest_of(read_manifest(start).shards) if start is not None else None, compile,
+        cascade.batch_sizes,
     )  # fmt: skip
     if start is not None:
         check_start(cascade, manifest, start)

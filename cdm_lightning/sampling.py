@@ -36,6 +36,7 @@ def sample(
     sampling_steps: list[int] | None = None,
     start: Path | None = None,
     block_size: int = 64,
+    batch_sizes: list[int] | None = None,
     precision: Precision = "32-true",
     compile: Compile | None = None,
     devices: PositiveInt = 1,
@@ -59,7 +60,8 @@ def sample(
         sampling_steps: Network calls of each stage, such as [50,50,25]; null for each stage's own.
         start: Stored images to go on from, a finished folder of a lower resolution such as OUT/train/32 of another call
             with the same classes; null to start from noise.
-        block_size: Images the network works on at a time, per process.
+        block_size: Images that a process draws at a time, a shard; another size, other images within a grey level.
+        batch_sizes: Of a block, how many each stage works on at a time, such as [256,64,16]; null for all of it.
         precision: Of the networks: 32-true, or bf16-mixed or 16-mixed, which are faster and other images.
         compile: Compile the networks, which takes minutes and makes other images within float error: default, or
             reduce-overhead (CUDA graphs, on a GPU); null for not.
@@ -69,6 +71,7 @@ def sample(
     if (count is None) == (per_class is None):
         raise InputError("give one of count and per_class: how many images to draw")
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
+    cascade.set_batch_sizes(batch_sizes)
     about = read_about(bundle)
     each = len(classes) if classes is not None else cascade.num_classes or 1
     total = count if count is not None else each * (per_class or 0)

@@ -68,6 +68,31 @@ def test_an_image_depends_on_seed_index_and_class_alone(stages):
     assert not torch.equal(cascade.sample(LABEL, INDEX)[-1], whole)
 
 
+@pytest.mark.parametrize("levels, truncated", [([251, 0], False), ([251, 0], True)])
+def test_every_stage_works_on_its_own_number_of_images(stages, levels, truncated):
+    cascade = CascadeModule.of(stages)
+    cascade.set_levels(levels, truncated)
+    whole = cascade.sample(LABEL, INDEX)
+    cascade.set_batch_sizes([5, 2, 1])
+    seen = [[], [], []]
+    hooks = [
+        stage.unet.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+        for stage, sizes in zip(stages, seen, strict=True)
+    ]
+    parts = cascade.sample(LABEL, INDEX)
+    for hook in hooks:
+        hook.remove()
+    assert [sorted(set(sizes)) for sizes in seen] == [[3], [1, 2], [1]]
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [4, 0, 4]])
+def test_batch_sizes_that_are_not_one_a_stage_are_refused(stages, sizes):
+    with pytest.raises(InputError, match="must have 3 entries, one a stage, of at least 1"):
+        CascadeModule.of(stages).set_batch_sizes(sizes)
+
+
 def test_any_number_of_stages(stages):
     assert [i.shape[-1] for i in CascadeModule.of(stages[:1]).sample(LABEL, INDEX)] == [8]
     again = SuperResolutionStage(

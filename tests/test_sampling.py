@@ -121,14 +121,16 @@ def test_it_goes_on_after_a_kill(bundle, tmp_path, monkeypatch):
     assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
 
 
-def test_another_block_size_agrees_within_one_grey_level(bundle, tmp_path):
+def test_another_block_size_and_other_batches_agree_within_one_grey_level(bundle, tmp_path):
     pixels = []
-    for size in (1, 5):
-        sample(bundle, tmp_path / str(size), count=5, block_size=size)
-        folder = tmp_path / str(size) / "train" / "32"
+    for number, (size, batches) in enumerate([(1, None), (5, None), (5, [5, 3, 1])]):
+        sample(bundle, tmp_path / f"{number}", count=5, block_size=size, batch_sizes=batches)
+        folder = tmp_path / f"{number}" / "train" / "32"
         samples = [s for shard in read_manifest(folder).shards for s in read_shard(folder / shard.name)]
         pixels.append(torch.stack([torch.from_numpy(decode_png(s["png"])).int() for s in samples]))
-    assert int((pixels[0] - pixels[1]).abs().max()) <= 1
+    assert max(int((pixels[0] - other).abs().max()) for other in pixels[1:]) <= 1
+    with pytest.raises(InputError, match="begun with batch_sizes None, not "):
+        sample(bundle, tmp_path / "1", count=5, block_size=5, batch_sizes=[5, 3, 1])
 
 
 def test_a_truncated_run_keeps_finished_images_alone(bundle, tmp_path):

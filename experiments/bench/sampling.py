@@ -29,7 +29,10 @@ def run(quick: bool = False, rounds: int | None = None) -> dict[str, Any]:
     large = stage_of(size, steps=3 if quick else 5).to(device)
     loops = {stage.name: loop(stage, batch, device, rounds) for stage in cascade.stages}
     loops[f"{size.channels} channels at {size.resolution}"] = loop(large, size.batch, device, rounds)
-    return {"batch": batch, "rounds": rounds, "loops": loops, "pipeline": beside_diffusers(large, size, device, rounds)}
+    sizes = (2, 4) if quick else (16, 64, 256)
+    batches = {stage.name: by_batch(stage, sizes, device, rounds) for stage in cascade.stages}
+    peers = beside_diffusers(large, size, device, rounds)
+    return {"batch": batch, "rounds": rounds, "loops": loops, "batches": batches, "pipeline": peers}
 
 
 def stage_of(size: Size, steps: int) -> BaseStage:
@@ -67,6 +70,25 @@ def loop(stage: Any, batch: int, device: torch.device, rounds: int) -> dict[str,
     return {"sampler_ms": per_step[0], "network_ms": per_step[1], "overhead": median(w / b for w, b in pairs) - 1}
 
 
+def by_batch(stage: Any, sizes: tuple[int, ...], device: torch.device, rounds: int) -> dict[int, float]:
+    """Images a second of one network call, by the number of images in it."""
+    calls = {}
+    for size in sizes:
+        shape = (size, stage.image_channels, stage.resolution, stage.resolution)
+        large = torch.randn(shape, device=device) if isinstance(stage, SuperResolutionStage) else None
+        level = torch.zeros(size, device=device)
+        predict = stage.predictor(torch.zeros(size, dtype=torch.int64, device=device), large, level)
+        x, t = torch.randn(shape, device=device), torch.full((size,), 500.0, device=device)
+        calls[size] = lambda predict=predict, x=x, t=t: predict(x, t)
+    found: dict[int, list[float]] = {size: [] for size in sizes}
+    for number in range(rounds + 1):
+        for size, call in calls.items():
+            with torch.no_grad(), clocked(device) as seconds:
+                call()
+            found[size] += [size / seconds[0]] if number else []
+    return {size: median(rates) for size, rates in found.items()}
+
+
 def beside_diffusers(stage: BaseStage, size: Size, device: torch.device, rounds: int) -> dict[str, float]:
     """Images a second of ours and of DDPMPipeline, the same number of steps of equal networks."""
     steps = stage.diffusion.sampling_steps or 1
@@ -100,6 +122,11 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, own in found["loops"].items():
         lines.append(f"| {name} | {own['sampler_ms']:.2f} | {own['network_ms']:.2f} | {own['overhead']:.1%} |")
+    sizes = list(next(iter(found["batches"].values())))
+    lines += ["", f"| images a second of a network call, at a batch of | {' | '.join(map(str, sizes))} |"]
+    lines.append("|---" * (len(sizes) + 1) + "|")
+    for name, rates in found["batches"].items():
+        lines.append(f"| {name} | {' | '.join(f'{rate:,.0f}' for rate in rates.values())} |")
     return "\n".join(lines) + (
         f"\n\n{peers['steps']} steps of the last: ours {peers['ours']:.2f} images/s, diffusers' DDPMPipeline "
         f"{peers['diffusers']:.2f}: ours is {peers['ours_faster']:.2f} times faster"
