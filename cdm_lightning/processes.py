@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from datetime import timedelta
 from typing import Any
@@ -16,6 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from cdm_lightning import InputError
 
+FIRST = "CDM_FIRST_PROCESS"  # the process id of the one that others are started by, in their environment
+PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when the one that started it ends
 PATIENCE = timedelta(days=30)  # torch's own 30 minutes end a run whose processes are unevenly slow; see shared_out()
 
 
@@ -26,21 +30,36 @@ def shared_out(devices: int, accelerator: str) -> dict[str, Any]:
     there hears at once that another one died, since the connection closes, and needs no time-out for that. NCCL would
     notice by its time-out alone. There are no gradients to exchange.
     """
+    end_with_the_first()
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if under_torchrun() else 1
     strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if devices * machines > 1 else "auto"
     return {"accelerator": accelerator, "devices": devices, "num_nodes": machines, "strategy": strategy}
 
 
+def end_with_the_first() -> None:
+    """Have the system send SIGTERM to a process that Lightning started when the first one ends, however it ends.
+
+    On Linux alone: elsewhere the others draw their share, and end when they wait for the first. Under torchrun or SLURM
+    nobody here started another.
+    """
+    if sys.platform != "linux" or under_torchrun():
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0" or FIRST not in os.environ:
+        os.environ[FIRST] = str(os.getpid())
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != int(os.environ[FIRST]):  # it has ended already
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 class EndOnSigterm(L.Callback):
-    """SIGTERM ends a prediction at once, with exit code 143, in the processes that this one started too.
+    """SIGTERM ends a prediction at once, with exit code 143; the processes that this one started end with it.
 
     Lightning only takes note of it, which a prediction never looks at. What was stored stays.
     """
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         def end(number: int, frame: Any) -> None:
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(number)
             rank_zero_info("SIGTERM: what is written stays, and the same command goes on")
             raise SystemExit(128 + number)
 

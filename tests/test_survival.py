@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny
 
 from cdm_lightning import InputError
 from cdm_lightning.bundle import write_bundle
+from cdm_lightning.processes import end_with_the_first
 from cdm_lightning.sampling import sample
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -150,23 +152,40 @@ def test_a_killed_run_ends_in_the_bytes_of_an_unbroken_one(bundle, tmp_path):
     assert figures["shards torn or of other bytes"] == 0
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_sigterm_ends_sampling_at_once_in_all_processes(bundle, tmp_path, devices):
+def ended(process: subprocess.Popen, seconds: float = 30) -> str:
+    """What a process said that ended, and all that it started with it."""
+    begun = time.monotonic()
+    errors = process.communicate(timeout=seconds)[1]
+    while members(process.pid):
+        assert time.monotonic() - begun < seconds, "a process outlived the first one"
+        time.sleep(0.1)
+    return errors
+
+
+@pytest.mark.parametrize("devices, number, code", [(1, "TERM", 143), (2, "TERM", 143), (2, "KILL", -9)])
+def test_a_signal_to_the_first_process_ends_sampling_at_once_in_all(bundle, tmp_path, devices, number, code):
     options = {"count": 40, "block_size": 2}
     out = tmp_path / "s"
     with Command(tmp_path, bundle, SLOWLY.format(3), devices, out=out, **options) as command:
         process = command.start()
         wait_for(process, lambda: list(out.rglob("*.tar")))  # a minute and more from its end
-        process.terminate()
-        begun = time.monotonic()
-        errors = process.communicate(timeout=30)[1]
-        while members(process.pid):
-            assert time.monotonic() - begun < 30, "a process outlived the first one"
-            time.sleep(0.1)
-    assert process.returncode == 143 and "SIGTERM: what is written stays, and the same command goes on" in errors
-    assert "Traceback" not in errors and not list(out.glob("train/*/manifest.json"))
+        os.kill(process.pid, getattr(signal, f"SIG{number}"))
+        errors = ended(process)
+    assert process.returncode == code and "Traceback" not in errors
+    assert errors.count("SIGTERM: what is written stays, and the same command goes on") == (number == "TERM")
+    assert not list(out.glob("train/*/manifest.json"))
     sample(bundle, tmp_path / "whole", **options)
     assert hashes(out, "*.tar").items() <= hashes(tmp_path / "whole").items()
+
+
+def test_a_process_whose_first_has_ended_does_not_begin(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(prctl=lambda *arguments: 0))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CDM_FIRST_PROCESS", str(os.getppid()))
+    end_with_the_first()
+    monkeypatch.setenv("CDM_FIRST_PROCESS", "1234567")
+    with pytest.raises(SystemExit, match="143"):
+        end_with_the_first()
 
 
 @pytest.mark.long
