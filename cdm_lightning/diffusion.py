@@ -1,4 +1,4 @@
-"""The diffusion process: q(x_t|x_0), the losses, and the reverse process on the grids of diffusers' schedulers.
+"""The diffusion process: q(x_t|x_0), the losses, and the reverse process: diffusers' but for the ancestral step.
 
 Time is the paper's: t in (0, T], and 0 is the clean image. diffusers counts 0 ... T-1; its index is t - 1 and never
 leaves this file.
@@ -231,7 +231,10 @@ class Diffusion:
         indices = sorted({*grid, stop_at - 1} if stop_at else set(grid), reverse=True)
         if indices != [int(i) for i in scheduler.timesteps]:  # never with DDIM; DPM-Solver's grid repeats itself near T
             scheduler.set_timesteps(timesteps=indices)
-        return scheduler, [i for i in indices if i >= stop_at]
+        left = [i for i in indices if i >= stop_at]
+        if not left:
+            raise InputError(f"stop_at {stop_at} leaves {self.sampler} no step: its first is at t = {indices[0] + 1}")
+        return scheduler, left
 
     def _scheduler(self) -> Any:
         settings = schedule_settings(self.sampling_schedule or self.schedule, self.timesteps)

@@ -435,6 +435,7 @@ def test_clipping_keeps_the_predicted_image_in_range():
         (dict(sampling_steps=1001), 0, "sampling_steps 1001 lies outside"),
         (dict(sampler="ddim", sampling_steps=7), 0, "does not divide T = 1000"),
         (dict(sampler="ddim", sampling_steps=50), 101, "the nearest are 100 and 120"),
+        (dict(sampler="dpm++", sampling_steps=20), 998, "stop_at 998 leaves dpm.. no step: its first is at t = "),
         (dict(), 1000, "stop_at 1000 lies outside 0 <= s < T = 1000"),
         (dict(), -1, "stop_at -1 lies outside"),
         (
