@@ -24,23 +24,24 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
-from cdm_lightning import InputError, __version__
-from cdm_lightning.bundle import write_bundle
-from cdm_lightning.cascade import CascadeModule, check_stages
-from cdm_lightning.checkpoints import Trainer, WholeCheckpoints, check_checkpoint, load_stage
-from cdm_lightning.datamodule import ShardDataModule
-from cdm_lightning.evaluation.adm import npz
-from cdm_lightning.evaluation.cas import cas
+from cdm_lightning import __version__
+from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.cascade.cascade import CascadeModule, check_stages
+from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.data.preparation.prepare import prepare_folder, prepare_imagenet
+from cdm_lightning.evaluation.cas.cas import cas
+from cdm_lightning.evaluation.detectors.inception import detector
 from cdm_lightning.evaluation.evaluate import evaluate
-from cdm_lightning.evaluation.inception import detector
-from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.evaluation.search import search
-from cdm_lightning.performance.plan import plan
-from cdm_lightning.prepare import prepare_folder, prepare_imagenet
-from cdm_lightning.refusal import broken_off, fail, together, understood
-from cdm_lightning.resume import newest_checkpoint, run_id
-from cdm_lightning.sampling import sample
-from cdm_lightning.sweeps import sweep
+from cdm_lightning.evaluation.references.adm import npz
+from cdm_lightning.evaluation.references.reference import reference
+from cdm_lightning.evaluation.search.search import search
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.process_group import broken_off, fail, together, understood
+from cdm_lightning.planning.plan import plan
+from cdm_lightning.planning.sweep import sweep
+from cdm_lightning.sampling.sample import sample
+from cdm_lightning.stages.checkpoints import Trainer, WholeCheckpoints, check_checkpoint, load_stage
+from cdm_lightning.training.resume import newest_checkpoint, run_id
 
 LIGHTNING = {
     "fit": "Train one stage.",

@@ -8,9 +8,9 @@ import torch
 from conftest import SMALL, awaken
 from test_experiments import QUICK, configs
 
-from cdm_lightning.bundle import write_bundle
+from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.cli import main
-from cdm_lightning.stages import BaseStage, SuperResolutionStage
+from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
 
 ROOT = Path(__file__).parents[1]
 BASE8, SR16 = (ROOT / "experiments" / "fashion" / f"{name}.yaml" for name in ("base8", "sr16"))

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from cdm_lightning.checkpoints import load_stage
 from cdm_lightning.cli import main
-from cdm_lightning.images import encode_png
-from cdm_lightning.shards import Manifest, write_manifest, write_shard
+from cdm_lightning.data.shards.manifest import Manifest, write_manifest, write_shard
+from cdm_lightning.foundation.images import encode_png
+from cdm_lightning.stages.checkpoints import load_stage
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(

@@ -11,15 +11,15 @@ import lightning.pytorch as L
 import torch
 from torch import nn
 
-from cdm_lightning import InputError
-from cdm_lightning.augmentation import GaussianAugmentation
-from cdm_lightning.bundle import origin, read_bundle
-from cdm_lightning.checkpoints import load_stage
-from cdm_lightning.diffusion import Sampler
-from cdm_lightning.images import quantize, to_float, to_uint8
-from cdm_lightning.randomness import generators
-from cdm_lightning.stages import BaseStage, Batch, DiffusionStage, SuperResolutionStage
-from cdm_lightning.unet import Compile
+from cdm_lightning.cascade.bundle import origin, read_bundle
+from cdm_lightning.diffusion.process import Sampler
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import quantize, to_float, to_uint8
+from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.network.unet import Compile
+from cdm_lightning.stages.augmentation import GaussianAugmentation
+from cdm_lightning.stages.checkpoints import load_stage
+from cdm_lightning.stages.kinds import BaseStage, Batch, DiffusionStage, SuperResolutionStage
 
 
 class CascadeModule(L.LightningModule):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 OnDamage = Literal["refuse", "skip"]
 

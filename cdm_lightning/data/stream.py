@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from cdm_lightning import InputError
-from cdm_lightning.damage import OnDamage, Reports, marked
-from cdm_lightning.images import downscale
-from cdm_lightning.randomness import key
-from cdm_lightning.reading import Images, Opened, in_batches, open_images
-from cdm_lightning.shards import Manifest, Shard
+from cdm_lightning.data.damage import OnDamage, Reports, marked
+from cdm_lightning.data.shards.manifest import Manifest, Shard
+from cdm_lightning.data.shards.reading import Images, Opened, in_batches, open_images
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import downscale
+from cdm_lightning.foundation.randomness import key
 
 
 class ShardStream(IterableDataset):

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from cdm_lightning import InputError
-from cdm_lightning.ancestral import ancestral_step
-from cdm_lightning.randomness import randn_ahead
+from cdm_lightning.diffusion.samplers import ancestral_step
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.randomness import randn_ahead
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> (B, C or 2C, H, W)
 Schedule = Literal["cosine", "linear"]

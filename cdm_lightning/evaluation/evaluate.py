@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import ReferenceCard, about_all, check_card, read_card
-from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
-from cdm_lightning.evaluation.features import extract, read_features
-from cdm_lightning.evaluation.figures import Figure
-from cdm_lightning.evaluation.measure import check_score, inception_score, measure_all
-from cdm_lightning.evaluation.memory import real_folder, searched
-from cdm_lightning.evaluation.report import print_figures, read_cas, write_evaluation
-from cdm_lightning.processes import first_process, wait_for_all
-from cdm_lightning.sample_shards import NO_CLASSES
-from cdm_lightning.shards import Manifest, read_manifest
+from cdm_lightning.data.shards.manifest import Manifest, read_manifest
+from cdm_lightning.evaluation.detectors.loading import Detector, load_detector, load_head
+from cdm_lightning.evaluation.metrics.features import extract, read_features
+from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.evaluation.metrics.measure import check_score, inception_score, measure_all
+from cdm_lightning.evaluation.references.cards import ReferenceCard, about_all, check_card, read_card
+from cdm_lightning.evaluation.report.memory import real_folder, searched
+from cdm_lightning.evaluation.report.report import print_figures, read_cas, write_evaluation
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.draw import NO_CLASSES
+from cdm_lightning.sampling.shared_work import first_process, wait_for_all
 
 
 def evaluate(

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdm_lightning import InputError
-from cdm_lightning.images import as_drawn, downscale, encode_png
-from cdm_lightning.randomness import key
-from cdm_lightning.reading import in_batches, open_images
-from cdm_lightning.shards import Manifest, Shard, find_folder, read_manifest, write_manifest, write_shard
+from cdm_lightning.data.shards.manifest import Manifest, Shard, find_folder, read_manifest, write_manifest, write_shard
+from cdm_lightning.data.shards.reading import in_batches, open_images
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import as_drawn, downscale, encode_png
+from cdm_lightning.foundation.randomness import key
 
 IMAGES_PER_SHARD = 1000
 

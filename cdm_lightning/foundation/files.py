@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 
 def read_table(path: Path, *names: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cdm_lightning.shards import write_atomically
+from cdm_lightning.data.shards.manifest import write_atomically
 
 
 def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: str | Path, cell: int, gap: int = 2) -> None:

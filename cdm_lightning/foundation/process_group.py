@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 LEADER, WORD = "CDM_LEADER", "CDM_REFUSAL"  # process that starts the others, and file that says that one has refused
 GRACE = 3.0  # seconds for a process to end by itself when another has refused

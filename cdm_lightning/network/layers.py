@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 SMALL = 2**17  # numbers in x; below, the plain form is faster, which makes fewer calls
 SQUARES = torch.ops.aten.mse_loss  # (a - b)^2 without a's difference from b in memory

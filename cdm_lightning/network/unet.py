@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cdm_lightning import InputError
-from cdm_lightning.convolutions import conv_of_upsampled, pointwise
-from cdm_lightning.normalisation import ModulatedNorm
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.network.convolutions import conv_of_upsampled, pointwise
+from cdm_lightning.network.layers import ModulatedNorm
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 Compile = Literal["default", "reduce-overhead", "max-autotune"]  # torch.compile's modes; the second uses CUDA graphs

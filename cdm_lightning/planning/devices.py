@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 from rich.markup import escape
 from tqdm import tqdm
 
-from cdm_lightning import InputError
-from cdm_lightning.performance.devices import DataSheet, at_hand, data_sheet, device_name, measured_rates, memory_of
-from cdm_lightning.performance.flops import forward_flops, training_flops
-from cdm_lightning.performance.memory import AUTOCAST, Memory, StepOnPaper
-from cdm_lightning.performance.recipe import Recipe, configurations, read_recipe
-from cdm_lightning.performance.step_time import measured_step
-from cdm_lightning.shards import write_atomically
-from cdm_lightning.tables import whole_console, whole_table
+from cdm_lightning.data.shards.manifest import write_atomically
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.planning.devices import DataSheet, at_hand, data_sheet, device_name, measured_rates, memory_of
+from cdm_lightning.planning.flops import forward_flops, training_flops
+from cdm_lightning.planning.memory import AUTOCAST, Memory, StepOnPaper
+from cdm_lightning.planning.recipe import Recipe, configurations, read_recipe
+from cdm_lightning.planning.step_time import measured_step
 
 MARGIN = 0.1  # of a device's memory left to what is not counted: the driver's context, fragmentation, validation
 FLOOR = 4  # images of a micro-batch: below, a plan recomputes activations rather than accumulate that often

@@ -11,11 +11,11 @@ import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
-from cdm_lightning import InputError
-from cdm_lightning.callbacks import EMA
-from cdm_lightning.checkpoints import Trainer
-from cdm_lightning.datamodule import ShardDataModule
-from cdm_lightning.stages import DiffusionStage
+from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.stages.checkpoints import Trainer
+from cdm_lightning.stages.kinds import DiffusionStage
+from cdm_lightning.training.pictures import EMA
 
 EXPERIMENTS = Path("experiments")
 

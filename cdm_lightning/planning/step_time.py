@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from cdm_lightning.performance.memory import AUTOCAST, recomputing
-from cdm_lightning.stages import DiffusionStage
+from cdm_lightning.planning.memory import AUTOCAST, recomputing
+from cdm_lightning.stages.kinds import DiffusionStage
 
 
 @dataclass(frozen=True)

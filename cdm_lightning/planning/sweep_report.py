@@ -13,9 +13,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cdm_lightning import InputError
-from cdm_lightning.shards import write_atomically
-from cdm_lightning.tables import whole_console, whole_table
+from cdm_lightning.data.shards.manifest import write_atomically
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.terminal import whole_console, whole_table
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cdm_lightning import InputError
-from cdm_lightning.images import as_drawn, encode_png
-from cdm_lightning.reading import open_images
-from cdm_lightning.shards import read_manifest, write_shard
+from cdm_lightning.data.shards.manifest import read_manifest, write_shard
+from cdm_lightning.data.shards.reading import open_images
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import as_drawn, encode_png
 
 
 @dataclass(frozen=True)

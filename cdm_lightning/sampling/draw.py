@@ -14,11 +14,8 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
-from cdm_lightning import InputError
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.processes import EndOnSigterm, first_process, join, shared_out, wait_for_all
-from cdm_lightning.sample_blocks import Blocks, BlockWriter, SampleManifest, shard_name
-from cdm_lightning.shards import (
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.data.shards.manifest import (
     Manifest,
     Shard,
     digest_of,
@@ -27,7 +24,10 @@ from cdm_lightning.shards import (
     write_atomically,
     write_manifest,
 )
-from cdm_lightning.unet import Compile
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.network.unet import Compile
+from cdm_lightning.sampling.blocks import Blocks, BlockWriter, SampleManifest, shard_name
+from cdm_lightning.sampling.shared_work import EndOnSigterm, first_process, join, shared_out, wait_for_all
 
 NO_CLASSES = ["0"]  # as shards name the one class of samples of a cascade without classes
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 
-from cdm_lightning import InputError
-from cdm_lightning.bundle import origin, read_about
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.diffusion import Sampler
-from cdm_lightning.images import decode_png
-from cdm_lightning.pictures import save_grid
-from cdm_lightning.processes import first_process
-from cdm_lightning.sample_blocks import SampleManifest, shard_name
-from cdm_lightning.sample_shards import Precision, draw, plan
-from cdm_lightning.shards import digest_of, read_manifest, read_shard
-from cdm_lightning.unet import Compile
+from cdm_lightning.cascade.bundle import origin, read_about
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.data.shards.manifest import digest_of, read_manifest, read_shard
+from cdm_lightning.diffusion.process import Sampler
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png
+from cdm_lightning.foundation.pictures import save_grid
+from cdm_lightning.network.unet import Compile
+from cdm_lightning.sampling.blocks import SampleManifest, shard_name
+from cdm_lightning.sampling.draw import Precision, draw, plan
+from cdm_lightning.sampling.shared_work import first_process
 
 
 def sample(

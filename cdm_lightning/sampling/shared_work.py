@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 FIRST = "CDM_FIRST_PROCESS"  # the process id of the one that others are started by, in their environment
 PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when the one that started it ends

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from cdm_lightning import InputError
-from cdm_lightning.diffusion import Diffusion, Schedule
-from cdm_lightning.randomness import rand, randn
+from cdm_lightning.diffusion.process import Diffusion, Schedule
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.randomness import rand, randn
 
 
 class Augmentation(Protocol):

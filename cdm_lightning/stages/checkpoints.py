@@ -12,8 +12,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from cdm_lightning import InputError
-from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.stages.kinds import BaseStage, DiffusionStage, SuperResolutionStage
 
 KINDS: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
 

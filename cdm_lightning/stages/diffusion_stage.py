@@ -8,15 +8,15 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from cdm_lightning import InputError
-from cdm_lightning.augmentation import Augmentation, NoAugmentation
-from cdm_lightning.diffusion import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
-from cdm_lightning.images import to_uint8
-from cdm_lightning.matching import check_fits
-from cdm_lightning.meter import Meter, TrainingLog, quarters
-from cdm_lightning.optimization import adam, clip, fuses
-from cdm_lightning.randomness import generators, key, rand, randn
-from cdm_lightning.unet import Compile, UNet
+from cdm_lightning.diffusion.process import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import to_uint8
+from cdm_lightning.foundation.randomness import generators, key, rand, randn
+from cdm_lightning.network.unet import Compile, UNet
+from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
+from cdm_lightning.stages.matching import check_fits
+from cdm_lightning.stages.meter import Meter, TrainingLog, quarters
+from cdm_lightning.stages.optimization import adam, clip, fuses
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
 

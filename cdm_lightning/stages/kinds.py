@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from cdm_lightning import InputError
-from cdm_lightning.augmentation import Augmentation, BlurAugmentation, GaussianAugmentation, NoAugmentation
-from cdm_lightning.diffusion import Predict, Schedule
-from cdm_lightning.diffusion_stage import Batch, DiffusionStage
-from cdm_lightning.images import check_power_of_two, downscale, to_float, to_uint8
+from cdm_lightning.diffusion.process import Predict, Schedule
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import check_power_of_two, downscale, to_float, to_uint8
+from cdm_lightning.stages.augmentation import Augmentation, BlurAugmentation, GaussianAugmentation, NoAugmentation
+from cdm_lightning.stages.diffusion_stage import Batch, DiffusionStage
 
 
 class BaseStage(DiffusionStage):

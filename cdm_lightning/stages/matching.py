@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 # What may differ between a checkpoint and the configuration that goes on from it: it leaves network and target alone.
 FREE = {

@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cdm_lightning import InputError, TrainingFault
-from cdm_lightning.checkpoints import load_safely
-from cdm_lightning.resume import newest_checkpoint
+from cdm_lightning.foundation.errors import InputError, TrainingFault
+from cdm_lightning.stages.checkpoints import load_safely
+from cdm_lightning.training.resume import newest_checkpoint
 
 PINNED = "before_skipped_steps.ckpt"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cdm_lightning.images import downscale
+from cdm_lightning.foundation.images import downscale
 
 
 def channel_drift(samples: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:

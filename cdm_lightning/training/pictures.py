@@ -14,13 +14,13 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
-from cdm_lightning import InputError
-from cdm_lightning.faults import FiniteSteps
-from cdm_lightning.health import adherence
-from cdm_lightning.images import to_uint8
-from cdm_lightning.pictures import save_grid
-from cdm_lightning.randomness import generators
-from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import to_uint8
+from cdm_lightning.foundation.pictures import save_grid
+from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.stages.kinds import BaseStage, DiffusionStage, SuperResolutionStage
+from cdm_lightning.training.finite_steps import FiniteSteps
+from cdm_lightning.training.health import adherence
 
 
 class EMA(WeightAveraging):

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cdm_lightning import InputError
-from cdm_lightning.checkpoints import load_safely
-from cdm_lightning.shards import write_atomically
+from cdm_lightning.data.shards.manifest import write_atomically
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.stages.checkpoints import load_safely
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cdm_lightning.prepare import prepare_folder
-from cdm_lightning.raw_images import cut_square, decode
-from cdm_lightning.shards import read_manifest
-from cdm_lightning.stream import ShardStream
+from cdm_lightning.data.preparation.prepare import prepare_folder
+from cdm_lightning.data.preparation.raw_images import cut_square, decode
+from cdm_lightning.data.shards.manifest import read_manifest
+from cdm_lightning.data.stream import ShardStream
 
 WIDTH, HEIGHT = 400, 350  # about the mean of ImageNet
 DISTINCT = 50  # pictures; the others are copies of them

@@ -20,10 +20,10 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from cdm_lightning import InputError
-from cdm_lightning.performance.devices import measured_rates
-from cdm_lightning.performance.flops import forward_flops
-from cdm_lightning.unet import UNet
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.network.unet import UNet
+from cdm_lightning.planning.devices import measured_rates
+from cdm_lightning.planning.flops import forward_flops
 
 CLASSES = 10
 

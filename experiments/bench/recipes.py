@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.performance.devices import at_hand, measured_rates
-from cdm_lightning.performance.flops import training_flops
-from cdm_lightning.performance.memory import AUTOCAST, StepOnPaper
-from cdm_lightning.performance.recipe import configurations, read_recipe
-from cdm_lightning.performance.step_time import measured_step
-from cdm_lightning.unet import Compile
+from cdm_lightning.network.unet import Compile
+from cdm_lightning.planning.devices import at_hand, measured_rates
+from cdm_lightning.planning.flops import training_flops
+from cdm_lightning.planning.memory import AUTOCAST, StepOnPaper
+from cdm_lightning.planning.recipe import configurations, read_recipe
+from cdm_lightning.planning.step_time import measured_step
 
 
 def run(quick: bool = False, compile: bool = False) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from cdm_lightning.bundle import read_bundle
-from cdm_lightning.diffusion import Sampler
+from cdm_lightning.cascade.bundle import read_bundle
+from cdm_lightning.data.shards.manifest import write_atomically
+from cdm_lightning.diffusion.process import Sampler
 from cdm_lightning.evaluation.evaluate import evaluate
-from cdm_lightning.sampling import sample
-from cdm_lightning.shards import write_atomically
+from cdm_lightning.sampling.sample import sample
 
 
 def samplers(

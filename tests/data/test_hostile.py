@@ -27,24 +27,24 @@ from test_cli import ROOT, fit, refused
 from test_experiments import QUICK
 from test_shards import make_folder, refuses
 
-from cdm_lightning import InputError
-from cdm_lightning.archives import LARGEST
-from cdm_lightning.bundle import digest, read_bundle, write_bundle
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.checkpoints import check_checkpoint, load_stage
+from cdm_lightning.cascade.bundle import digest, read_bundle, write_bundle
+from cdm_lightning.cascade.cascade import CascadeModule
 from cdm_lightning.cli import main
-from cdm_lightning.evaluation.cards import Facts, ReferenceCard, check_card, read_card
-from cdm_lightning.evaluation.detectors import FOLDER, load_detector
-from cdm_lightning.evaluation.distance import Moments
+from cdm_lightning.data.preparation.raw_images import decode as decode_raw
+from cdm_lightning.data.preparation.raw_images import list_train_archive, list_val_archive
+from cdm_lightning.data.shards.manifest import Manifest, Shard, read_manifest, read_shard
+from cdm_lightning.data.shards.reading import decode_sample
+from cdm_lightning.data.shards.tar import LARGEST
+from cdm_lightning.data.stream import ShardStream
+from cdm_lightning.evaluation.detectors.inception import load_head
+from cdm_lightning.evaluation.detectors.loading import FOLDER, load_detector
 from cdm_lightning.evaluation.evaluate import check_counts
-from cdm_lightning.evaluation.features import feature_file, finished
-from cdm_lightning.evaluation.inception import load_head
-from cdm_lightning.raw_images import decode as decode_raw
-from cdm_lightning.raw_images import list_train_archive, list_val_archive
-from cdm_lightning.reading import decode_sample
-from cdm_lightning.sampling import origin
-from cdm_lightning.shards import Manifest, Shard, read_manifest, read_shard
-from cdm_lightning.stream import ShardStream
+from cdm_lightning.evaluation.metrics.distance import Moments
+from cdm_lightning.evaluation.metrics.features import feature_file, finished
+from cdm_lightning.evaluation.references.cards import Facts, ReferenceCard, check_card, read_card
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.sample import origin
+from cdm_lightning.stages.checkpoints import check_checkpoint, load_stage
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 

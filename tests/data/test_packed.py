@@ -20,16 +20,17 @@ from PIL import Image
 from test_datamodule import SIZES, contents, deal, fit, flat, places
 from test_shards import make_folder, refuses
 
-from cdm_lightning import InputError, packed
-from cdm_lightning.evaluation.memory import first_of_each, pictures
+from cdm_lightning.data.preparation.prepare import prepare_folder
+from cdm_lightning.data.shards import packed
+from cdm_lightning.data.shards.manifest import read_manifest, write_manifest
+from cdm_lightning.data.shards.packed import HEADER, PackedShard, npy_header, write_packed
+from cdm_lightning.data.shards.reading import open_images
+from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.evaluation.real_images import read_images, write_subset
-from cdm_lightning.images import decode_png, encode_photo
-from cdm_lightning.packed import HEADER, PackedShard, npy_header, write_packed
-from cdm_lightning.prepare import prepare_folder
-from cdm_lightning.reading import open_images
-from cdm_lightning.sample_blocks import BlockData, SampleManifest
-from cdm_lightning.shards import read_manifest, write_manifest
-from cdm_lightning.stream import ShardStream
+from cdm_lightning.evaluation.report.memory import first_of_each, pictures
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png, encode_photo
+from cdm_lightning.sampling.blocks import BlockData, SampleManifest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -401,7 +402,7 @@ def test_photographs_become_pngs_that_pillow_reads_back(shape):
 
 
 def test_the_benchmark_runs():
-    path = Path(__file__).parents[1] / "experiments/bench/data.py"
+    path = Path(__file__).parents[2] / "experiments/bench/data.py"
     spec = importlib.util.spec_from_file_location("bench_data", path)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)

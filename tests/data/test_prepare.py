@@ -21,12 +21,13 @@ import scipy.io
 import torch
 from PIL import Image
 
-from cdm_lightning import InputError, shards
-from cdm_lightning.images import downscale
-from cdm_lightning.prepare import prepare_folder, prepare_imagenet
-from cdm_lightning.raw_images import cut_square, decode
-from cdm_lightning.reading import open_images
-from cdm_lightning.shards import read_manifest
+from cdm_lightning.data.preparation.prepare import prepare_folder, prepare_imagenet
+from cdm_lightning.data.preparation.raw_images import cut_square, decode
+from cdm_lightning.data.shards import manifest as shards
+from cdm_lightning.data.shards.manifest import read_manifest
+from cdm_lightning.data.shards.reading import open_images
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import downscale
 
 WNIDS = ["n02119789", "n01440764", "n03000134", "n02100735"]  # not sorted, as in the devkit
 RNG = np.random.default_rng(0)
@@ -315,7 +316,7 @@ def test_every_shard_mixes_all_classes(tmp_path: Path) -> None:
 def start(source: Path, out: Path, workers: int) -> subprocess.Popen[str]:
     code = f"""
 from pathlib import Path
-from cdm_lightning.prepare import prepare_folder
+from cdm_lightning.data.preparation.prepare import prepare_folder
 if __name__ == "__main__":
     source, out = Path({str(source)!r}), Path({str(out)!r})
     prepare_folder(source, out, resolutions=[64, 32], images_per_shard=4, workers={workers}, max_corrupt=0.01)

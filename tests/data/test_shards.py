@@ -13,13 +13,20 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cdm_lightning import InputError
-from cdm_lightning.images import encode_png
-from cdm_lightning.refusal import fail
-from cdm_lightning.shards import Manifest, find_folder, read_manifest, read_shard, write_manifest, write_shard
-from cdm_lightning.stream import ShardStream
+from cdm_lightning.data.shards.manifest import (
+    Manifest,
+    find_folder,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
+from cdm_lightning.data.stream import ShardStream
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import encode_png
+from cdm_lightning.foundation.process_group import fail
 
-FASHION = Path(__file__).parents[1] / "data/fashion"
+FASHION = Path(__file__).parents[2] / "data/fashion"
 
 
 def make_folder(folder, sizes, resolution=8, channels=1, classes=10, suffix=".tar"):

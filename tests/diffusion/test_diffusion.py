@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from cdm_lightning import InputError
-from cdm_lightning.ancestral import ancestral_step
-from cdm_lightning.diffusion import Diffusion, discretized_gaussian_log_likelihood, schedule_settings
-from cdm_lightning.randomness import generators
+from cdm_lightning.diffusion.process import Diffusion, discretized_gaussian_log_likelihood, schedule_settings
+from cdm_lightning.diffusion.samplers import ancestral_step
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.randomness import generators
 
 MEAN, STD = 0.3, 0.2  # of the data, pixel by pixel
 

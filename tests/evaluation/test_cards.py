@@ -14,19 +14,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cdm_lightning import InputError
 from cdm_lightning.cli import main
-from cdm_lightning.evaluation import adm, features
-from cdm_lightning.evaluation.adm import npz
-from cdm_lightning.evaluation.cards import Facts, about_all, bias_note, check_card, names_of, read_card
-from cdm_lightning.evaluation.detectors import Detector, Inception, load_detector
-from cdm_lightning.evaluation.distance import frechet_distance
+from cdm_lightning.data.shards.manifest import digest_of, read_manifest, read_shard, write_manifest, write_shard
+from cdm_lightning.evaluation.detectors.loading import Detector, Inception, load_detector
+from cdm_lightning.evaluation.metrics import features
+from cdm_lightning.evaluation.metrics.distance import frechet_distance
 from cdm_lightning.evaluation.real_images import read_images
-from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.images import decode_png, downscale
-from cdm_lightning.shards import digest_of, read_manifest, read_shard, write_manifest, write_shard
+from cdm_lightning.evaluation.references import adm
+from cdm_lightning.evaluation.references.adm import npz
+from cdm_lightning.evaluation.references.cards import Facts, about_all, bias_note, check_card, names_of, read_card
+from cdm_lightning.evaluation.references.reference import reference
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png, downscale
 
-FASHION = Path(__file__).parents[1] / "data" / "fashion"
+FASHION = Path(__file__).parents[2] / "data" / "fashion"
 CNN = "fashion-cnn-64"
 pytestmark = pytest.mark.filterwarnings("ignore:predict returned None", "ignore:.*isinstance.treespec")
 

@@ -15,19 +15,19 @@ import yaml
 from test_cli import refused
 from test_shards import FASHION, make_folder, read_raw, refuses
 
-from cdm_lightning.classifier import Classifier
 from cdm_lightning.cli import main
-from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.data.shards.manifest import read_manifest, write_images
 from cdm_lightning.evaluation import cas as module
-from cdm_lightning.evaluation.cas import cas
-from cdm_lightning.evaluation.cas_plan import Recipe, share
-from cdm_lightning.evaluation.cas_report import plot_classes, summarise
+from cdm_lightning.evaluation.cas.cas import cas
+from cdm_lightning.evaluation.cas.classifier import Classifier
+from cdm_lightning.evaluation.cas.plan import Recipe, share
+from cdm_lightning.evaluation.cas.report import plot_classes, summarise
 from cdm_lightning.evaluation.real_images import read_images, write_subset
-from cdm_lightning.images import downscale
-from cdm_lightning.shards import read_manifest, write_images
+from cdm_lightning.foundation.images import downscale
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = Recipe(architecture="resnet8", steps=45, batch_size=64, lr=0.1, crop="none", warmup_steps=5)
 COUNTS = [60, 50, 60, 60, 60, 60, 60, 60, 60, 60]
 CPU = {"accelerator": "cpu"}

@@ -9,15 +9,15 @@ import torch
 from conftest import tiny
 from test_evaluate import CNN, CPU, prepare
 
-from cdm_lightning import InputError
-from cdm_lightning.bundle import write_bundle
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.datamodule import ShardDataModule
-from cdm_lightning.evaluation.callback import CascadeFigures
-from cdm_lightning.evaluation.cards import read_card, write_card
+from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.evaluation.cascade_figures import CascadeFigures
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.real_images import read_images
-from cdm_lightning.sampling import sample
+from cdm_lightning.evaluation.references.cards import read_card, write_card
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.sample import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SETTING = {"seed": 3, "levels": [4], "truncated": True, "sampling_steps": [3, 2]}

@@ -9,11 +9,18 @@ import torch
 import torch.nn.functional as F
 from test_shards import FASHION, refuses
 
-from cdm_lightning.classifier import Classifier, ResidualBlock, ResNet, pad_and_crop, random_box, resized_crop
 from cdm_lightning.cli import main
-from cdm_lightning.datamodule import ShardDataModule
+from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.evaluation.cas.classifier import (
+    Classifier,
+    ResidualBlock,
+    ResNet,
+    pad_and_crop,
+    random_box,
+    resized_crop,
+)
 from cdm_lightning.evaluation.real_images import read_images
-from cdm_lightning.images import to_float
+from cdm_lightning.foundation.images import to_float
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -188,8 +195,9 @@ def test_an_ordinary_fit_and_test_give_numpys_figures(tmp_path, monkeypatch):
     """Trained on one folder, tested on the validation images of another."""
     (tmp_path / "train").symlink_to(FASHION / "train")
     options = [
-        "--model=cdm_lightning.classifier.Classifier", "--model.architecture=resnet8", "--model.resolution=8",
-        "--model.image_channels=1", f"--data.root={tmp_path}", f"--data.val_root={FASHION}", "--data.num_workers=0",
+        "--model=cdm_lightning.evaluation.cas.classifier.Classifier", "--model.architecture=resnet8",
+        "--model.resolution=8", "--model.image_channels=1",
+        f"--data.root={tmp_path}", f"--data.val_root={FASHION}", "--data.num_workers=0",
         "--trainer.use_distributed_sampler=false", f"--trainer.default_root_dir={tmp_path}",
         "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.logger=CSVLogger",
         f"--trainer.logger.save_dir={tmp_path}", "--weights_only=true",

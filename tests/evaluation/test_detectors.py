@@ -5,16 +5,17 @@ import pytest
 import torch
 from conftest import FASHION
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation import detectors, inception
-from cdm_lightning.evaluation.cards import read_card
-from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.distance import Moments, frechet_distance
-from cdm_lightning.evaluation.features import features_of
-from cdm_lightning.evaluation.networks import Detector
+from cdm_lightning.data.shards.manifest import digest_of, read_manifest
+from cdm_lightning.evaluation.detectors import inception
+from cdm_lightning.evaluation.detectors import loading as detectors
+from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.evaluation.detectors.networks import Detector
+from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
+from cdm_lightning.evaluation.metrics.features import features_of
 from cdm_lightning.evaluation.real_images import read_images
-from cdm_lightning.images import downscale
-from cdm_lightning.shards import digest_of, read_manifest
+from cdm_lightning.evaluation.references.cards import read_card
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import downscale
 
 
 @pytest.fixture(scope="module")

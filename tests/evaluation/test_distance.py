@@ -6,8 +6,8 @@ import torch
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
+from cdm_lightning.evaluation.metrics.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
+from cdm_lightning.foundation.errors import InputError
 
 
 def gaussian(n, d, seed, scale=1.0, shift=0.0):

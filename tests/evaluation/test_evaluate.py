@@ -14,19 +14,19 @@ import pytest
 import torch
 from conftest import tiny
 
-from cdm_lightning.bundle import write_bundle
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.evaluation.cards import ReferenceCard, read_card, write_card
-from cdm_lightning.evaluation.detectors import FOLDER, load_detector
+from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.data.shards.manifest import digest_of, read_manifest, write_images
+from cdm_lightning.evaluation.detectors.loading import FOLDER, load_detector
 from cdm_lightning.evaluation.evaluate import evaluate
-from cdm_lightning.evaluation.features import features_of
-from cdm_lightning.evaluation.measure import measure
-from cdm_lightning.evaluation.memory import neighbour_rows, stage_rows, stored
+from cdm_lightning.evaluation.metrics.features import features_of
+from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import read_images
-from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.images import to_uint8
-from cdm_lightning.sampling import sample
-from cdm_lightning.shards import digest_of, read_manifest, write_images
+from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card, write_card
+from cdm_lightning.evaluation.references.reference import reference
+from cdm_lightning.evaluation.report.memory import neighbour_rows, stage_rows, stored
+from cdm_lightning.foundation.images import to_uint8
+from cdm_lightning.sampling.sample import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CNN, CPU, N = "fashion-cnn-64", {"accelerator": "cpu"}, 20

@@ -7,12 +7,12 @@ import torch
 from conftest import FASHION
 from test_detectors import Broken
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.features import extract, feature_file, read_features
+from cdm_lightning.data.shards.manifest import read_manifest, read_shard
+from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.evaluation.metrics.features import extract, feature_file, read_features
 from cdm_lightning.evaluation.real_images import read_images, real_images_of
-from cdm_lightning.images import decode_png, downscale
-from cdm_lightning.shards import read_manifest, read_shard
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png, downscale
 
 pytestmark = pytest.mark.filterwarnings("ignore:predict returned None", "ignore:.*isinstance.treespec")
 CPU = {"accelerator": "cpu"}

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from cdm_lightning import InputError
 from cdm_lightning.cli import main
-from cdm_lightning.evaluation import inception
-from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.inception import Inception, load_head, resize
+from cdm_lightning.evaluation.detectors import inception
+from cdm_lightning.evaluation.detectors.inception import Inception, load_head, resize
+from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.foundation.errors import InputError
 
 needs_file = pytest.mark.skipif(
     not inception.cached().is_file(),

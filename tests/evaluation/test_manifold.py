@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation import manifold
-from cdm_lightning.evaluation.manifold import copy_threshold, nearest, precision_recall
+from cdm_lightning.evaluation.metrics import manifold
+from cdm_lightning.evaluation.metrics.manifold import copy_threshold, nearest, precision_recall
+from cdm_lightning.foundation.errors import InputError
 
 
 def points(n, seed, shift=0.0, d=5):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import ReferenceCard
-from cdm_lightning.evaluation.distance import Moments, frechet_distance, kernel_distance
-from cdm_lightning.evaluation.manifold import precision_recall
-from cdm_lightning.evaluation.measure import inception_score, log_key, measure
-from cdm_lightning.evaluation.networks import Detector
+from cdm_lightning.evaluation.detectors.networks import Detector
+from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance, kernel_distance
+from cdm_lightning.evaluation.metrics.manifold import precision_recall
+from cdm_lightning.evaluation.metrics.measure import inception_score, log_key, measure
+from cdm_lightning.evaluation.references.cards import ReferenceCard
+from cdm_lightning.foundation.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will save all extracted features")
 N, KEPT, SEED = 40, 30, 5

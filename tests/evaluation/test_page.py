@@ -8,12 +8,13 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation import page, page_levels, paper
-from cdm_lightning.evaluation.figures import Accuracy, Figure
-from cdm_lightning.evaluation.page_elements import number, size_of
-from cdm_lightning.evaluation.page_pictures import plot
-from cdm_lightning.images import decode_png, encode_png
+from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
+from cdm_lightning.evaluation.report import levels as page_levels
+from cdm_lightning.evaluation.report import page, paper
+from cdm_lightning.evaluation.report.elements import number, size_of
+from cdm_lightning.evaluation.report.pictures import plot
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png, encode_png
 
 VOID = {"meta", "link", "img", "source", "input", "br"}
 OWN = "Fréchet distance (fashion-cnn-64)"

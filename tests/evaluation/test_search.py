@@ -10,16 +10,16 @@ import pytest
 import torch
 from conftest import tiny
 
-from cdm_lightning import InputError
-from cdm_lightning.bundle import read_about, read_bundle, write_bundle
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.evaluation import points
-from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.distance import Moments, frechet_distance
-from cdm_lightning.evaluation.features import features_of
+from cdm_lightning.cascade.bundle import read_about, read_bundle, write_bundle
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
+from cdm_lightning.evaluation.metrics.features import features_of
 from cdm_lightning.evaluation.real_images import read_images, real_images_of
-from cdm_lightning.evaluation.search import search
-from cdm_lightning.images import to_float, to_uint8
+from cdm_lightning.evaluation.search import level_search as points
+from cdm_lightning.evaluation.search.search import search
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import to_float, to_uint8
 
 N, GREY = 20, {"n": 20, "block_size": 20, "detector": "fashion-cnn-64"}
 

@@ -9,12 +9,12 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
-from cdm_lightning import InputError
-from cdm_lightning.images import decode_png, downscale, encode_png, quantize, to_float, to_uint8
-from cdm_lightning.pictures import save_grid
-from cdm_lightning.shards import read_manifest
-from cdm_lightning.stages import SuperResolutionStage
-from cdm_lightning.stream import ShardStream
+from cdm_lightning.data.shards.manifest import read_manifest
+from cdm_lightning.data.stream import ShardStream
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png, downscale, encode_png, quantize, to_float, to_uint8
+from cdm_lightning.foundation.pictures import save_grid
+from cdm_lightning.stages.kinds import SuperResolutionStage
 
 BYTES = torch.arange(256, dtype=torch.uint8)
 RNG = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_downscale_refuses_what_halving_does_not_reach(low):
 
 
 def test_the_target_of_one_stage_is_the_input_of_the_next_to_the_bit():
-    folder = Path(__file__).parents[1] / "data/fashion/val/32"
+    folder = Path(__file__).parents[2] / "data/fashion/val/32"
     low, high = (
         next(iter(ShardStream(folder, read_manifest(folder), resolution, 64, flip=True))) for resolution in (16, 32)
     )

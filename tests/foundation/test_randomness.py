@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from cdm_lightning import randomness
-from cdm_lightning.randomness import generators, key, rand, randn, randn_ahead
+from cdm_lightning.foundation import randomness
+from cdm_lightning.foundation.randomness import generators, key, rand, randn, randn_ahead
 
 COUNT = 100_000
 

@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 from test_page import figure
 
-from cdm_lightning.evaluation.cas_report import print_table
-from cdm_lightning.evaluation.report import print_figures
-from cdm_lightning.sweep_report import Trial, report
-from cdm_lightning.tables import whole_table
+from cdm_lightning.evaluation.cas.report import print_table
+from cdm_lightning.evaluation.report.report import print_figures
+from cdm_lightning.foundation.terminal import whole_table
+from cdm_lightning.planning.sweep_report import Trial, report
 
 NAME = "Fréchet distance (a-detector-of-a-name-that-takes-half-of-a-terminal)"
 OVER = "100 subsets of 1000"

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from cdm_lightning import InputError, normalisation
-from cdm_lightning.normalisation import ModulatedNorm
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.network import layers as normalisation
+from cdm_lightning.network.layers import ModulatedNorm
 
 
 @pytest.fixture(autouse=True)

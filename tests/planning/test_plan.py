@@ -14,17 +14,17 @@ from test_cli import refused
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.cli import main
-from cdm_lightning.meter import TrainingLog
-from cdm_lightning.performance.devices import DATA_SHEETS, measured_rates
-from cdm_lightning.performance.flops import forward_flops, training_flops
-from cdm_lightning.performance.memory import StepOnPaper
-from cdm_lightning.performance.plan import Search
-from cdm_lightning.performance.recipe import configurations, read_recipe
-from cdm_lightning.performance.step_time import StepTime, measured_step
-from cdm_lightning.stages import BaseStage, SuperResolutionStage
-from cdm_lightning.unet import UNet
+from cdm_lightning.network.unet import UNet
+from cdm_lightning.planning.devices import DATA_SHEETS, measured_rates
+from cdm_lightning.planning.flops import forward_flops, training_flops
+from cdm_lightning.planning.memory import StepOnPaper
+from cdm_lightning.planning.plan import Search
+from cdm_lightning.planning.recipe import configurations, read_recipe
+from cdm_lightning.planning.step_time import StepTime, measured_step
+from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.stages.meter import TrainingLog
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BASE = dict(image_channels=1, num_classes=10, channels=32, channel_mult=[1, 2], num_res_blocks=1, norm_groups=16,
             attention_resolutions=[16], num_heads=2)  # fmt: skip
 
@@ -36,7 +36,7 @@ def at_root(monkeypatch):
 
 def test_flops_are_those_that_torch_counts_in_a_forward_pass(monkeypatch):
     plain = lambda x, conv: conv(torch.nn.functional.interpolate(x, scale_factor=2))  # noqa: E731
-    monkeypatch.setattr("cdm_lightning.unet.conv_of_upsampled", plain)  # the architecture's count
+    monkeypatch.setattr("cdm_lightning.network.unet.conv_of_upsampled", plain)  # the architecture's count
     unet = UNet(16, 6, 6, 32, (1, 2, 3), 2, (8, 4), 4, num_classes=10, level_embedding=True)
     x, t = torch.randn(2, 6, 16, 16), torch.tensor([1.0, 2.0])
     with FlopCounterMode(display=False) as counter:
@@ -69,7 +69,7 @@ MEASURE = """
 import copy, json, sys
 from pathlib import Path
 import torch
-from cdm_lightning.stages import BaseStage
+from cdm_lightning.stages.kinds import BaseStage
 torch.set_num_threads(1)
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -201,7 +201,7 @@ def test_a_plan_for_the_device_at_hand_is_timed(tmp_path, capsys):
 
 def test_a_recipe_that_compiles_is_timed_so(tmp_path, monkeypatch):
     modes = []
-    monkeypatch.setattr("cdm_lightning.unet.UNet.compile", lambda self, mode: modes.append(mode))
+    monkeypatch.setattr("cdm_lightning.network.unet.UNet.compile", lambda self, mode: modes.append(mode))
     options = "--model.channels 16 --model.norm_groups 4 --data.batch_size 4 --model.compile default"
     configs = json.dumps([str(path) for path in configurations("base8", "fashion")])
     found = plan(tmp_path, "--configs", configs, f"--arguments={options}")
@@ -213,7 +213,7 @@ def test_a_recipe_that_compiles_is_timed_so(tmp_path, monkeypatch):
 def test_the_rate_of_a_timed_step_is_that_of_fit(name, tmp_path, monkeypatch):
     """Both in processor time of this process, which other people's work on the machine does not change."""
     ends: list[float] = []
-    monkeypatch.setattr("cdm_lightning.performance.step_time.time.perf_counter", time.process_time)
+    monkeypatch.setattr("cdm_lightning.planning.step_time.time.perf_counter", time.process_time)
     monkeypatch.setattr(TrainingLog, "on_train_batch_end", lambda *arguments: ends.append(time.process_time()))
     recipe = read_recipe(configurations(name, "fashion"))
     took = measured_step(recipe.stage("cpu"), recipe.batch, recipe.precision, torch.device("cpu"), recipe.average)

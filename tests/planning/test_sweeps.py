@@ -19,11 +19,11 @@ from test_cli import refused
 from test_experiments import QUICK
 from wandb import wandb_agent
 
-from cdm_lightning import InputError
 from cdm_lightning.cli import main
-from cdm_lightning.sweeps import command_of, grid, identify, read_sweep, sweep
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.planning.sweep import command_of, grid, identify, read_sweep, sweep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEPS = {"level": 10, "augmentation": 5, "blur": 9, "lr": 5}  # and how many combinations each has
 FOLDER = ROOT / "experiments" / "sweeps"
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import awaken
 
-from cdm_lightning import InputError
-from cdm_lightning.bundle import write_bundle
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.images import decode_png, to_uint8
-from cdm_lightning.sampling import sample
-from cdm_lightning.shards import read_manifest, read_shard
+from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.data.shards.manifest import read_manifest, read_shard
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png, to_uint8
+from cdm_lightning.sampling.sample import sample
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_shards_hold_what_the_cascade_draws(bundle, tmp_path):
 
 def test_networks_are_compiled_where_asked_and_the_manifest_says_so(bundle, tmp_path, monkeypatch):
     modes = []
-    monkeypatch.setattr("cdm_lightning.unet.UNet.compile", lambda network, mode: modes.append(mode))
+    monkeypatch.setattr("cdm_lightning.network.unet.UNet.compile", lambda network, mode: modes.append(mode))
     sample(bundle, tmp_path / "out", count=4, block_size=4, compile="default", accelerator="cpu")
     assert modes == ["default"] * 3
     assert json.loads((tmp_path / "out/manifest.json").read_text())["compile"] == "default"
@@ -76,7 +76,7 @@ def test_a_slow_process_is_waited_for(bundle, tmp_path):
     """The first process must not close the folder while another still writes, nor give up where torch would."""
     script = tmp_path / "slow.py"
     script.write_text(
-        "import time, cdm_lightning.sample_blocks as s\n"
+        "import time, cdm_lightning.sampling.blocks as s\n"
         "from datetime import timedelta\n"
         "from lightning.pytorch.strategies import DDPStrategy\n"
         "from cdm_lightning.cli import main\n"

@@ -12,9 +12,9 @@ import torch
 from conftest import tiny
 from test_survival import hashes
 
-from cdm_lightning.bundle import write_bundle
-from cdm_lightning.sample_blocks import BlockWriter, SampleManifest
-from cdm_lightning.sampling import sample
+from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.sampling.blocks import BlockWriter, SampleManifest
+from cdm_lightning.sampling.sample import sample
 
 # -- other choices from the same low resolution
 

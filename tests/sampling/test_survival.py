@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import tiny
 
-from cdm_lightning import InputError
-from cdm_lightning.bundle import write_bundle
-from cdm_lightning.processes import end_with_the_first
-from cdm_lightning.sampling import sample
+from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.sample import sample
+from cdm_lightning.sampling.shared_work import end_with_the_first
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 BEFORE = """

@@ -10,12 +10,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from cdm_lightning.callbacks import EMA
-from cdm_lightning.checkpoints import Trainer, WholeCheckpoints
-from cdm_lightning.datamodule import ShardDataModule
-from cdm_lightning.faults import FiniteSteps
-from cdm_lightning.meter import Meter, quarters
-from cdm_lightning.stages import BaseStage
+from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.stages.checkpoints import Trainer, WholeCheckpoints
+from cdm_lightning.stages.kinds import BaseStage
+from cdm_lightning.stages.meter import Meter, quarters
+from cdm_lightning.training.finite_steps import FiniteSteps
+from cdm_lightning.training.pictures import EMA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started

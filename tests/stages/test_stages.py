@@ -7,13 +7,13 @@ from conftest import SMALL, awaken, record
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from cdm_lightning import InputError
-from cdm_lightning.callbacks import EMA
-from cdm_lightning.checkpoints import load_stage
-from cdm_lightning.images import downscale, quantize, to_float, to_uint8
-from cdm_lightning.randomness import generators, rand, randn
-from cdm_lightning.stages import BaseStage, SuperResolutionStage
-from cdm_lightning.unet import UNet
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import downscale, quantize, to_float, to_uint8
+from cdm_lightning.foundation.randomness import generators, rand, randn
+from cdm_lightning.network.unet import UNet
+from cdm_lightning.stages.checkpoints import load_stage
+from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.training.pictures import EMA
 
 
 def batch_of(stage, count=4, first=0):

@@ -11,7 +11,7 @@ from test_experiments import QUICK, configs
 
 from cdm_lightning.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "slurm.sh"
 
 

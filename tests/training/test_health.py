@@ -10,10 +10,10 @@ import torch
 from test_stages import batch_of, record
 
 from cdm_lightning.cli import main
-from cdm_lightning.health import adherence, channel_drift, low_pass_agreement
-from cdm_lightning.images import downscale
+from cdm_lightning.foundation.images import downscale
+from cdm_lightning.training.health import adherence, channel_drift, low_pass_agreement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_loss_by_quarters_is_the_loss_of_the_images_there(stages):

@@ -15,11 +15,11 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from cdm_lightning.bundle import read_bundle
+from cdm_lightning.cascade.bundle import read_bundle
 from cdm_lightning.cli import main
-from cdm_lightning.resume import newest_checkpoint, run_id
+from cdm_lightning.training.resume import newest_checkpoint, run_id
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = {  # everything that a state must be saved for: averages, accumulation, dropout, workers, a falling rate
     "model.dropout": 0.1, "model.decay_fraction": 0.5, "model.warmup_steps": 4, "model.sampling_steps": 2,
     "data.batch_size": 16, "data.num_workers": 2, "trainer.accumulate_grad_batches": 2, "trainer.accelerator": "cpu",
@@ -35,7 +35,7 @@ def command(run, *more, **options):
     files = [ROOT / "experiments/defaults.yaml", ROOT / "experiments/fashion/defaults.yaml"]
     files += [ROOT / "experiments/fashion/base8.yaml", run / "callbacks.yaml"]
     run.mkdir(exist_ok=True)
-    saver = {"class_path": "cdm_lightning.resume.Checkpoint", "init_args": {"every_n_train_steps": 2}}
+    saver = {"class_path": "cdm_lightning.training.Checkpoint", "init_args": {"every_n_train_steps": 2}}
     callbacks = yaml.safe_load((ROOT / "experiments/fashion/defaults.yaml").read_text())["trainer"]["callbacks"]
     kept = [c for c in callbacks if not c["class_path"].endswith(("Checkpoint", "SampleGrid", "LossCurve"))]
     (run / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [*kept, saver, *more]}}))
@@ -286,7 +286,7 @@ def test_a_trial_run_writes_no_checkpoint_and_a_finished_one_names_its_newest(tm
     ],
 )
 def test_what_cannot_be_gone_on_from_is_one_sentence(tmp_path, capsys, options, sentence):
-    added = {"trainer.callbacks": "cdm_lightning.resume.Checkpoint"} if "ckpt_path" not in options else {}
+    added = {"trainer.callbacks": "cdm_lightning.training.Checkpoint"} if "ckpt_path" not in options else {}
     with pytest.raises(SystemExit) as stop:
         main(command(tmp_path / "run", **NETWORK, **added, **options))
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
@@ -386,7 +386,7 @@ def test_the_loss_scaler_goes_on_too(tmp_path):
 def test_a_reader_leaves_the_first_sigterm_to_its_parent_and_ends_at_the_second():
     program = """
 import os, signal, time
-from cdm_lightning.stream import leave_signals_to_the_parent
+from cdm_lightning.data.stream import leave_signals_to_the_parent
 leave_signals_to_the_parent(0)
 for number in (signal.SIGUSR1, signal.SIGTERM):
     os.kill(os.getpid(), number)

@@ -15,10 +15,7 @@ from typing import Any
 
 import PIL
 
-from cdm_lightning import InputError
-from cdm_lightning.images import check_power_of_two
-from cdm_lightning.prepare_shards import PROGRESS, Task, make_shards
-from cdm_lightning.raw_images import (
+from cdm_lightning.data.preparation.raw_images import (
     FILTERS,
     Crop,
     Listing,
@@ -26,8 +23,11 @@ from cdm_lightning.raw_images import (
     list_folder,
     list_imagenet,
 )
-from cdm_lightning.records import read_table
-from cdm_lightning.shards import Manifest, Shard, read_manifest, write_atomically, write_manifest
+from cdm_lightning.data.preparation.tasks import PROGRESS, Task, make_shards
+from cdm_lightning.data.shards.manifest import Manifest, Shard, read_manifest, write_atomically, write_manifest
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import read_table
+from cdm_lightning.foundation.images import check_power_of_two
 
 
 def prepare_imagenet(

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from cdm_lightning import InputError
-from cdm_lightning.archives import check_member, files_of
+from cdm_lightning.data.shards.tar import check_member, files_of
+from cdm_lightning.foundation.errors import InputError
 
 FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"]  # of Pillow's others, one hands the file to a program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}

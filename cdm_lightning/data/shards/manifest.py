@@ -22,9 +22,9 @@ import numpy as np
 import webdataset as wds
 from webdataset.tariterators import group_by_keys
 
-from cdm_lightning import InputError
-from cdm_lightning.archives import files_of
-from cdm_lightning.images import encode_png
+from cdm_lightning.data.shards.tar import files_of
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import encode_png
 
 MOST = 10_000_000  # images in a shard
 HEAD, HEAD_EACH = 8192, 80  # bytes before the pixels of a packed shard are fewer than these, and these of each image

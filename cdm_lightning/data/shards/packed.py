@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cdm_lightning import InputError
-from cdm_lightning.archives import check_member
-from cdm_lightning.shards import Manifest, Shard, write_atomically
+from cdm_lightning.data.shards.manifest import Manifest, Shard, write_atomically
+from cdm_lightning.data.shards.tar import check_member
+from cdm_lightning.foundation.errors import InputError
 
 WIDEST = 64  # bytes of a key
 

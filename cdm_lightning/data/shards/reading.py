@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdm_lightning import InputError
-from cdm_lightning.images import decode_png, encode_png
-from cdm_lightning.packed import PackedShard
-from cdm_lightning.shards import Manifest, Shard, read_shard
+from cdm_lightning.data.shards.manifest import Manifest, Shard, read_shard
+from cdm_lightning.data.shards.packed import PackedShard
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import decode_png, encode_png
 
 Report = Callable[[InputError], None]
 

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 LARGEST = 1 << 26  # bytes of a file in a shard: 4096x4096 pixels in colour, not compressed, have fewer
 

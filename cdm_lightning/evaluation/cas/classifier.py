@@ -12,8 +12,8 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from cdm_lightning import InputError
-from cdm_lightning.randomness import generators
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.randomness import generators
 
 Architecture = Literal["resnet8", "resnet14", "resnet20", "resnet50"]
 LearningRate = Literal["cosine", "steps"]

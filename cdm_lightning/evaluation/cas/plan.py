@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cdm_lightning import InputError
-from cdm_lightning.classifier import Architecture, Crop, LearningRate
-from cdm_lightning.sample_shards import NO_CLASSES
-from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards.manifest import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.evaluation.cas.classifier import Architecture, Crop, LearningRate
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.draw import NO_CLASSES
 
 
 @dataclass(frozen=True, kw_only=True)

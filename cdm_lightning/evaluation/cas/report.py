@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cdm_lightning.shards import write_atomically
-from cdm_lightning.tables import whole_console, whole_table
+from cdm_lightning.data.shards.manifest import write_atomically
+from cdm_lightning.foundation.terminal import whole_console, whole_table
 
 KINDS = ("generated", "real")
 FIGURES = ("top1", "top5", "per_class")

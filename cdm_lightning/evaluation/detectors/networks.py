@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cdm_lightning import InputError
-from cdm_lightning.images import to_float
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import to_float
 
 
 class Detector(nn.Module):

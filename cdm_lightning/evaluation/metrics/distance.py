@@ -14,7 +14,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torchmetrics' defaults, which are torch-fidelity's
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cdm_lightning import InputError
+from cdm_lightning.foundation.errors import InputError
 
 CHUNK = 1000  # rows at a time, so that memory does not grow with n^2
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torchmetrics.image.inception import InceptionScore
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import ENOUGH, ReferenceCard, bias_note, names_of
-from cdm_lightning.evaluation.detectors import Detector
-from cdm_lightning.evaluation.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
-from cdm_lightning.evaluation.figures import Figure
-from cdm_lightning.evaluation.manifold import precision_recall
+from cdm_lightning.evaluation.detectors.loading import Detector
+from cdm_lightning.evaluation.metrics.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
+from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.evaluation.metrics.manifold import precision_recall
+from cdm_lightning.evaluation.references.cards import ENOUGH, ReferenceCard, bias_note, names_of
+from cdm_lightning.foundation.errors import InputError
 
 NAMES = {"fd": ("FID", "Fréchet distance"), "kd": ("KID", "kernel distance"), "is": ("Inception Score", "")}
 KEYS = {"fd": "fid", "kd": "kid", "is": "inception_score"}

@@ -17,9 +17,9 @@ from jsonargparse.typing import PositiveInt
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from cdm_lightning import InputError
+from cdm_lightning.data.shards.manifest import find_folder, read_manifest
 from cdm_lightning.evaluation.real_images import read_images
-from cdm_lightning.shards import find_folder, read_manifest
+from cdm_lightning.foundation.errors import InputError
 
 TORN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 BROKEN = (*TORN, zlib.error, NotImplementedError, RuntimeError)  # what a corrupt .npz makes zipfile and numpy raise

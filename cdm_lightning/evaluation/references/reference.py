@@ -12,13 +12,13 @@ import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation.cards import ReferenceCard, bias_note, write_card
-from cdm_lightning.evaluation.detectors import Detector, load_detector
-from cdm_lightning.evaluation.distance import Moments
-from cdm_lightning.evaluation.features import extract, read_features
-from cdm_lightning.processes import first_process
-from cdm_lightning.shards import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards.manifest import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.evaluation.detectors.loading import Detector, load_detector
+from cdm_lightning.evaluation.metrics.distance import Moments
+from cdm_lightning.evaluation.metrics.features import extract, read_features
+from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.shared_work import first_process
 
 
 def reference(

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from cdm_lightning import InputError
-from cdm_lightning.evaluation.figures import Figure
-from cdm_lightning.images import encode_png
+from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.images import encode_png
 
 Picture = torch.Tensor | bytes  # uint8 (C, H, W), C = 1 or 3, or an encoded PNG
 NONE = "–"  # in a cell that has nothing to say

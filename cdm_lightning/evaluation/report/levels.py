@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from cdm_lightning.evaluation.figures import Figure, full_name, spreads
-from cdm_lightning.evaluation.page_elements import Html, notes, number, paragraph, places, table
-from cdm_lightning.evaluation.page_pictures import Point, curve
+from cdm_lightning.evaluation.metrics.figures import Figure, full_name, spreads
+from cdm_lightning.evaluation.report.elements import Html, notes, number, paragraph, places, table
+from cdm_lightning.evaluation.report.pictures import Point, curve
 
 REAL = "real low-res"
 BOTH = "generated"  # at s = 0, where truncated and non-truncated sampling are one

@@ -9,7 +9,17 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
-from cdm_lightning.evaluation.page_elements import Html, Picture, escape, number, paragraph, pixels, size_of, table, uri
+from cdm_lightning.evaluation.report.elements import (
+    Html,
+    Picture,
+    escape,
+    number,
+    paragraph,
+    pixels,
+    size_of,
+    table,
+    uri,
+)
 
 Point = tuple[float, float, float | None]  # s or calls, value, one standard deviation
 THEMES = {  # text, grid, and a colour per line; each line has a marker and a dash of its own besides

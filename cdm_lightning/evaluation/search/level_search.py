@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from cdm_lightning import InputError
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.diffusion import Sampler
-from cdm_lightning.evaluation.cards import ReferenceCard, read_card
-from cdm_lightning.evaluation.detectors import Detector
-from cdm_lightning.evaluation.features import extract, read_features
-from cdm_lightning.evaluation.figures import Figure
-from cdm_lightning.evaluation.measure import measure
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.data.shards.manifest import digest_of, find_folder, read_manifest, write_atomically, write_images
+from cdm_lightning.diffusion.process import Sampler
+from cdm_lightning.evaluation.detectors.loading import Detector
+from cdm_lightning.evaluation.metrics.features import extract, read_features
+from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import first_images, real_images_of
-from cdm_lightning.evaluation.reference import reference
-from cdm_lightning.processes import first_process, wait_for_all
-from cdm_lightning.sample_shards import NO_CLASSES, Precision, draw, plan
-from cdm_lightning.sampling import origin
-from cdm_lightning.shards import digest_of, find_folder, read_manifest, write_atomically, write_images
+from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
+from cdm_lightning.evaluation.references.reference import reference
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.draw import NO_CLASSES, Precision, draw, plan
+from cdm_lightning.sampling.sample import origin
+from cdm_lightning.sampling.shared_work import first_process, wait_for_all
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.bundle import read_about
-from cdm_lightning.evaluation import page
-from cdm_lightning.evaluation.memory import sheet, stage_rows
-from cdm_lightning.evaluation.report import made_section, provenance, write_results
-from cdm_lightning.shards import write_atomically
-from cdm_lightning.tables import whole_console, whole_table
+from cdm_lightning.cascade.bundle import read_about
+from cdm_lightning.data.shards.manifest import write_atomically
+from cdm_lightning.evaluation.report import page
+from cdm_lightning.evaluation.report.memory import sheet, stage_rows
+from cdm_lightning.evaluation.report.report import made_section, provenance, write_results
+from cdm_lightning.foundation.terminal import whole_console, whole_table
 
 
 def print_rows(rows: Sequence[Any], chosen: Any) -> None:

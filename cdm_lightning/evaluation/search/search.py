@@ -8,15 +8,15 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from cdm_lightning import InputError
-from cdm_lightning.bundle import read_bundle
-from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.diffusion import Sampler
-from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.points import Point, Row, Workshop
-from cdm_lightning.evaluation.search_report import print_rows, store_in_bundle, write_search
-from cdm_lightning.processes import first_process
-from cdm_lightning.sample_shards import Precision
+from cdm_lightning.cascade.bundle import read_bundle
+from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.diffusion.process import Sampler
+from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.evaluation.search.level_search import Point, Row, Workshop
+from cdm_lightning.evaluation.search.report import print_rows, store_in_bundle, write_search
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.sampling.draw import Precision
+from cdm_lightning.sampling.shared_work import first_process
 
 
 def search(

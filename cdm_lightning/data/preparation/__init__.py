@@ -1,0 +1,1 @@
+"""`cdm prepare`: archives and folders of raw images to shards."""

@@ -1,0 +1,1 @@
+"""The U-Net, and the layers that it is made of."""

@@ -1,0 +1,6 @@
+"""One model of a cascade: base and super-resolution stages, and the conditioning augmentation of the latter."""
+
+from cdm_lightning.stages.diffusion_stage import DiffusionStage
+from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+
+__all__ = ["BaseStage", "DiffusionStage", "SuperResolutionStage"]
