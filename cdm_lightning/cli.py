@@ -40,8 +40,9 @@ from cdm_lightning.foundation.process_group import broken_off, fail, together, u
 from cdm_lightning.planning.plan import plan
 from cdm_lightning.planning.sweep import sweep
 from cdm_lightning.sampling.sample import sample
-from cdm_lightning.stages.checkpoints import Trainer, WholeCheckpoints, check_checkpoint, load_stage
-from cdm_lightning.training.resume import newest_checkpoint, run_id
+from cdm_lightning.stages.loading import check_checkpoint, load_stage, newest_checkpoint
+from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
+from cdm_lightning.training.resume import run_id
 
 LIGHTNING = {
     "fit": "Train one stage.",

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.evaluation.detectors.loading import SmallCNN
 from cdm_lightning.evaluation.real_images import read_images
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.images import downscale
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, SHIFT = 256, 4e-3, 5e-2, 0.05, 2

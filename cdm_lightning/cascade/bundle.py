@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages.checkpoints import KINDS, build_stage
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.stages.kinds import DiffusionStage
+from cdm_lightning.stages.loading import KINDS, build_stage
 
 FORMAT = 1
 

@@ -18,8 +18,8 @@ from cdm_lightning.foundation.images import quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.network.unet import Compile
 from cdm_lightning.stages.augmentation import GaussianAugmentation
-from cdm_lightning.stages.checkpoints import load_stage
 from cdm_lightning.stages.kinds import BaseStage, Batch, DiffusionStage, SuperResolutionStage
+from cdm_lightning.stages.loading import load_stage
 
 
 class CascadeModule(L.LightningModule):

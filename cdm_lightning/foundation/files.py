@@ -1,8 +1,11 @@
-"""What a command has written down about its own work, read back: torn or foreign JSON is one sentence."""
+"""Files that are written whole or not at all, and JSON tables read back: a torn or foreign one is one sentence."""
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +25,27 @@ def read_table(path: Path, *names: str) -> dict[str, Any]:
             f"{path} is torn or another's, {' '.join(str(error).split())}: remove it, and it is made again"
         ) from error
     return table
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside, then rename: `path` holds all of `data` or what it held before, a power cut included.
+
+    Any number of processes may write the same path: each has a partial file of its own, and the last rename wins. What
+    killed ones left of the same path goes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for turn in range(100):
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            partial.write_bytes(data)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # a rename may reach the disk before the data it names
+            partial.replace(path)
+            for left in path.parent.glob(f"{escape(path.name)}.*.partial"):
+                left.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
+            partial.unlink(missing_ok=True)
+            if turn == 99 or not gone:  # gone: another process, which has finished, took it for one that was left
+                raise InputError(f"{path} could not be written: {error.strerror or error}") from error

@@ -1,16 +1,19 @@
-"""Images at the border: uint8 in files, float32 in [-1, 1] inside, and the exact mean between resolutions."""
+"""Images: uint8 in files, float32 in [-1, 1] inside, the exact mean between resolutions, PNG, and grids to look at."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
@@ -98,3 +101,21 @@ def decode_png(data: bytes, side: int | None = None) -> np.ndarray:
         raise InputError(f"an image of mode {image.mode} is neither 8-bit grey nor 8-bit RGB")
     array = np.array(image)
     return array[..., None] if array.ndim == 2 else array
+
+
+def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: str | Path, cell: int, gap: int = 2) -> None:
+    """Save rows of images as one PNG, each image enlarged to `cell` pixels by nearest neighbour.
+
+    rows: uint8 (C, H, W) images; rows may differ in length and images in size.
+    """
+    columns = max(len(row) for row in rows)
+    size = (columns * (cell + gap) - gap, len(rows) * (cell + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            array = image.cpu().permute(1, 2, 0).numpy()
+            picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert("RGB")
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x * (cell + gap), y * (cell + gap)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomically(Path(path), buffer.getvalue())  # two commands on one folder may end at the same moment

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.network.convolutions import conv_of_upsampled, pointwise
-from cdm_lightning.network.layers import ModulatedNorm
+from cdm_lightning.network.layers import ModulatedNorm, conv_of_upsampled, pointwise
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 Compile = Literal["default", "reduce-overhead", "max-autotune"]  # torch.compile's modes; the second uses CUDA graphs

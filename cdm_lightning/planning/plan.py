@@ -12,8 +12,8 @@ import torch
 from rich.markup import escape
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 from cdm_lightning.planning.devices import DataSheet, at_hand, data_sheet, device_name, measured_rates, memory_of
 from cdm_lightning.planning.flops import forward_flops, training_flops

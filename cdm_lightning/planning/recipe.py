@@ -13,9 +13,9 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
 from cdm_lightning.data.datamodule import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages.checkpoints import Trainer
 from cdm_lightning.stages.kinds import DiffusionStage
-from cdm_lightning.training.pictures import EMA
+from cdm_lightning.training.averaging import EMA
+from cdm_lightning.training.checkpoints import Trainer
 
 EXPERIMENTS = Path("experiments")
 

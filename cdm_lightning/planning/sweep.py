@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.planning.sweep_report import Trial, report
 
 # wandb is imported where it is used: once imported it may settle its mode, which `cdm fit` still has to choose.

@@ -13,8 +13,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 
 

@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import read_manifest, write_shard
+from cdm_lightning.data.shards.manifest import read_manifest
 from cdm_lightning.data.shards.reading import open_images
+from cdm_lightning.data.shards.tar import write_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import as_drawn, encode_png
 

@@ -15,16 +15,10 @@ import numpy as np
 import torch
 
 from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import (
-    Manifest,
-    Shard,
-    digest_of,
-    read_manifest,
-    read_shard,
-    write_atomically,
-    write_manifest,
-)
+from cdm_lightning.data.shards.manifest import Manifest, Shard, digest_of, read_manifest, write_manifest
+from cdm_lightning.data.shards.tar import read_shard
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.network.unet import Compile
 from cdm_lightning.sampling.blocks import Blocks, BlockWriter, SampleManifest, shard_name
 from cdm_lightning.sampling.shared_work import EndOnSigterm, first_process, join, shared_out, wait_for_all

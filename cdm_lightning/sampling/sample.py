@@ -12,11 +12,11 @@ from jsonargparse.typing import PositiveInt
 
 from cdm_lightning.cascade.bundle import origin, read_about
 from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import digest_of, read_manifest, read_shard
+from cdm_lightning.data.shards.manifest import digest_of, read_manifest
+from cdm_lightning.data.shards.tar import read_shard
 from cdm_lightning.diffusion.process import Sampler
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import decode_png
-from cdm_lightning.foundation.pictures import save_grid
+from cdm_lightning.foundation.images import decode_png, save_grid
 from cdm_lightning.network.unet import Compile
 from cdm_lightning.sampling.blocks import SampleManifest, shard_name
 from cdm_lightning.sampling.draw import Precision, draw, plan

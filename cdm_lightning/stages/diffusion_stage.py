@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,9 +14,7 @@ from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.foundation.randomness import generators, key, rand, randn
 from cdm_lightning.network.unet import Compile, UNet
 from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
-from cdm_lightning.stages.matching import check_fits
 from cdm_lightning.stages.meter import Meter, TrainingLog, quarters
-from cdm_lightning.stages.optimization import adam, clip, fuses
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
 
@@ -199,3 +197,57 @@ class DiffusionStage(L.LightningModule):
 
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
         return randn((self.image_channels, self.resolution, self.resolution), generator)
+
+
+def adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: float) -> dict[str, Any]:
+    """Adam for a stage's network; its rate rises over warmup_steps and falls over the last decay_fraction of the run.
+
+    The fused form reads and writes every number once. Beside a gradient scaler (16-mixed) it would take the unscaling
+    upon itself, after the clipping.
+    """
+    optimizer = torch.optim.Adam(stage.unet.parameters(), lr=lr, fused=fuses(stage))
+    total = stage.trainer.estimated_stepping_batches
+    decay = max(1.0, decay_fraction * total)
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / (warmup_steps + 1))
+        return rise * min(1.0, (total - step) / decay) if decay_fraction else rise
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def fuses(stage: Any) -> bool:
+    """Whether Adam is fused in this training."""
+    return not str(stage.trainer.precision).startswith("16")
+
+
+def clip(parameters: Iterable[torch.nn.Parameter], limit: float | None, algorithm: str | None) -> None:
+    """Scale gradients to a total norm of `limit` at most, or clamp each of them (algorithm "value"); None and 0 do not.
+
+    Lightning's own clipping refuses a fused optimizer under bf16-mixed, where nothing is scaled.
+    """
+    if not limit:
+        return
+    if algorithm == "value":
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+
+# What may differ between a checkpoint and the configuration that goes on from it: it leaves network and target alone.
+FREE = {
+    *("sampler", "sampling_steps", "sampling_schedule", "lr", "warmup_steps", "decay_fraction", "seed", "dropout"),
+    *("max_level", "blur_sigma", "blur_probability", "checkpointing", "compile"),
+}
+
+
+def check_fits(kind: str, name: str, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Refuse the checkpoint of another kind of stage than `kind`, or of one that was built with other arguments."""
+    theirs = {"kind": checkpoint.get("stage"), **checkpoint.get("hyper_parameters", {})}
+    for argument, value in {"kind": kind, **arguments}.items():
+        if argument not in FREE and theirs.get(argument) != value:
+            raise InputError(
+                f"the checkpoint does not fit {kind} {name}: "
+                f"its {argument} is {theirs.get(argument)!r}, and the configuration says {value!r}"
+            )

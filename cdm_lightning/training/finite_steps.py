@@ -14,8 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cdm_lightning.foundation.errors import InputError, TrainingFault
-from cdm_lightning.stages.checkpoints import load_safely
-from cdm_lightning.training.resume import newest_checkpoint
+from cdm_lightning.stages.loading import load_safely, newest_checkpoint
 
 PINNED = "before_skipped_steps.ckpt"
 

@@ -1,4 +1,4 @@
-"""What happens beside training: averaged weights, grids of samples, and a picture of the loss."""
+"""Pictures of a training: grids of samples with how well they keep to their input, and the loss curve."""
 
 from __future__ import annotations
 
@@ -10,55 +10,13 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
-from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import to_uint8
-from cdm_lightning.foundation.pictures import save_grid
+from cdm_lightning.foundation.images import downscale, save_grid, to_uint8
 from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.stages.kinds import BaseStage, DiffusionStage, SuperResolutionStage
-from cdm_lightning.training.finite_steps import FiniteSteps
-from cdm_lightning.training.health import adherence
-
-
-class EMA(WeightAveraging):
-    """Averaged weights: ema <- d ema + (1 - d) w after every optimizer step, d = min(decay, (1 + n) / (10 + n)).
-
-    n counts the updates. The rise of d lets a short run forget its start; a long one is at `decay` soon. Validation,
-    sample grids and the checkpoint's state_dict use the averaged weights.
-    """
-
-    def __init__(self, decay: float = 0.9999) -> None:
-        if not 0 <= decay < 1:
-            raise InputError(f"decay {decay} of the averaged weights lies outside 0 <= decay < 1")
-        self.decay, self.skipped = decay, 0
-        super().__init__(use_buffers=False, multi_avg_fn=self.average)
-
-    def decay_after(self, updates: int) -> float:
-        """The decay in force for the update after `updates` earlier ones."""
-        return min(self.decay, (1 + updates) / (10 + updates))
-
-    def average(self, averaged: Any, current: Any, updates: torch.Tensor | int) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - self.decay_after(int(updates)))
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """After optimizer steps, but for those that FiniteSteps skipped. step_idx: of the last one, from 0."""
-        return step_idx is not None and step_idx + 1 != self.skipped
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        finite = next((callback for callback in trainer.callbacks if isinstance(callback, FiniteSteps)), None)  # type: ignore[attr-defined]  # untyped there
-        self.skipped = finite.last if finite else 0
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # untyped there
-        if every and trainer.global_step % every == 0:  # to ask the device for the number of updates takes time
-            assert self._average_model is not None
-            updates = int(self._average_model.n_averaged)
-            pl_module.meter.latest["ema_decay"] = self.decay_after(max(0, updates - 1))
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the raw weights in the module, so that a checkpoint written from here on holds both kinds."""
 
 
 class SampleGrid(Callback):
@@ -160,3 +118,34 @@ class LossCurve(Callback):
         del figure, axes
         gc.collect()  # its parts hold one another, and among torch's many objects Python would wait long with it
         (folder / "loss.partial.png").replace(folder / "loss.png")
+
+
+def channel_drift(samples: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
+    """|mean over pixels of a sample - mean over pixels of its input|, float64 (B, C), in units of [-1, 1].
+
+    samples: uint8 (B, C, R, R). low_res: uint8 (B, C, r, r). A drift of 2 leads from black to white. For the true image
+    only rounding is left: less than half a grey level per halving, 0.004, and far less where many pixels average it.
+    """
+    means = (image.double().mean((2, 3)) / 127.5 for image in (samples, low_res))
+    return (next(means) - next(means)).abs()
+
+
+def low_pass_agreement(samples: torch.Tensor, low_res: torch.Tensor) -> float:
+    """PSNR in dB between samples brought down to the low resolution and their input, as the stage's training does it.
+
+    10 log10(255^2 / MSE) over all images, pixels and channels, uint8 as in `channel_drift`. The MSE is taken to be at
+    least 1/12, the variance of rounding to a grey level: the true image gets 58.9 dB, and nothing gets more.
+    """
+    difference = downscale(samples, low_res.shape[-1]).double() - low_res.double()
+    return float(10 * torch.log10(255**2 / difference.square().mean().clamp(min=1 / 12)))
+
+
+def adherence(samples: torch.Tensor, low_res: torch.Tensor) -> dict[str, float]:
+    """Both figures as a validation logs them; the drift also channel by channel where there are several."""
+    drift = channel_drift(samples, low_res).mean(0)
+    each = {f"val/channel_drift_{number}": float(value) for number, value in enumerate(drift)} if len(drift) > 1 else {}
+    return {
+        "val/channel_drift": float(drift.mean()),
+        **each,
+        "val/low_pass_agreement": low_pass_agreement(samples, low_res),
+    }

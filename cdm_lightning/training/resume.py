@@ -1,22 +1,20 @@
-"""Stop at any moment and go on: checkpoints between two steps, on a signal too, and the newest one that is whole."""
+"""Stop at any moment and go on: checkpoints between two steps, on a signal too, and one W&B run for all starts."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages.checkpoints import load_safely
+from cdm_lightning.foundation.files import write_atomically
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -131,25 +129,6 @@ def due(trainer: Any, batches: int) -> bool:
     if epochs is not None:
         return (trainer.current_epoch + 1) % epochs == 0
     return batches > 0 and batches % trainer.val_check_batch == 0
-
-
-def newest_checkpoint(folders: Iterable[Path], at_most: int | None = None) -> Path | None:
-    """The whole checkpoint of most steps in `folders`, None where there is none; a torn one is passed over.
-
-    at_most: steps it may have. Of equal steps, the one written last. A file is whole when torch can open it and it
-    holds the state of a training; nothing is unpickled.
-    """
-    found = []
-    for file in sorted(file for folder in folders for file in Path(folder).glob("*.ckpt")):
-        try:
-            state = load_safely(file, map_location="meta", mmap=True)
-            step, _ = int(state["global_step"]), (state["state_dict"], state["optimizer_states"])
-        except Exception as error:  # whatever a torn or foreign file makes torch raise
-            rank_zero_warn(f"{file} is not a whole checkpoint and is passed over: {type(error).__name__}")
-            continue
-        if at_most is None or step <= at_most:
-            found.append((step, file.stat().st_mtime_ns, file))
-    return max(found)[2] if found else None
 
 
 def run_id(run: Path) -> str:

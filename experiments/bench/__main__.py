@@ -18,8 +18,8 @@ import torch
 from jsonargparse import auto_cli
 
 import data
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.process_group import fail
 
 Part = Literal["network", "recipes", "sampling", "data", "growth"]

@@ -32,9 +32,9 @@ from cdm_lightning.cascade.cascade import CascadeModule
 from cdm_lightning.cli import main
 from cdm_lightning.data.preparation.raw_images import decode as decode_raw
 from cdm_lightning.data.preparation.raw_images import list_train_archive, list_val_archive
-from cdm_lightning.data.shards.manifest import Manifest, Shard, read_manifest, read_shard
+from cdm_lightning.data.shards.manifest import Manifest, Shard, read_manifest
 from cdm_lightning.data.shards.reading import decode_sample
-from cdm_lightning.data.shards.tar import LARGEST
+from cdm_lightning.data.shards.tar import LARGEST, read_shard
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.evaluation.detectors.inception import load_head
 from cdm_lightning.evaluation.detectors.loading import FOLDER, load_detector
@@ -44,7 +44,7 @@ from cdm_lightning.evaluation.metrics.features import feature_file, finished
 from cdm_lightning.evaluation.references.cards import Facts, ReferenceCard, check_card, read_card
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.sampling.sample import origin
-from cdm_lightning.stages.checkpoints import check_checkpoint, load_stage
+from cdm_lightning.stages.loading import check_checkpoint, load_stage
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 

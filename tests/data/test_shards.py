@@ -13,14 +13,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cdm_lightning.data.shards.manifest import (
-    Manifest,
-    find_folder,
-    read_manifest,
-    read_shard,
-    write_manifest,
-    write_shard,
-)
+from cdm_lightning.data.shards.manifest import Manifest, find_folder, read_manifest, write_manifest
+from cdm_lightning.data.shards.tar import read_shard, write_shard
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png

@@ -16,7 +16,8 @@ from conftest import tiny
 
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import digest_of, read_manifest, write_images
+from cdm_lightning.data.shards.manifest import digest_of, read_manifest
+from cdm_lightning.data.shards.tar import write_images
 from cdm_lightning.evaluation.detectors.loading import FOLDER, load_detector
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.metrics.features import features_of

@@ -12,14 +12,8 @@ from test_cli import refused
 from test_evaluate import CNN, CPU, N, prepare
 from test_shards import refuses
 
-from cdm_lightning.data.shards.manifest import (
-    digest_of,
-    read_manifest,
-    read_shard,
-    write_images,
-    write_manifest,
-    write_shard,
-)
+from cdm_lightning.data.shards.manifest import digest_of, read_manifest, write_manifest
+from cdm_lightning.data.shards.tar import read_shard, write_images, write_shard
 from cdm_lightning.evaluation.detectors.loading import FOLDER
 from cdm_lightning.evaluation.detectors.networks import SmallCNN
 from cdm_lightning.evaluation.evaluate import evaluate, sample_folders

@@ -12,8 +12,7 @@ from PIL import Image
 from cdm_lightning.data.shards.manifest import read_manifest
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import decode_png, downscale, encode_png, quantize, to_float, to_uint8
-from cdm_lightning.foundation.pictures import save_grid
+from cdm_lightning.foundation.images import decode_png, downscale, encode_png, quantize, save_grid, to_float, to_uint8
 from cdm_lightning.stages.kinds import SuperResolutionStage
 
 BYTES = torch.arange(256, dtype=torch.uint8)

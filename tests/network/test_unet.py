@@ -6,7 +6,7 @@ from diffusers import UNet2DModel
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.network import layers as normalisation
-from cdm_lightning.network.convolutions import conv_of_upsampled, pointwise
+from cdm_lightning.network.layers import conv_of_upsampled, pointwise
 from cdm_lightning.network.unet import ResidualBlock, SelfAttention, UNet, sinusoidal_embedding
 
 CHANNELS, MULT, BLOCKS, HEADS = 32, (1, 2, 2), 2, 4

@@ -13,7 +13,8 @@ from conftest import awaken
 
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import read_manifest, read_shard
+from cdm_lightning.data.shards.manifest import read_manifest
+from cdm_lightning.data.shards.tar import read_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, to_uint8
 from cdm_lightning.sampling.sample import sample

@@ -11,9 +11,9 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale, quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators, rand, randn
 from cdm_lightning.network.unet import UNet
-from cdm_lightning.stages.checkpoints import load_stage
 from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
-from cdm_lightning.training.pictures import EMA
+from cdm_lightning.stages.loading import load_stage
+from cdm_lightning.training.averaging import EMA
 
 
 def batch_of(stage, count=4, first=0):

@@ -11,7 +11,7 @@ from test_stages import batch_of, record
 
 from cdm_lightning.cli import main
 from cdm_lightning.foundation.images import downscale
-from cdm_lightning.training.health import adherence, channel_drift, low_pass_agreement
+from cdm_lightning.training.pictures import adherence, channel_drift, low_pass_agreement
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 
 from cdm_lightning.cascade.bundle import read_bundle
 from cdm_lightning.cli import main
-from cdm_lightning.training.resume import newest_checkpoint, run_id
+from cdm_lightning.stages.loading import newest_checkpoint
+from cdm_lightning.training.resume import run_id
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {  # everything that a state must be saved for: averages, accumulation, dropout, workers, a falling rate

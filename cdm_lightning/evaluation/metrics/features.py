@@ -15,11 +15,11 @@ from safetensors.torch import save as save_safetensors
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import Manifest, find_folder, read_manifest, write_atomically
+from cdm_lightning.data.shards.manifest import Manifest, find_folder, read_manifest
 from cdm_lightning.evaluation.detectors.loading import Detector
 from cdm_lightning.evaluation.real_images import stream
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import read_table
+from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.sampling.shared_work import EndOnSigterm, first_process, join, shared_out, wait_for_all
 
 

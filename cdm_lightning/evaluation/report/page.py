@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure, against, spreads
 from cdm_lightning.evaluation.report import paper
 from cdm_lightning.evaluation.report.elements import escape, notes, number, paragraph, table
 from cdm_lightning.evaluation.report.levels import Level, costs, curves, gap_table
 from cdm_lightning.evaluation.report.pictures import level_slider, neighbours_grid, picture, stages_grid
+from cdm_lightning.foundation.files import write_atomically
 
 __all__ = [
     "Level", "cas_table", "commands", "costs", "curves", "facts", "figures_table", "gap_table", "level_slider", 

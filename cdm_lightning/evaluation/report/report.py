@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.data.shards.manifest import Manifest, digest_of, write_atomically
+from cdm_lightning.data.shards.manifest import Manifest, digest_of
 from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
 from cdm_lightning.evaluation.report import page
 from cdm_lightning.evaluation.report.elements import paragraph
 from cdm_lightning.evaluation.report.memory import memorisation, neighbour_rows, searched, stage_rows, stored
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "diffusers")

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from cdm_lightning.cascade.bundle import origin
 from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import digest_of, find_folder, read_manifest, write_atomically, write_images
+from cdm_lightning.data.shards.manifest import digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards.tar import write_images
 from cdm_lightning.diffusion.process import Sampler
 from cdm_lightning.evaluation.detectors.loading import Detector
 from cdm_lightning.evaluation.metrics.features import extract, read_features
@@ -20,8 +22,8 @@ from cdm_lightning.evaluation.real_images import first_images, real_images_of
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.sampling.draw import NO_CLASSES, Precision, draw, plan
-from cdm_lightning.sampling.sample import origin
 from cdm_lightning.sampling.shared_work import first_process, wait_for_all
 
 

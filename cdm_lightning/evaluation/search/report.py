@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cdm_lightning.cascade.bundle import read_about
-from cdm_lightning.data.shards.manifest import write_atomically
 from cdm_lightning.evaluation.report import page
 from cdm_lightning.evaluation.report.memory import sheet, stage_rows
 from cdm_lightning.evaluation.report.report import made_section, provenance, write_results
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 
 

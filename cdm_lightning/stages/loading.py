@@ -1,79 +1,20 @@
-"""Checkpoints as files: written whole or not at all, read without unpickling, and the trained stages in them."""
+"""Trained stages read from checkpoint files without unpickling, and the newest checkpoint that is whole."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import lightning.pytorch as L
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages.kinds import BaseStage, DiffusionStage, SuperResolutionStage
 
 KINDS: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
-
-
-class CannotWrite(InputError):
-    """The process that writes checkpoints could not."""
-
-
-class Trainer(L.Trainer):
-    """Lightning's trainer, where a checkpoint that the first process cannot write stops all of them alike.
-
-    Lightning would leave the others waiting for a process that is gone.
-    """
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        failed = None
-        try:
-            super().save_checkpoint(*args, **kwargs)
-        except CannotWrite as error:
-            failed = str(error)
-            self.strategy.barrier("Trainer.save_checkpoint")  # where the others are
-        if (failed := self.strategy.broadcast(failed)) is not None:
-            raise CannotWrite(failed)
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, each holding all of a checkpoint or what it held before, whatever befalls the disk.
-
-    A checkpoint is written to <name>.partial beside its final name, which is the same file system and needs no second
-    copy in memory, reaches the disk, and is renamed. A write that fails is one sentence, and leaves nothing behind.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise CannotWrite(f"{path} could not be written: {reason(error)}") from error
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist: a checkpoint is expected")
-        return load_safely(path, map_location=map_location)
-
-
-def reason(error: BaseException) -> str:
-    """What the operating system said, which torch's writer of archives wraps in an error of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
 
 
 def load_stage(path: str | Path) -> DiffusionStage:
@@ -145,3 +86,22 @@ def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Ten
         raise InputError(f"{source} does not fit {kind}: {type(error).__name__}: {first_line(error)}") from error
     nn.Module.requires_grad_(stage, False)
     return stage.eval()
+
+
+def newest_checkpoint(folders: Iterable[Path], at_most: int | None = None) -> Path | None:
+    """The whole checkpoint of most steps in `folders`, None where there is none; a torn one is passed over.
+
+    at_most: steps it may have. Of equal steps, the one written last. A file is whole when torch can open it and it
+    holds the state of a training; nothing is unpickled.
+    """
+    found = []
+    for file in sorted(file for folder in folders for file in Path(folder).glob("*.ckpt")):
+        try:
+            state = load_safely(file, map_location="meta", mmap=True)
+            step, _ = int(state["global_step"]), (state["state_dict"], state["optimizer_states"])
+        except Exception as error:  # whatever a torn or foreign file makes torch raise
+            rank_zero_warn(f"{file} is not a whole checkpoint and is passed over: {type(error).__name__}")
+            continue
+        if at_most is None or step <= at_most:
+            found.append((step, file.stat().st_mtime_ns, file))
+    return max(found)[2] if found else None
