@@ -1,3 +1,39 @@
-"""Cascaded diffusion models (Ho et al., 2021) with PyTorch Lightning."""
+"""Cascaded diffusion models (Ho et al., 2021) with PyTorch Lightning.
+
+A Diffusion draws q and runs p back. A UNet predicts. An augmentation corrupts the low-resolution image. A stage joins
+the three and trains. A CascadeModule folds trained stages. Shards go in, and shards of samples come out.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cdm_lightning.cascade import CascadeModule
+    from cdm_lightning.data import ShardDataModule
+    from cdm_lightning.diffusion import Diffusion
+    from cdm_lightning.foundation.errors import InputError
+    from cdm_lightning.network import UNet
+    from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 __version__ = "0.1.0"
+__all__ = [
+    "BaseStage",
+    "CascadeModule",
+    "Diffusion",
+    "InputError",
+    "ShardDataModule",
+    "SuperResolutionStage",
+    "UNet",
+    "__version__",
+]
+ROOMS = {
+    "BaseStage": "stages", "CascadeModule": "cascade", "Diffusion": "diffusion", "InputError": "foundation.errors",
+    "ShardDataModule": "data", "SuperResolutionStage": "stages", "UNet": "network",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562), so that `import cdm_lightning` costs nothing."""
+    if name not in ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{ROOMS[name]}"), name)

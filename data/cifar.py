@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cdm_lightning.data.shards.tar import write_images
+from cdm_lightning.data.shards import write_images
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SEED, RESOLUTION = 0, 32

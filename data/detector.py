@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from cdm_lightning.evaluation.detectors.loading import SmallCNN
+from cdm_lightning.evaluation.detectors import SmallCNN
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.images import downscale

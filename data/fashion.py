@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cdm_lightning.data.shards.tar import write_images
+from cdm_lightning.data.shards import write_images
 
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 SEED, RESOLUTION = 0, 32

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cdm_lightning.data.shards.manifest import read_manifest, write_manifest
-from cdm_lightning.data.shards.tar import read_shard, write_shard
-from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.data.shards import read_manifest, read_shard, write_manifest, write_shard
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 torch.set_num_threads(1)  # the networks here are too small to share, and threads that wait for a busy core crawl
 

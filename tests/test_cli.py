@@ -8,9 +8,9 @@ import torch
 from conftest import SMALL, awaken
 from test_experiments import QUICK, configs
 
+from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.cli import main
-from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 ROOT = Path(__file__).parents[1]
 BASE8, SR16 = (ROOT / "experiments" / "fashion" / f"{name}.yaml" for name in ("base8", "sr16"))
@@ -226,7 +226,7 @@ def test_defects_keep_their_traceback(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("cdm_lightning.cli.run", broken)
+    monkeypatch.setattr("cdm_lightning.__main__.run", broken)
     with pytest.raises(ZeroDivisionError):
         main(["fit"])
     assert awaken(BaseStage(resolution=8, **SMALL)).name == "base8"

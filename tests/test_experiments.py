@@ -11,9 +11,8 @@ import pytest
 import torch
 import yaml
 
-from cdm_lightning.cli import main
-from cdm_lightning.data.shards.manifest import Manifest, write_manifest
-from cdm_lightning.data.shards.tar import write_shard
+from cdm_lightning.__main__ import main
+from cdm_lightning.data.shards import Manifest, write_manifest, write_shard
 from cdm_lightning.foundation.images import encode_png
 from cdm_lightning.stages.loading import load_stage
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 from test_experiments import QUICK
 
-from cdm_lightning.cli import main
+from cdm_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 REDUCED = ["--config", str(ROOT / "tests" / "reduced.yaml"), *QUICK, "--trainer.accumulate_grad_batches=1"]

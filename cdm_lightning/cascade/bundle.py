@@ -16,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.stages.kinds import DiffusionStage
+from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.stages.loading import KINDS, build_stage
 
 FORMAT = 1

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from cdm_lightning.cascade.bundle import origin, read_bundle
-from cdm_lightning.diffusion.process import Sampler
+from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators
-from cdm_lightning.network.unet import Compile
+from cdm_lightning.network import Compile
+from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.augmentation import GaussianAugmentation
-from cdm_lightning.stages.kinds import BaseStage, Batch, DiffusionStage, SuperResolutionStage
+from cdm_lightning.stages.kinds import Batch
 from cdm_lightning.stages.loading import load_stage
 
 

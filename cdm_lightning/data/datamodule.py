@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cdm_lightning.data.damage import Damage, OnDamage, unmarked
-from cdm_lightning.data.shards.manifest import Manifest, find_folder, read_manifest
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
 from cdm_lightning.data.stream import ShardStream, leave_signals_to_the_parent
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_float

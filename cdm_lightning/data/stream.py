@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from cdm_lightning.data.damage import OnDamage, Reports, marked
-from cdm_lightning.data.shards.manifest import Manifest, Shard
-from cdm_lightning.data.shards.reading import Images, Opened, in_batches, open_images
+from cdm_lightning.data.shards import Images, Manifest, OpenedImages, Shard, in_batches, open_images
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale
 from cdm_lightning.foundation.randomness import key
@@ -82,7 +81,7 @@ class ShardStream(IterableDataset):
             yield from zip(places.tolist(), keys, strict=True)
             opened.close()
 
-    def opened(self) -> Iterator[tuple[np.ndarray, Opened]]:
+    def opened(self) -> Iterator[tuple[np.ndarray, OpenedImages]]:
         """This rank's and worker's places of each window in the sequence's order, and their images, opened."""
         worker = torch.utils.data.get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)

@@ -12,7 +12,6 @@ from itertools import repeat
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from cdm_lightning.diffusion.samplers import ancestral_step
 from cdm_lightning.foundation.errors import InputError
@@ -79,6 +78,8 @@ class Diffusion:
         """One of `abar`, `log_beta`, `log_posterior`, float64 (T + 1,), indexed by t; entry 0 of the logs is unused."""
         device = torch.device(device)
         if (name, device) not in self._tables:
+            from diffusers import DDPMScheduler
+
             scheduler: Any = DDPMScheduler(**schedule_settings(self.schedule, self.timesteps))
             beta = scheduler.betas.double()
             abar = torch.cat([beta.new_ones(1), torch.cumprod(1 - beta, 0)])
@@ -237,6 +238,8 @@ class Diffusion:
         return scheduler, left
 
     def _scheduler(self) -> Any:
+        from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
         settings = schedule_settings(self.sampling_schedule or self.schedule, self.timesteps)
         settings["prediction_type"] = self.prediction
         if self.sampler == "ddpm":

@@ -8,12 +8,11 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from cdm_lightning.evaluation.detectors.loading import load_detector
-from cdm_lightning.evaluation.evaluate import check_counts, check_images
-from cdm_lightning.evaluation.metrics.features import features_of
+from cdm_lightning.evaluation.detectors import features_of, load_detector
 from cdm_lightning.evaluation.metrics.measure import log_key, measure_all
 from cdm_lightning.evaluation.references.cards import about_all, read_card
 from cdm_lightning.evaluation.report.report import write_test
+from cdm_lightning.evaluation.samples import check_counts, check_images
 from cdm_lightning.foundation.errors import InputError
 
 SHOWN = 20  # samples of the first batch, on the page

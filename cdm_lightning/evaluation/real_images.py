@@ -12,9 +12,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import Manifest, Shard, find_folder, read_manifest, write_manifest
-from cdm_lightning.data.shards.reading import in_batches, open_images
-from cdm_lightning.data.shards.tar import write_shard
+from cdm_lightning.data.shards import (
+    Manifest,
+    Shard,
+    find_folder,
+    in_batches,
+    open_images,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import as_drawn, downscale, encode_png
 from cdm_lightning.foundation.randomness import key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from dataclasses import asdict
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,20 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             if turn == 99 or not gone:  # gone: another process, which has finished, took it for one that was left
                 raise InputError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def begin(out: Path, manifest: Any) -> None:
+    """Write the manifest, a dataclass, into a new folder; in one begun before, refuse to go on with another."""
+    path = Path(out) / "manifest.json"
+    if not path.is_file():  # every process that finds none: under torchrun they start together, and write the same
+        write_atomically(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    differing = [name for name, value in asdict(manifest).items() if before.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"{out} was begun with {name} {before.get(name)}, not {getattr(manifest, name)}: choose another folder"
+        )

@@ -1,11 +1,29 @@
-"""Printed tables whose names are whole wherever they go."""
+"""The terminal: tables whose names stay whole, and libraries kept from talking about themselves."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Column, Table
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 WIDE = 1000  # columns; a table takes what it needs of them
+HARMLESS = (  # warnings of libraries about each other, or about what is so on purpose
+    ".*`IterableDataset` has `__len__` defined.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*there is no last checkpoint available.*",
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*predict returned None if it was on purpose.*",
+    ".*Couldn't infer the batch indices.*",
+    ".*(Kernel Inception Distance|InceptionScore). will save all extracted features.*",
+    ".*__array__ implementation doesn't accept a copy keyword.*",
+)
+ADVERTISEMENTS = ("litlogger", "litmodels")
+DEVICES = ("GPU available", "TPU available")  # of interest where something is trained
 
 
 def whole_console() -> Console:
@@ -13,10 +31,24 @@ def whole_console() -> Console:
 
     rich takes 80 columns for a file or a pipe, and shortens names to fit.
     """
+    from rich.console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=WIDE)
 
 
 def whole_table(*heads: str) -> Table:
     """A table that folds what does not fit into a narrow terminal, where rich would cut it."""
+    from rich.table import Column, Table
+
     return Table(*(Column(head, overflow="fold") for head in heads))
+
+
+def quiet_libraries(trains: bool) -> None:
+    """Leave out what libraries print about themselves. trains: whether the device that is used is worth a line."""
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
+    unwanted = ADVERTISEMENTS if trains else (*ADVERTISEMENTS, *DEVICES)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(word in str(record.msg) for word in unwanted)
+    )

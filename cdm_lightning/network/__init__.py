@@ -1,1 +1,5 @@
-"""The U-Net, and the layers that it is made of."""
+"""The U-Net that predicts, and the layers that it is made of."""
+
+from cdm_lightning.network.unet import Compile, Level, ResidualBlock, SelfAttention, UNet
+
+__all__ = ["Compile", "Level", "ResidualBlock", "SelfAttention", "UNet"]

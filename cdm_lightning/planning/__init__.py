@@ -1,1 +1,1 @@
-"""`cdm plan` and `cdm sweep`."""
+"""Before a training, `cdm plan`: its FLOPs, memory and time. Over many trainings, `cdm sweep`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from cdm_lightning.network.unet import Level, ResidualBlock, SelfAttention, UNet
+from cdm_lightning.network import Level, ResidualBlock, SelfAttention, UNet
 
 BACKWARD = 2  # passes' worth of a forward: one for the gradients of the inputs, one for those of the weights
 

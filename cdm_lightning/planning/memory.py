@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cdm_lightning.network.unet import Level
-from cdm_lightning.stages.kinds import DiffusionStage, SuperResolutionStage
+from cdm_lightning.network import Level
+from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what Lightning's precisions compute in

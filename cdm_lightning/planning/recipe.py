@@ -11,10 +11,10 @@ import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
-from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages.kinds import DiffusionStage
-from cdm_lightning.training.averaging import EMA
+from cdm_lightning.stages import DiffusionStage
+from cdm_lightning.training import EMA
 from cdm_lightning.training.checkpoints import Trainer
 
 EXPERIMENTS = Path("experiments")

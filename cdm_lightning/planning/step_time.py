@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from cdm_lightning.planning.memory import AUTOCAST, recomputing
-from cdm_lightning.stages.kinds import DiffusionStage
+from cdm_lightning.stages import DiffusionStage
 
 
 @dataclass(frozen=True)

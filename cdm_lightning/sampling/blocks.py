@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +14,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import read_manifest
-from cdm_lightning.data.shards.reading import open_images
-from cdm_lightning.data.shards.tar import write_shard
+from cdm_lightning.data.shards import open_images, read_manifest, write_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import as_drawn, encode_png
-
-
-@dataclass(frozen=True)
-class SampleManifest:
-    """What `count` samples are: image i has class classes[i mod len(classes)] and is drawn from (seed, i).
-
-    The network runs on blocks of block_size indices, the last one padded, so that no image depends on how blocks are
-    shared out. A folder begun with one manifest is continued with no other.
-    """
-
-    bundle: str  # SHA-256 of the stages of the bundle
-    count: int
-    classes: list[int]
-    seed: int
-    block_size: int
-    levels: list[int]
-    truncated: bool
-    samplers: list[str]
-    sampling_steps: list[int]
-    precision: str = "32-true"  # of the networks, in Lightning's words
-    start: str | None = None  # of the stored images the cascade went on from: one hash over all shards
-    compile: str | None = None  # how torch compiled the networks
-    batch_sizes: list[int] | None = None  # images of a block that each stage's network works on at a time; None: all
-
-    def block(self, number: int) -> dict[str, torch.Tensor]:
-        """The padded indices and labels of one block, and its number."""
-        first = number * self.block_size
-        index = torch.arange(first, first + self.block_size).clamp(max=self.count - 1)
-        return {"index": index, "label": self.label(index), "number": torch.tensor(number)}
-
-    def label(self, index: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.classes)[index % len(self.classes)]
-
-    def labels(self) -> torch.Tensor:
-        return self.label(torch.arange(self.count))
-
-    def size(self, number: int) -> int:
-        return min(self.block_size, self.count - number * self.block_size)
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.count // self.block_size)
-
-
-def shard_name(number: int) -> str:
-    return f"{number:06d}.tar"
-
+from cdm_lightning.sampling.manifest import SampleManifest, shard_name
 
 LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
 

@@ -3,71 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
-import torch
 
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import Manifest, Shard, digest_of, read_manifest, write_manifest
-from cdm_lightning.data.shards.tar import read_shard
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.data.shards import Manifest, Shard, read_manifest, read_shard, write_manifest
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.network.unet import Compile
-from cdm_lightning.sampling.blocks import Blocks, BlockWriter, SampleManifest, shard_name
-from cdm_lightning.sampling.shared_work import EndOnSigterm, first_process, join, shared_out, wait_for_all
-
-NO_CLASSES = ["0"]  # as shards name the one class of samples of a cascade without classes
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-
-
-def plan(
-    cascade: CascadeModule,
-    bundle: str,
-    count: int,
-    classes: Sequence[int] | None = None,
-    block_size: int = 64,
-    start: Path | None = None,
-    precision: Precision = "32-true",
-    compile: Compile | None = None,
-) -> SampleManifest:
-    """The manifest of `count` samples of a cascade as it is set; refuses what makes no sense."""
-    chosen = list(range(cascade.num_classes or 1)) if classes is None else list(classes)
-    if not chosen:
-        raise InputError("classes [] names no class")
-    cascade.check_labels(torch.tensor(chosen))
-    if cascade.num_classes is None and set(chosen) != {0}:
-        raise InputError(f"classes {chosen} given to a cascade without classes, which calls its one class 0")
-    for name, value in (("count", count), ("block_size", block_size)):
-        if value < 1:
-            raise InputError(f"{name} {value} is less than 1")
-    diffusions = [stage.diffusion for stage in cascade.stages]
-    manifest = SampleManifest(
-        bundle, count, chosen, cascade.seed, block_size, cascade.levels, cascade.truncated,
-        [d.sampler for d in diffusions], [d.sampling_steps or d.timesteps for d in diffusions],
-        precision, digest_of(read_manifest(start).shards) if start is not None else None, compile,
-        cascade.batch_sizes,
-    )  # fmt: skip
-    if start is not None:
-        check_start(cascade, manifest, start)
-    return manifest
-
-
-def check_start(cascade: CascadeModule, manifest: SampleManifest, start: Path) -> None:
-    """Refuse stored images that the cascade cannot go on from."""
-    given, resolutions = read_manifest(start), [stage.resolution for stage in cascade.stages]
-    if given.resolution not in resolutions[:-1]:
-        raise InputError(f"{start} holds images of {given.resolution}: the cascade goes on from {resolutions[:-1]}")
-    if given.channels != cascade.image_channels:
-        raise InputError(f"{start} has {given.channels} channels, and the cascade makes {cascade.image_channels}")
-    if given.count < manifest.count:
-        raise InputError(f"{start} holds {given.count} images, and {manifest.count} are to be drawn from them")
+from cdm_lightning.foundation.files import begin
+from cdm_lightning.foundation.process_group import first_process, wait_for_all
+from cdm_lightning.sampling.blocks import Blocks, BlockWriter
+from cdm_lightning.sampling.manifest import SampleManifest, shard_name
+from cdm_lightning.sampling.shared_work import EndOnSigterm, join, shared_out
 
 
 def draw(
@@ -117,23 +68,6 @@ def draw(
             partial.unlink(missing_ok=True)  # of processes that were killed; one that still writes begins again
     wait_for_all()
     return folders
-
-
-def begin(out: Path, manifest: Any) -> None:
-    """Write the manifest, a dataclass, into a new folder; in one begun before, refuse to go on with another."""
-    path = Path(out) / "manifest.json"
-    if not path.is_file():  # every process that finds none: under torchrun they start together, and write the same
-        write_atomically(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    differing = [name for name, value in asdict(manifest).items() if before.get(name) != value]
-    if differing:
-        name = differing[0]
-        raise InputError(
-            f"{out} was begun with {name} {before.get(name)}, not {getattr(manifest, name)}: choose another folder"
-        )
 
 
 def finish(folder: Path, manifest: SampleManifest, cascade: CascadeModule, about: dict[str, Any]) -> None:

@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 
-from cdm_lightning.cascade.bundle import origin, read_about
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import digest_of, read_manifest
-from cdm_lightning.data.shards.tar import read_shard
-from cdm_lightning.diffusion.process import Sampler
+from cdm_lightning.data.shards import digest_of, read_manifest, read_shard
+from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, save_grid
-from cdm_lightning.network.unet import Compile
-from cdm_lightning.sampling.blocks import SampleManifest, shard_name
-from cdm_lightning.sampling.draw import Precision, draw, plan
-from cdm_lightning.sampling.shared_work import first_process
+from cdm_lightning.foundation.process_group import first_process
+from cdm_lightning.network import Compile
+from cdm_lightning.sampling.manifest import Precision, SampleManifest, plan, shard_name
 
 
 def sample(
@@ -70,6 +66,10 @@ def sample(
     """
     if (count is None) == (per_class is None):
         raise InputError("give one of count and per_class: how many images to draw")
+    from cdm_lightning.cascade import CascadeModule
+    from cdm_lightning.cascade.bundle import origin, read_about
+    from cdm_lightning.sampling.draw import draw
+
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
     cascade.set_batch_sizes(batch_sizes)
     about = read_about(bundle)

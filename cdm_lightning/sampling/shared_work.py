@@ -13,10 +13,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
-from cdm_lightning.foundation.errors import InputError
 
 FIRST = "CDM_FIRST_PROCESS"  # the process id of the one that others are started by, in their environment
 PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when the one that started it ends
@@ -75,20 +72,3 @@ def join() -> None:
     """Meet the other processes, where torchrun started them together: before a Trainer brings them together."""
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes and speaks; Lightning sets the rank when processes start."""
-    return not getattr(rank_zero_only, "rank", 0)
-
-
-def wait_for_all() -> None:
-    """Wait for the other processes, where there are any; refuses to wait for one that died."""
-    if not torch.distributed.is_initialized():
-        return
-    try:
-        torch.distributed.barrier()
-    except RuntimeError as error:  # a connection that closed, in the words of gloo
-        raise InputError(
-            "another process of this run ended before its time: what is written stays, and the same command goes on"
-        ) from error

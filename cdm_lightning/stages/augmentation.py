@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from cdm_lightning.diffusion.process import Diffusion, Schedule
+from cdm_lightning.diffusion import Diffusion, Schedule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.randomness import rand, randn
 

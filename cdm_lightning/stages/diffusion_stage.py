@@ -8,11 +8,11 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from cdm_lightning.diffusion.process import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
+from cdm_lightning.diffusion import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.foundation.randomness import generators, key, rand, randn
-from cdm_lightning.network.unet import Compile, UNet
+from cdm_lightning.network import Compile, UNet
 from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
 from cdm_lightning.stages.meter import Meter, TrainingLog, quarters
 

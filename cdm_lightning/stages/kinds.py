@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from cdm_lightning.diffusion.process import Predict, Schedule
+from cdm_lightning.diffusion import Predict, Schedule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import check_power_of_two, downscale, to_float, to_uint8
 from cdm_lightning.stages.augmentation import Augmentation, BlurAugmentation, GaussianAugmentation, NoAugmentation

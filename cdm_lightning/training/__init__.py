@@ -1,4 +1,4 @@
-"""What happens around the training of a stage: averaged weights, checkpoints and going on, faults, pictures."""
+"""Around the training of a stage: averaged weights, checkpoints, resuming, faults, pictures, `cdm fit` itself."""
 
 from cdm_lightning.training.averaging import EMA
 from cdm_lightning.training.finite_steps import FiniteSteps

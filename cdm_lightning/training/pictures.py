@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from cdm_lightning.foundation.images import downscale, save_grid, to_uint8
 from cdm_lightning.foundation.randomness import generators
-from cdm_lightning.stages.kinds import BaseStage, DiffusionStage, SuperResolutionStage
+from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 
 
 class SampleGrid(Callback):

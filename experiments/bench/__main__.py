@@ -20,7 +20,7 @@ from jsonargparse import auto_cli
 import data
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.process_group import fail
+from cdm_lightning.foundation.process_group import exit_with_sentence
 
 Part = Literal["network", "recipes", "sampling", "data", "growth"]
 
@@ -90,4 +90,4 @@ if __name__ == "__main__":
     try:
         auto_cli(bench, as_positional=False)
     except InputError as error:
-        sys.exit(fail(error))
+        sys.exit(exit_with_sentence(error))

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from cdm_lightning.data.preparation.prepare import prepare_folder
 from cdm_lightning.data.preparation.raw_images import cut_square, decode
-from cdm_lightning.data.shards.manifest import read_manifest
+from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.data.stream import ShardStream
 
 WIDTH, HEIGHT = 400, 350  # about the mean of ImageNet

@@ -13,10 +13,10 @@ from matplotlib.ticker import NullFormatter
 from network import Size, awaken, clocked, inputs, kept, ours
 from sampling import stage_of
 
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.network.unet import UNet
+from cdm_lightning.cascade import CascadeModule
+from cdm_lightning.network import UNet
 from cdm_lightning.planning.flops import forward_flops
-from cdm_lightning.stages.kinds import SuperResolutionStage
+from cdm_lightning.stages import SuperResolutionStage
 
 Curve = list[dict[str, float]]  # x, work and seconds
 

@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.network.unet import UNet
+from cdm_lightning.network import UNet
 from cdm_lightning.planning.devices import measured_rates
 from cdm_lightning.planning.flops import forward_flops
 

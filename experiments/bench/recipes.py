@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.network.unet import Compile
+from cdm_lightning.network import Compile
 from cdm_lightning.planning.devices import at_hand, measured_rates
 from cdm_lightning.planning.flops import training_flops
 from cdm_lightning.planning.memory import AUTOCAST, StepOnPaper

@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from cdm_lightning.cascade.bundle import read_bundle
-from cdm_lightning.diffusion.process import Sampler
+from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.sampling.sample import sample

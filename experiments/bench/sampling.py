@@ -11,9 +11,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from network import Contestant, Size, awaken, clocked, diffusers
 
-from cdm_lightning.cascade.cascade import CascadeModule
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.foundation.randomness import generators
-from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 BUNDLE = Path(__file__).parents[2] / "data/fashion-cascade"
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import SMALL, awaken, record
 
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import digest, origin, read_about, read_bundle, write_bundle
-from cdm_lightning.cascade.cascade import CascadeModule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_uint8
-from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 LABEL, INDEX = torch.tensor([0, 3, 9]), torch.tensor([0, 1, 2])
 

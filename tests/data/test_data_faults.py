@@ -22,9 +22,9 @@ from test_datamodule import fit as train
 from test_shards import make_folder, only, refuses
 from torch import multiprocessing
 
-from cdm_lightning.cli import main
-from cdm_lightning.data.datamodule import ShardDataModule
-from cdm_lightning.data.shards.manifest import read_manifest, write_manifest
+from cdm_lightning.__main__ import main
+from cdm_lightning.data import ShardDataModule
+from cdm_lightning.data.shards import read_manifest, write_manifest
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.errors import InputError
 
@@ -348,15 +348,15 @@ def test_two_processes_of_three_workers_skip_one_shard_of_two_and_stay_in_step(t
 
 LEADER = """
 import os, subprocess, sys, time
-from cdm_lightning.foundation.process_group import together
+from cdm_lightning.foundation.process_group import ending_together
 
-with together():  # as a process of a run does that is stuck in a collective operation
+with ending_together():  # as a process of a run does that is stuck in a collective operation
     if os.environ.get("LOCAL_RANK", "0") == "0":
         subprocess.Popen([sys.executable, __file__, sys.argv[1]], env={**os.environ, "LOCAL_RANK": "1"})
         time.sleep(900)
     if sys.argv[1] == "refuse":
-        from cdm_lightning.foundation.process_group import fail
-        sys.exit(fail(ValueError("it is bad")))
+        from cdm_lightning.foundation.process_group import exit_with_sentence
+        sys.exit(exit_with_sentence(ValueError("it is bad")))
     os.kill(os.getppid(), 9)
     time.sleep(900)
 """

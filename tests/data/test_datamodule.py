@@ -19,10 +19,10 @@ from lightning.pytorch.strategies import DDPStrategy  # noqa: F401, for the scri
 from test_shards import FASHION, make_folder, read_raw, refuses
 from torch.utils.data import DataLoader
 
-from cdm_lightning.data.datamodule import ShardDataModule
-from cdm_lightning.data.shards.manifest import read_manifest
+from cdm_lightning.data import ShardDataModule
+from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.data.stream import ShardStream
-from cdm_lightning.training.resume import Checkpoint
+from cdm_lightning.training import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = [7, 11, 5, 9, 6, 8, 7]  # 53 images, a prime number

@@ -27,21 +27,21 @@ from test_cli import ROOT, fit, refused
 from test_experiments import QUICK
 from test_shards import make_folder, refuses
 
+from cdm_lightning.__main__ import main
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import digest, read_bundle, write_bundle
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.cli import main
 from cdm_lightning.data.preparation.raw_images import decode as decode_raw
 from cdm_lightning.data.preparation.raw_images import list_train_archive, list_val_archive
-from cdm_lightning.data.shards.manifest import Manifest, Shard, read_manifest
+from cdm_lightning.data.shards import Manifest, Shard, read_manifest, read_shard
 from cdm_lightning.data.shards.reading import decode_sample
-from cdm_lightning.data.shards.tar import LARGEST, read_shard
+from cdm_lightning.data.shards.tar import LARGEST
 from cdm_lightning.data.stream import ShardStream
-from cdm_lightning.evaluation.detectors.inception import load_head
-from cdm_lightning.evaluation.detectors.loading import FOLDER, load_detector
-from cdm_lightning.evaluation.evaluate import check_counts
+from cdm_lightning.evaluation.detectors import load_detector, load_head
+from cdm_lightning.evaluation.detectors.loading import FOLDER
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.metrics.features import feature_file, finished
 from cdm_lightning.evaluation.references.cards import Facts, ReferenceCard, check_card, read_card
+from cdm_lightning.evaluation.samples import check_counts
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.sampling.sample import origin
 from cdm_lightning.stages.loading import check_checkpoint, load_stage

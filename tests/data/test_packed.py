@@ -21,16 +21,15 @@ from test_datamodule import SIZES, contents, deal, fit, flat, places
 from test_shards import make_folder, refuses
 
 from cdm_lightning.data.preparation.prepare import prepare_folder
-from cdm_lightning.data.shards import packed
-from cdm_lightning.data.shards.manifest import read_manifest, write_manifest
-from cdm_lightning.data.shards.packed import HEADER, PackedShard, npy_header, write_packed
-from cdm_lightning.data.shards.reading import open_images
+from cdm_lightning.data.shards import open_images, packed, read_manifest, write_manifest, write_packed
+from cdm_lightning.data.shards.packed import HEADER, PackedShard, npy_header
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.evaluation.real_images import read_images, write_subset
 from cdm_lightning.evaluation.report.memory import first_of_each, pictures
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_photo
-from cdm_lightning.sampling.blocks import BlockData, SampleManifest
+from cdm_lightning.sampling.blocks import BlockData
+from cdm_lightning.sampling.manifest import SampleManifest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

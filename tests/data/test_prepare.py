@@ -24,8 +24,7 @@ from PIL import Image
 from cdm_lightning.data.preparation.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.data.preparation.raw_images import cut_square, decode
 from cdm_lightning.data.shards import manifest as shards
-from cdm_lightning.data.shards.manifest import read_manifest
-from cdm_lightning.data.shards.reading import open_images
+from cdm_lightning.data.shards import open_images, read_manifest
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale
 

@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cdm_lightning.data.shards.manifest import Manifest, find_folder, read_manifest, write_manifest
-from cdm_lightning.data.shards.tar import read_shard, write_shard
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, read_shard, write_manifest, write_shard
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png
-from cdm_lightning.foundation.process_group import fail
+from cdm_lightning.foundation.process_group import exit_with_sentence
 
 FASHION = Path(__file__).parents[2] / "data/fashion"
 
@@ -186,7 +185,7 @@ def test_bad_content_that_the_manifest_vouches_for_is_refused_while_reading(tmp_
         with pytest.raises(InputError) as caught:
             list(batches)
         batches._shutdown_workers()  # as Lightning does; left to the garbage collector it takes seconds
-        assert fail(caught.value) == 2
+        assert exit_with_sentence(caught.value) == 2
         assert capsys.readouterr().err == f"cdm: error: {sentence}\n"
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from cdm_lightning.diffusion.process import Diffusion, discretized_gaussian_log_likelihood, schedule_settings
+from cdm_lightning.diffusion import Diffusion
+from cdm_lightning.diffusion.process import discretized_gaussian_log_likelihood, schedule_settings
 from cdm_lightning.diffusion.samplers import ancestral_step
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.randomness import generators

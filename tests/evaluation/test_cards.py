@@ -14,10 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cdm_lightning.cli import main
-from cdm_lightning.data.shards.manifest import digest_of, read_manifest, write_manifest
-from cdm_lightning.data.shards.tar import read_shard, write_shard
-from cdm_lightning.evaluation.detectors.loading import Detector, Inception, load_detector
+from cdm_lightning.__main__ import main
+from cdm_lightning.data.shards import digest_of, read_manifest, read_shard, write_manifest, write_shard
+from cdm_lightning.evaluation.detectors import Detector, Inception, load_detector
 from cdm_lightning.evaluation.metrics import features
 from cdm_lightning.evaluation.metrics.distance import frechet_distance
 from cdm_lightning.evaluation.real_images import read_images

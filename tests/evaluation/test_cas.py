@@ -15,10 +15,9 @@ import yaml
 from test_cli import refused
 from test_shards import FASHION, make_folder, read_raw, refuses
 
-from cdm_lightning.cli import main
-from cdm_lightning.data.datamodule import ShardDataModule
-from cdm_lightning.data.shards.manifest import read_manifest
-from cdm_lightning.data.shards.tar import write_images
+from cdm_lightning.__main__ import main
+from cdm_lightning.data import ShardDataModule
+from cdm_lightning.data.shards import read_manifest, write_images
 from cdm_lightning.evaluation import cas as module
 from cdm_lightning.evaluation.cas.cas import cas
 from cdm_lightning.evaluation.cas.classifier import Classifier

@@ -9,9 +9,9 @@ import torch
 from conftest import tiny
 from test_evaluate import CNN, CPU, prepare
 
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.data import ShardDataModule
 from cdm_lightning.evaluation.cascade_figures import CascadeFigures
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.real_images import read_images

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from test_shards import FASHION, refuses
 
-from cdm_lightning.cli import main
-from cdm_lightning.data.datamodule import ShardDataModule
+from cdm_lightning.__main__ import main
+from cdm_lightning.data import ShardDataModule
 from cdm_lightning.evaluation.cas.classifier import (
     Classifier,
     ResidualBlock,

@@ -5,13 +5,10 @@ import pytest
 import torch
 from conftest import FASHION
 
-from cdm_lightning.data.shards.manifest import digest_of, read_manifest
-from cdm_lightning.evaluation.detectors import inception
+from cdm_lightning.data.shards import digest_of, read_manifest
+from cdm_lightning.evaluation.detectors import Detector, features_of, inception, load_detector
 from cdm_lightning.evaluation.detectors import loading as detectors
-from cdm_lightning.evaluation.detectors.loading import load_detector
-from cdm_lightning.evaluation.detectors.networks import Detector
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
-from cdm_lightning.evaluation.metrics.features import features_of
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references.cards import read_card
 from cdm_lightning.foundation.errors import InputError

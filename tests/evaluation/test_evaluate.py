@@ -14,13 +14,12 @@ import pytest
 import torch
 from conftest import tiny
 
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import digest_of, read_manifest
-from cdm_lightning.data.shards.tar import write_images
-from cdm_lightning.evaluation.detectors.loading import FOLDER, load_detector
+from cdm_lightning.data.shards import digest_of, read_manifest, write_images
+from cdm_lightning.evaluation.detectors import features_of, load_detector
+from cdm_lightning.evaluation.detectors.loading import FOLDER
 from cdm_lightning.evaluation.evaluate import evaluate
-from cdm_lightning.evaluation.metrics.features import features_of
 from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card, write_card

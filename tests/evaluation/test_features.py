@@ -7,9 +7,8 @@ import torch
 from conftest import FASHION
 from test_detectors import Broken
 
-from cdm_lightning.data.shards.manifest import read_manifest
-from cdm_lightning.data.shards.tar import read_shard
-from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.data.shards import read_manifest, read_shard
+from cdm_lightning.evaluation.detectors import load_detector
 from cdm_lightning.evaluation.metrics.features import extract, feature_file, read_features
 from cdm_lightning.evaluation.real_images import read_images, real_images_of
 from cdm_lightning.foundation.errors import InputError

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from cdm_lightning.cli import main
-from cdm_lightning.evaluation.detectors import inception
-from cdm_lightning.evaluation.detectors.inception import Inception, load_head, resize
-from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.__main__ import main
+from cdm_lightning.evaluation.detectors import Inception, inception, load_detector, load_head
+from cdm_lightning.evaluation.detectors.inception import resize
 from cdm_lightning.foundation.errors import InputError
 
 needs_file = pytest.mark.skipif(

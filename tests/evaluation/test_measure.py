@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdm_lightning.evaluation.detectors.networks import Detector
+from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance, kernel_distance
 from cdm_lightning.evaluation.metrics.manifold import precision_recall
 from cdm_lightning.evaluation.metrics.measure import inception_score, log_key, measure

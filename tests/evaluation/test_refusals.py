@@ -12,13 +12,13 @@ from test_cli import refused
 from test_evaluate import CNN, CPU, N, prepare
 from test_shards import refuses
 
-from cdm_lightning.data.shards.manifest import digest_of, read_manifest, write_manifest
-from cdm_lightning.data.shards.tar import read_shard, write_images, write_shard
+from cdm_lightning.data.shards import digest_of, read_manifest, read_shard, write_images, write_manifest, write_shard
+from cdm_lightning.evaluation.detectors import SmallCNN
 from cdm_lightning.evaluation.detectors.loading import FOLDER
-from cdm_lightning.evaluation.detectors.networks import SmallCNN
-from cdm_lightning.evaluation.evaluate import evaluate, sample_folders
+from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.references.cards import read_card, write_card
 from cdm_lightning.evaluation.report.report import read_cas
+from cdm_lightning.evaluation.samples import sample_folders
 from cdm_lightning.sampling.sample import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,11 +10,10 @@ import pytest
 import torch
 from conftest import tiny
 
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import read_about, read_bundle, write_bundle
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.evaluation.detectors.loading import load_detector
+from cdm_lightning.evaluation.detectors import features_of, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
-from cdm_lightning.evaluation.metrics.features import features_of
 from cdm_lightning.evaluation.real_images import read_images, real_images_of
 from cdm_lightning.evaluation.search import level_search as points
 from cdm_lightning.evaluation.search.search import search

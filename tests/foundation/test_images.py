@@ -9,11 +9,11 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
-from cdm_lightning.data.shards.manifest import read_manifest
+from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, downscale, encode_png, quantize, save_grid, to_float, to_uint8
-from cdm_lightning.stages.kinds import SuperResolutionStage
+from cdm_lightning.stages import SuperResolutionStage
 
 BYTES = torch.arange(256, dtype=torch.uint8)
 RNG = np.random.default_rng(0)

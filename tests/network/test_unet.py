@@ -5,9 +5,10 @@ import torch
 from diffusers import UNet2DModel
 
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.network import ResidualBlock, SelfAttention, UNet
 from cdm_lightning.network import layers as normalisation
 from cdm_lightning.network.layers import conv_of_upsampled, pointwise
-from cdm_lightning.network.unet import ResidualBlock, SelfAttention, UNet, sinusoidal_embedding
+from cdm_lightning.network.unet import sinusoidal_embedding
 
 CHANNELS, MULT, BLOCKS, HEADS = 32, (1, 2, 2), 2, 4
 

@@ -13,15 +13,15 @@ import torch
 from test_cli import refused
 from torch.utils.flop_counter import FlopCounterMode
 
-from cdm_lightning.cli import main
-from cdm_lightning.network.unet import UNet
+from cdm_lightning.__main__ import main
+from cdm_lightning.network import UNet
 from cdm_lightning.planning.devices import DATA_SHEETS, measured_rates
+from cdm_lightning.planning.estimate import Search
 from cdm_lightning.planning.flops import forward_flops, training_flops
 from cdm_lightning.planning.memory import StepOnPaper
-from cdm_lightning.planning.plan import Search
 from cdm_lightning.planning.recipe import configurations, read_recipe
 from cdm_lightning.planning.step_time import StepTime, measured_step
-from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 from cdm_lightning.stages.meter import TrainingLog
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from test_cli import refused
 from test_experiments import QUICK
 from wandb import wandb_agent
 
-from cdm_lightning.cli import main
+from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.planning.sweep import command_of, grid, identify, read_sweep, sweep
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from conftest import awaken
 
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import read_manifest
-from cdm_lightning.data.shards.tar import read_shard
+from cdm_lightning.data.shards import read_manifest, read_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, to_uint8
 from cdm_lightning.sampling.sample import sample
@@ -80,7 +79,7 @@ def test_a_slow_process_is_waited_for(bundle, tmp_path):
         "import time, cdm_lightning.sampling.blocks as s\n"
         "from datetime import timedelta\n"
         "from lightning.pytorch.strategies import DDPStrategy\n"
-        "from cdm_lightning.cli import main\n"
+        "from cdm_lightning.__main__ import main\n"
         "usual = DDPStrategy.__init__.__defaults__\n"
         "assert timedelta(minutes=30) in usual\n"
         "short = (timedelta(seconds=3) if isinstance(d, timedelta) else d for d in usual)\n"

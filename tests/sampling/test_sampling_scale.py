@@ -13,7 +13,8 @@ from conftest import tiny
 from test_survival import hashes
 
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.sampling.blocks import BlockWriter, SampleManifest
+from cdm_lightning.sampling.blocks import BlockWriter
+from cdm_lightning.sampling.manifest import SampleManifest
 from cdm_lightning.sampling.sample import sample
 
 # -- other choices from the same low resolution

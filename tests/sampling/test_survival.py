@@ -25,7 +25,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 BEFORE = """
 import errno, os, signal, sys, time
 from pathlib import Path
-from cdm_lightning.cli import main
+from cdm_lightning.__main__ import main
 real, rank = Path.write_bytes, int(os.environ.get("LOCAL_RANK", 0))
 def write_bytes(path, data):
     if ".tar." in path.name:

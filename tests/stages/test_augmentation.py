@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cdm_lightning.diffusion.process import Diffusion
+from cdm_lightning.diffusion import Diffusion
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.stages.augmentation import BlurAugmentation, GaussianAugmentation, NoAugmentation

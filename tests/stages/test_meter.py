@@ -10,12 +10,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from cdm_lightning.data.datamodule import ShardDataModule
-from cdm_lightning.stages.kinds import BaseStage
+from cdm_lightning.data import ShardDataModule
+from cdm_lightning.stages import BaseStage
 from cdm_lightning.stages.meter import Meter, quarters
-from cdm_lightning.training.averaging import EMA
+from cdm_lightning.training import EMA, FiniteSteps
 from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
-from cdm_lightning.training.finite_steps import FiniteSteps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale, quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators, rand, randn
-from cdm_lightning.network.unet import UNet
-from cdm_lightning.stages.kinds import BaseStage, SuperResolutionStage
+from cdm_lightning.network import UNet
+from cdm_lightning.stages import BaseStage, SuperResolutionStage
 from cdm_lightning.stages.loading import load_stage
-from cdm_lightning.training.averaging import EMA
+from cdm_lightning.training import EMA
 
 
 def batch_of(stage, count=4, first=0):

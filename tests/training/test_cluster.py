@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_experiments import QUICK, configs
 
-from cdm_lightning.cli import main
+from cdm_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "slurm.sh"

@@ -12,8 +12,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from test_meter import base, fit, rows
 
 from cdm_lightning.foundation.errors import InputError, TrainingFault
-from cdm_lightning.stages.kinds import BaseStage
-from cdm_lightning.training.finite_steps import FiniteSteps
+from cdm_lightning.stages import BaseStage
+from cdm_lightning.training import FiniteSteps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import torch
 from conftest import tiny
 from test_meter import base, fit
 
+from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import read_bundle, write_bundle
-from cdm_lightning.cli import main
-from cdm_lightning.data.shards.tar import read_shard, write_shard
+from cdm_lightning.data.shards import read_shard, write_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png
 from cdm_lightning.training.checkpoints import CannotWrite, Trainer, WholeCheckpoints

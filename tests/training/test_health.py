@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_stages import batch_of, record
 
-from cdm_lightning.cli import main
+from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.images import downscale
 from cdm_lightning.training.pictures import adherence, channel_drift, low_pass_agreement
 

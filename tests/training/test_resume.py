@@ -15,8 +15,8 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import read_bundle
-from cdm_lightning.cli import main
 from cdm_lightning.stages.loading import newest_checkpoint
 from cdm_lightning.training.resume import run_id
 

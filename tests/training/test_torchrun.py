@@ -11,13 +11,13 @@ import torch
 from conftest import tiny
 from test_experiments import QUICK, configs
 
+from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
-from cdm_lightning.cli import main
+from cdm_lightning.__main__ import main
 from cdm_lightning.sampling.shared_work import wait_for_all
 for command in open(sys.argv[1]).read().splitlines():
     main(command.split(chr(9)))

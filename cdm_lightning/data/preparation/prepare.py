@@ -24,7 +24,7 @@ from cdm_lightning.data.preparation.raw_images import (
     list_imagenet,
 )
 from cdm_lightning.data.preparation.tasks import PROGRESS, Task, make_shards
-from cdm_lightning.data.shards.manifest import Manifest, Shard, read_manifest, write_manifest
+from cdm_lightning.data.shards import Manifest, Shard, read_manifest, write_manifest
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import check_power_of_two

@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 from cdm_lightning.data.preparation.raw_images import Crop, RawImage, cut_square, decode
-from cdm_lightning.data.shards.packed import write_packed
-from cdm_lightning.data.shards.tar import write_shard
+from cdm_lightning.data.shards import write_packed, write_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import downscale, encode_photo

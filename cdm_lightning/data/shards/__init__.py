@@ -1,1 +1,30 @@
-"""Folders of shards."""
+"""Folders of shards: their manifest, the form of PNGs in tars, the packed form, and reading either by place."""
+
+from cdm_lightning.data.shards.manifest import (
+    Manifest,
+    Shard,
+    digest_of,
+    find_folder,
+    read_manifest,
+    write_manifest,
+)
+from cdm_lightning.data.shards.packed import write_packed
+from cdm_lightning.data.shards.reading import Images, OpenedImages, in_batches, open_images
+from cdm_lightning.data.shards.tar import read_shard, write_images, write_shard
+
+__all__ = [
+    "Images",
+    "Manifest",
+    "OpenedImages",
+    "Shard",
+    "digest_of",
+    "find_folder",
+    "in_batches",
+    "open_images",
+    "read_manifest",
+    "read_shard",
+    "write_images",
+    "write_manifest",
+    "write_packed",
+    "write_shard",
+]

@@ -28,7 +28,7 @@ class Images(NamedTuple):
     intact: np.ndarray
 
 
-class Opened:
+class OpenedImages:
     """Images at some places, whose shards have been opened and checked. An item counts the places, from 0."""
 
     def __init__(self, manifest: Manifest, report: Report | None) -> None:
@@ -77,7 +77,7 @@ class Opened:
 
 def open_images(
     folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None = None
-) -> Opened:
+) -> OpenedImages:
     """Open the images at places `wanted` of the concatenated shards, some of `manifest`'s, whatever their form.
 
     report: is told what is wrong with a damaged shard or image, where else InputError would be raised.
@@ -85,7 +85,7 @@ def open_images(
     return (PackedImages if manifest.packed else PngImages)(folder, manifest, shards, wanted, report)
 
 
-def in_batches(windows: Iterable[tuple[np.ndarray, Opened]], size: int) -> Iterator[tuple[np.ndarray, Images]]:
+def in_batches(windows: Iterable[tuple[np.ndarray, OpenedImages]], size: int) -> Iterator[tuple[np.ndarray, Images]]:
     """(places, images) in batches of `size` places, the last one smaller, from windows of places, closed after use."""
     parts: list[tuple[np.ndarray, Images]] = []
     held = 0
@@ -112,7 +112,7 @@ def joined(parts: list[tuple[np.ndarray, Images]]) -> tuple[np.ndarray, Images]:
     return np.concatenate(places), Images(*(np.concatenate(arrays) for arrays in zip(*images, strict=True)))
 
 
-class PackedImages(Opened):
+class PackedImages(OpenedImages):
     """Images of packed shards: a shard is opened where one is wanted, an image is read when it is asked for."""
 
     def __init__(
@@ -167,7 +167,7 @@ class PackedImages(Opened):
             shard.close()
 
 
-class PngImages(Opened):
+class PngImages(OpenedImages):
     """Images of shards of PNGs: those wanted are taken into memory at once, and decoded when they are asked for."""
 
     def __init__(

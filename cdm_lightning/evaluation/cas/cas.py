@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch.loggers import CSVLogger
 
-from cdm_lightning.data.datamodule import ShardDataModule
-from cdm_lightning.data.shards.manifest import Manifest
-from cdm_lightning.evaluation.cas.classifier import Classifier
+from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.cas.plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report.report import write_cas
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import read_table, write_atomically
-from cdm_lightning.sampling.draw import begin
-from cdm_lightning.stages.loading import newest_checkpoint
-from cdm_lightning.training.resume import Checkpoint
+from cdm_lightning.foundation.files import begin, read_table
 
 SUBSET_SEED = 0  # one choice of images for all trainings: their spread is the training's alone
 
@@ -62,6 +54,9 @@ def cas(
         raise InputError(f"seeds {seeds} must be one number or more, each once")
     generated, real, validation = manifests(samples, shards)
     plan = make_plan(generated, real, validation, count, recipe, devices)
+    from cdm_lightning.data import ShardDataModule
+    from cdm_lightning.evaluation.cas.classifier import classifier_of, train
+
     classifier_of(plan, 0)  # refuses what it cannot be built with, before the folder is begun
     begin(out, plan)
     roots = {
@@ -109,47 +104,3 @@ def choose(root: Path, manifest: Manifest, plan: Plan, out: Path) -> Path:
         return Path(root)
     write_subset(root, "train", plan.resolution, plan.counts, out, SUBSET_SEED)
     return out
-
-
-def classifier_of(plan: Plan, seed: int) -> Classifier:
-    """An untrained classifier, its weights a function of the seed."""
-    L.seed_everything(seed, verbose=False)
-    model = {name: value for name, value in plan.recipe().items() if name not in ("steps", "batch_size", "precision")}
-    return Classifier(plan.resolution, plan.channels, len(plan.classes), seed=seed, **model)
-
-
-def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: str, title: str) -> bool:
-    """Fit one classifier, test it, and leave its figures in run/result.json; whether this is the process to report."""
-    classifier = classifier_of(plan, seed)
-    saver = Checkpoint(run / "checkpoints", every_n_train_steps=max(1, plan.steps // 20))
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=plan.devices,
-        strategy="ddp" if plan.devices > 1 else "auto",
-        precision=plan.precision,
-        max_steps=plan.steps,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        logger=CSVLogger(run, name="logs"),
-        callbacks=[saver],
-        use_distributed_sampler=False,  # the data module deals out the images itself
-        enable_model_summary=False,
-        default_root_dir=run,
-    )
-    if trainer.is_global_zero:
-        print(f"training on {title}")
-    trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
-    # From the file: every process has gathered running statistics of its own, and those of the first one count.
-    last = newest_checkpoint([run / "checkpoints"])
-    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
-    if trainer.is_global_zero:
-        result = {
-            "top1": round(figures["test/cas_top1"], 7),  # of a float32
-            "top5": round(figures["test/cas_top5"], 7),
-            "per_class": [round(value, 7) for value in classifier.per_class.tolist()],
-            "steps": trainer.global_step,
-            "seed": seed,
-        }
-        write_atomically(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    return trainer.is_global_zero

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from cdm_lightning.data import ShardDataModule
+from cdm_lightning.evaluation.cas.plan import Architecture, Crop, LearningRate, Plan
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.stages.loading import newest_checkpoint
+from cdm_lightning.training import Checkpoint
 
-Architecture = Literal["resnet8", "resnet14", "resnet20", "resnet50"]
-LearningRate = Literal["cosine", "steps"]
-Crop = Literal["pad", "resized", "none"]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
 
 BLOCKS = {"resnet8": [1, 1, 1], "resnet14": [2, 2, 2], "resnet20": [3, 3, 3], "resnet50": [3, 4, 6, 3]}
@@ -252,3 +257,47 @@ class Classifier(L.LightningModule):
                     f"the checkpoint does not fit this classifier: its {name} is {theirs.get(name)!r}, "
                     f"and the configuration says {self.hparams[name]!r}"
                 )
+
+
+def classifier_of(plan: Plan, seed: int) -> Classifier:
+    """An untrained classifier, its weights a function of the seed."""
+    L.seed_everything(seed, verbose=False)
+    model = {name: value for name, value in plan.recipe().items() if name not in ("steps", "batch_size", "precision")}
+    return Classifier(plan.resolution, plan.channels, len(plan.classes), seed=seed, **model)
+
+
+def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: str, title: str) -> bool:
+    """Fit one classifier, test it, and leave its figures in run/result.json; whether this is the process to report."""
+    classifier = classifier_of(plan, seed)
+    saver = Checkpoint(run / "checkpoints", every_n_train_steps=max(1, plan.steps // 20))
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=plan.devices,
+        strategy="ddp" if plan.devices > 1 else "auto",
+        precision=plan.precision,
+        max_steps=plan.steps,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        logger=CSVLogger(run, name="logs"),
+        callbacks=[saver],
+        use_distributed_sampler=False,  # the data module deals out the images itself
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+    if trainer.is_global_zero:
+        print(f"training on {title}")
+    trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
+    # From the file: every process has gathered running statistics of its own, and those of the first one count.
+    last = newest_checkpoint([run / "checkpoints"])
+    [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        result = {
+            "top1": round(figures["test/cas_top1"], 7),  # of a float32
+            "top5": round(figures["test/cas_top5"], 7),
+            "per_class": [round(value, 7) for value in classifier.per_class.tolist()],
+            "steps": trainer.global_step,
+            "seed": seed,
+        }
+        write_atomically(run / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    return trainer.is_global_zero

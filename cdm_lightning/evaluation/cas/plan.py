@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cdm_lightning.data.shards.manifest import Manifest, digest_of, find_folder, read_manifest
-from cdm_lightning.evaluation.cas.classifier import Architecture, Crop, LearningRate
+from cdm_lightning.data.shards import Manifest, digest_of, find_folder, read_manifest
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.sampling.draw import NO_CLASSES
+from cdm_lightning.sampling.manifest import NO_CLASSES
+
+Architecture = Literal["resnet8", "resnet14", "resnet20", "resnet50"]
+LearningRate = Literal["cosine", "steps"]
+Crop = Literal["pad", "resized", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)

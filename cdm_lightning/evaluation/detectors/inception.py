@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cdm_lightning.evaluation.detectors.networks import Detector
+from cdm_lightning.evaluation.detectors.detector import Detector
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 

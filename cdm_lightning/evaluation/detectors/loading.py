@@ -9,11 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from cdm_lightning.evaluation.detectors import inception
-from cdm_lightning.evaluation.detectors.inception import Inception, Scripted, load_head
-from cdm_lightning.evaluation.detectors.networks import Detector, SmallCNN
+from cdm_lightning.evaluation.detectors.detector import Detector, SmallCNN
+from cdm_lightning.evaluation.detectors.inception import Inception, Scripted
 from cdm_lightning.foundation.errors import InputError
-
-__all__ = ["Detector", "Inception", "SmallCNN", "load_detector", "load_head"]
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "detectors"
 PINNED = {"fashion-cnn-64": "5d4a02594e8c4e0340531d6149bb5ed5808f39a28b8c2ce78e63220392c034b0"}

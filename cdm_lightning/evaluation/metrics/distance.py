@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from cdm_lightning.foundation.errors import InputError
 
@@ -64,6 +62,8 @@ def handed_over(num_features: int) -> nn.Module:
 
 def frechet_distance(real: Moments, generated: Moments) -> float:
     """d^2 = ||mu_r - mu_g||^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2)), by torchmetrics; >= 0 up to rounding."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     check_moments(real, generated)
     metric = FrechetInceptionDistance(feature=handed_over(len(real.total)), sync_on_compute=False)
     for side, moments in (("real", real), ("fake", generated)):
@@ -113,6 +113,8 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int) -> t
         raise InputError(
             f"a kernel distance takes 4 images or more, not {len(real)} real and {len(generated)} generated"
         )
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     metric = KernelInceptionDistance(
         feature=handed_over(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
     )

@@ -15,12 +15,13 @@ from safetensors.torch import save as save_safetensors
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import Manifest, find_folder, read_manifest
-from cdm_lightning.evaluation.detectors.loading import Detector
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
+from cdm_lightning.evaluation.detectors import Detector, features_of
 from cdm_lightning.evaluation.real_images import stream
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
-from cdm_lightning.sampling.shared_work import EndOnSigterm, first_process, join, shared_out, wait_for_all
+from cdm_lightning.foundation.process_group import first_process, wait_for_all
+from cdm_lightning.sampling.shared_work import EndOnSigterm, join, shared_out
 
 
 def extract(
@@ -142,14 +143,3 @@ class Extractor(L.LightningModule):
 
     def on_predict_end(self) -> None:
         self.bar.close()
-
-
-@torch.no_grad()
-def features_of(detector: Detector, image: torch.Tensor) -> torch.Tensor:
-    """float32 (B, d) features of uint8 (B, C, H, W), in full precision under autocast too; refuses NaN and infinity."""
-    with torch.autocast(image.device.type, enabled=False):
-        features = detector(image).float()
-    if not features.isfinite().all():
-        number = int((~features.isfinite().all(1)).nonzero()[0])
-        raise InputError(f"detector {detector.name} makes features of image {number} of a batch that are not finite")
-    return features

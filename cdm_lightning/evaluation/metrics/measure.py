@@ -7,9 +7,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torchmetrics.image.inception import InceptionScore
 
-from cdm_lightning.evaluation.detectors.loading import Detector
+from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.metrics.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.manifold import precision_recall
@@ -105,6 +104,8 @@ def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) 
             f"the Inception Score takes the classifier head of the canonical Inception, which detector {detector.name} "
             "does not hold: give the path of pt_inception-2015-12-05-6726825d.pth as head"
         )
+    from torchmetrics.image.inception import InceptionScore
+
     scores = []
     for features in sets:
         metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False)

@@ -1,1 +1,1 @@
-"""Statistics of real images."""
+"""Reference cards: statistics of real images with all that a distance to them depends on, and ADM's .npz files."""

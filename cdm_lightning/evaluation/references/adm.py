@@ -17,7 +17,7 @@ from jsonargparse.typing import PositiveInt
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import find_folder, read_manifest
+from cdm_lightning.data.shards import find_folder, read_manifest
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.foundation.errors import InputError
 

@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from tqdm import tqdm
 
-from cdm_lightning.evaluation.detectors.loading import Detector, Inception
+from cdm_lightning.evaluation.detectors import Detector, Inception, features_of
 from cdm_lightning.evaluation.metrics.distance import Moments
-from cdm_lightning.evaluation.metrics.features import features_of
 from cdm_lightning.evaluation.references import adm
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically

@@ -12,13 +12,12 @@ import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.manifest import Manifest, digest_of, find_folder, read_manifest
-from cdm_lightning.evaluation.detectors.loading import Detector, load_detector
+from cdm_lightning.data.shards import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
-from cdm_lightning.evaluation.metrics.features import extract, read_features
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.sampling.shared_work import first_process
+from cdm_lightning.foundation.process_group import first_process
 
 
 def reference(
@@ -34,7 +33,7 @@ def reference(
     batch_size: int = 50,
     trust_detector: bool = False,
 ) -> None:
-    """Measure real images once: moments and features for FID, KID, precision and recall, in one file with its making.
+    """Measure real images once: moments and features for FID, KID, precision and recall, in one file.
 
     Stopped and called again, it goes on where it was, from <out>.partial-features. The numbers do not depend on the
     number of processes.
@@ -64,6 +63,8 @@ def reference(
     n = stored.count if count is None else count
     if not 2 <= n <= stored.count:
         raise InputError(f"count is {n}: moments take 2 images or more, and {folder} holds {stored.count}")
+    from cdm_lightning.evaluation.metrics.features import extract
+
     judge = load_detector(detector, trust_detector)
     work = out.with_name(out.name + ".partial-features")
     needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
@@ -93,6 +94,8 @@ def summarize(
     out: Path, manifest: Manifest, n: int, resolution: int, judge: Detector, keep: int, work: Path
 ) -> ReferenceCard:
     """The card of the first n images whose features lie in `work`; one shard at a time."""
+    from cdm_lightning.evaluation.metrics.features import read_features
+
     kept: list[torch.Tensor] = []
     counts = torch.zeros(len(manifest.classes), dtype=torch.int64)
 

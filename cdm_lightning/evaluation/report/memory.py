@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.data.shards.manifest import Manifest, digest_of, find_folder, read_manifest
-from cdm_lightning.data.shards.reading import open_images
+from cdm_lightning.data.shards import Manifest, digest_of, find_folder, open_images, read_manifest
 from cdm_lightning.evaluation.metrics.manifold import copy_threshold, nearest
 from cdm_lightning.evaluation.references.cards import ReferenceCard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale, encode_png
-from cdm_lightning.sampling.draw import NO_CLASSES
+from cdm_lightning.sampling.manifest import NO_CLASSES
 
 EXPECTED = 0.01  # share of honest samples that the threshold takes for copies
 SHOWN, NEIGHBOURS, CLASSES, SHEET, COLUMNS = 8, 4, 20, 40, 10

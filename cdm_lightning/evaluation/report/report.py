@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.data.shards.manifest import Manifest, digest_of
+from cdm_lightning.data.shards import Manifest, digest_of
 from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
 from cdm_lightning.evaluation.report import page
 from cdm_lightning.evaluation.report.elements import paragraph

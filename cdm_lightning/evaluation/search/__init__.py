@@ -1,1 +1,1 @@
-"""`cdm search`."""
+"""`cdm search`: FID(s) of trained stages on generated and on real input, and the choice of the level s."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import origin
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.data.shards.manifest import digest_of, find_folder, read_manifest
-from cdm_lightning.data.shards.tar import write_images
-from cdm_lightning.diffusion.process import Sampler
-from cdm_lightning.evaluation.detectors.loading import Detector
+from cdm_lightning.data.shards import digest_of, find_folder, read_manifest, write_images
+from cdm_lightning.diffusion import Sampler
+from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.metrics.features import extract, read_features
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.measure import measure
@@ -23,8 +23,9 @@ from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.sampling.draw import NO_CLASSES, Precision, draw, plan
-from cdm_lightning.sampling.shared_work import first_process, wait_for_all
+from cdm_lightning.foundation.process_group import first_process, wait_for_all
+from cdm_lightning.sampling.draw import draw
+from cdm_lightning.sampling.manifest import NO_CLASSES, Precision, plan
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Row:
     compared: bool = False  # whether it belongs to the comparison of samplers and steps, not to the search over s
 
 
-class Workshop:
+class LevelSearch:
     """Where the points of one search are drawn and measured; all that they share."""
 
     def __init__(
@@ -236,3 +237,79 @@ class Workshop:
 
 def calls_of(stage: Any) -> int:
     return stage.diffusion.sampling_steps or stage.diffusion.timesteps
+
+
+def search_levels(run: LevelSearch, grids: list[list[int]], kinds: list[str]) -> tuple[list[Row], dict[str, list[int]]]:
+    """The rows of all stages, low to high, and the levels of least distance per kind of truncation."""
+    best: dict[str, list[int]] = {kind: [] for kind in kinds}
+    rows: list[Row] = []
+    for number, grid in enumerate(grids, 1):
+        points, name = points_of(number, grid, best), run.cascade.stages[number].name
+        found = [run.measure(point) for point in tqdm(points, f"points of {name}", unit="point")]
+        for kind in kinds:
+            best[kind] = [*best[kind], lowest(found, kind).s]
+        rows += found
+    return rows, best
+
+
+def level_grid(stage: Any, levels: list[int] | None) -> list[int]:
+    """The levels to measure of one stage in rising order, 0 among them; 0 alone where the stage has none."""
+    if not stage.augmentation.takes_level:
+        return [0]
+    timesteps = stage.augmentation.diffusion.timesteps
+    if levels is None:
+        levels = [round(timesteps * share) for share in (1 / 40, 1 / 16, 1 / 8, 1 / 4, 3 / 8)]
+        levels = [min(level, stage.augmentation.max_level) for level in levels]
+    return sorted({0, *levels})
+
+
+def check_levels(cascade: CascadeModule, grids: list[list[int]], kinds: list[str]) -> None:
+    """Refuse levels that a stage was not trained for or cannot stop at, before hours are spent."""
+    if all(grid == [0] for grid in grids):
+        raise InputError("there is no level s > 0 to choose: give levels, to a cascade with Gaussian augmentation")
+    for number, grid in enumerate(grids):
+        for level in grid:
+            chosen = [0] * len(grids)
+            chosen[number] = level
+            cascade.set_levels(chosen, "truncated" in kinds)
+            cascade.set_sampler(None, None)  # checks that the reverse process can stop there
+    cascade.set_levels([0] * len(grids), False)
+
+
+def check_compared(diffusion: Any, samplers: list[Sampler] | None, steps: list[int] | None) -> None:
+    """Refuse samplers and numbers of steps that the last stage has no grid for."""
+    own = (diffusion.sampler, diffusion.sampling_steps)
+    for sampler in samplers or [own[0]]:
+        for count in steps or [own[1]]:
+            diffusion.sampler, diffusion.sampling_steps = sampler, count
+            diffusion.sampling_grid(0)
+    diffusion.sampler, diffusion.sampling_steps = own
+
+
+def points_of(number: int, grid: list[int], best: dict[str, list[int]]) -> list[Point]:
+    """The points of one stage: per level, each kind of generated input, and real input."""
+    points = []
+    for s in grid:
+        lower = next(iter(best.values()))
+        if not s and all(levels == lower for levels in best.values()) and not any(lower):
+            points.append(Point(number, [*lower, 0], "generated"))  # at s = 0 both kinds are one law
+        else:
+            points += [Point(number, [*levels, s], kind) for kind, levels in best.items()]
+        points.append(Point(number, [*lower, s], "real low-res"))
+    return points
+
+
+def lowest(rows: list[Row], kind: str) -> Row:
+    """The row of least distance on generated input of that kind; at s = 0 it may belong to both kinds."""
+    return min((row for row in rows if row.kind in (kind, "generated")), key=lambda row: row.figures[0].value)
+
+
+def compared(
+    cascade: CascadeModule, levels: list[int], kind: str, samplers: list[Sampler] | None, steps: list[int] | None
+) -> list[Point]:
+    """The last stage at the chosen levels, over samplers and numbers of steps."""
+    if samplers is None and steps is None:
+        return []
+    last = cascade.stages[-1].diffusion
+    every = [(a, b) for a in samplers or [last.sampler] for b in steps or [last.sampling_steps or last.timesteps]]
+    return [Point(len(levels), levels, kind if any(levels) else "generated", a, b) for a, b in every]

@@ -6,17 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
-from tqdm import tqdm
 
-from cdm_lightning.cascade.bundle import read_bundle
-from cdm_lightning.cascade.cascade import CascadeModule
-from cdm_lightning.diffusion.process import Sampler
-from cdm_lightning.evaluation.detectors.loading import load_detector
-from cdm_lightning.evaluation.search.level_search import Point, Row, Workshop
-from cdm_lightning.evaluation.search.report import print_rows, store_in_bundle, write_search
+from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.sampling.draw import Precision
-from cdm_lightning.sampling.shared_work import first_process
+from cdm_lightning.foundation.process_group import first_process
+from cdm_lightning.sampling.manifest import Precision
 
 
 def search(
@@ -75,11 +69,25 @@ def search(
     """
     if n < 4 or repeats < 1:
         raise InputError(f"n = {n}, repeats = {repeats}: a point takes 4 images or more, of 1 seed or more")
+    from cdm_lightning.cascade import CascadeModule
+    from cdm_lightning.cascade.bundle import read_bundle
+    from cdm_lightning.evaluation.detectors import load_detector
+    from cdm_lightning.evaluation.search.level_search import (
+        LevelSearch,
+        check_compared,
+        check_levels,
+        compared,
+        level_grid,
+        lowest,
+        search_levels,
+    )
+    from cdm_lightning.evaluation.search.report import print_rows, store_in_bundle, write_search
+
     judge = load_detector(detector, trust_detector)
     stages, about = read_bundle(bundle)
     cascade = CascadeModule.of(stages, seed)
     cascade.set_sampler(sampler, sampling_steps)
-    run = Workshop(
+    run = LevelSearch(
         cascade, about, Path(out), Path(shards), split, input_split, judge, detector, n,
         list(range(seed, seed + repeats)), block_size, precision, devices, accelerator,
     )  # fmt: skip
@@ -103,79 +111,3 @@ def search(
     if store:
         store_in_bundle(bundle, results)
     return results
-
-
-def search_levels(run: Workshop, grids: list[list[int]], kinds: list[str]) -> tuple[list[Row], dict[str, list[int]]]:
-    """The rows of all stages, low to high, and the levels of least distance per kind of truncation."""
-    best: dict[str, list[int]] = {kind: [] for kind in kinds}
-    rows: list[Row] = []
-    for number, grid in enumerate(grids, 1):
-        points, name = points_of(number, grid, best), run.cascade.stages[number].name
-        found = [run.measure(point) for point in tqdm(points, f"points of {name}", unit="point")]
-        for kind in kinds:
-            best[kind] = [*best[kind], lowest(found, kind).s]
-        rows += found
-    return rows, best
-
-
-def level_grid(stage: Any, levels: list[int] | None) -> list[int]:
-    """The levels to measure of one stage in rising order, 0 among them; 0 alone where the stage has none."""
-    if not stage.augmentation.takes_level:
-        return [0]
-    timesteps = stage.augmentation.diffusion.timesteps
-    if levels is None:
-        levels = [round(timesteps * share) for share in (1 / 40, 1 / 16, 1 / 8, 1 / 4, 3 / 8)]
-        levels = [min(level, stage.augmentation.max_level) for level in levels]
-    return sorted({0, *levels})
-
-
-def check_levels(cascade: CascadeModule, grids: list[list[int]], kinds: list[str]) -> None:
-    """Refuse levels that a stage was not trained for or cannot stop at, before hours are spent."""
-    if all(grid == [0] for grid in grids):
-        raise InputError("there is no level s > 0 to choose: give levels, to a cascade with Gaussian augmentation")
-    for number, grid in enumerate(grids):
-        for level in grid:
-            chosen = [0] * len(grids)
-            chosen[number] = level
-            cascade.set_levels(chosen, "truncated" in kinds)
-            cascade.set_sampler(None, None)  # checks that the reverse process can stop there
-    cascade.set_levels([0] * len(grids), False)
-
-
-def check_compared(diffusion: Any, samplers: list[Sampler] | None, steps: list[int] | None) -> None:
-    """Refuse samplers and numbers of steps that the last stage has no grid for."""
-    own = (diffusion.sampler, diffusion.sampling_steps)
-    for sampler in samplers or [own[0]]:
-        for count in steps or [own[1]]:
-            diffusion.sampler, diffusion.sampling_steps = sampler, count
-            diffusion.sampling_grid(0)
-    diffusion.sampler, diffusion.sampling_steps = own
-
-
-def points_of(number: int, grid: list[int], best: dict[str, list[int]]) -> list[Point]:
-    """The points of one stage: per level, each kind of generated input, and real input."""
-    points = []
-    for s in grid:
-        lower = next(iter(best.values()))
-        if not s and all(levels == lower for levels in best.values()) and not any(lower):
-            points.append(Point(number, [*lower, 0], "generated"))  # at s = 0 both kinds are one law
-        else:
-            points += [Point(number, [*levels, s], kind) for kind, levels in best.items()]
-        points.append(Point(number, [*lower, s], "real low-res"))
-    return points
-
-
-def lowest(rows: list[Row], kind: str) -> Row:
-    """The row of least distance on generated input of that kind; at s = 0 it may belong to both kinds."""
-    return min((row for row in rows if row.kind in (kind, "generated")), key=lambda row: row.figures[0].value)
-
-
-def compared(
-    cascade: CascadeModule, levels: list[int], kind: str, samplers: list[Sampler] | None, steps: list[int] | None
-) -> list[Point]:
-    """The last stage at the chosen levels, over samplers and numbers of steps."""
-    if samplers is None and steps is None:
-        return []
-    last = cascade.stages[-1].diffusion
-    every = [(a, b) for a in samplers or [last.sampler] for b in steps or [last.sampling_steps or last.timesteps]]
-    return [Point(len(levels), levels, kind if any(levels) else "generated", a, b) for a, b in every]

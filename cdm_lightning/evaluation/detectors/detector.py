@@ -87,3 +87,14 @@ class SmallCNN(Detector):
 
 def convolution(channels: int, out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+
+@torch.no_grad()
+def features_of(detector: Detector, image: torch.Tensor) -> torch.Tensor:
+    """float32 (B, d) features of uint8 (B, C, H, W), in full precision under autocast too; refuses NaN and infinity."""
+    with torch.autocast(image.device.type, enabled=False):
+        features = detector(image).float()
+    if not features.isfinite().all():
+        number = int((~features.isfinite().all(1)).nonzero()[0])
+        raise InputError(f"detector {detector.name} makes features of image {number} of a batch that are not finite")
+    return features

@@ -1,0 +1,128 @@
+"""`cdm fit`, `validate`, `test` and `predict`: Lightning's command line for stages and cascades."""
+
+from __future__ import annotations
+
+import os
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import lightning.pytorch as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from omegaconf.errors import OmegaConfBaseException
+
+from cdm_lightning.data import ShardDataModule
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
+from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
+from cdm_lightning.training.resume import run_id
+
+
+class CommandLine(LightningCLI):
+    """Lightning's command line with one seed for everything that draws."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a file that is no whole checkpoint, which nothing in Lightning has a sentence for."""
+        given = self.config[self.subcommand]
+        if given.ckpt_path and given.ckpt_path not in ("last", "best", "hpc"):
+            if not Path(given.ckpt_path).is_file():
+                raise InputError(f"ckpt_path {given.ckpt_path} is no file: a checkpoint is expected, or the word last")
+            check_checkpoint(given.ckpt_path)
+
+    def newest(self) -> Path | None:
+        """The checkpoint that `ckpt_path: last` means."""
+        savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+        root = Path(self.trainer.default_root_dir) / "checkpoints"
+        return newest_checkpoint({root, *(Path(saver.dirpath) for saver in savers if saver.dirpath)})
+
+    def before_fit(self) -> None:
+        """Refuse what would not be done as it was asked for, and settle where the run goes on."""
+        precision = str(self.config.fit.trainer.precision)
+        if precision.startswith("16") and isinstance(self.trainer.accelerator, CPUAccelerator):
+            raise InputError(f"precision {precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
+        options = getattr(self.trainer.strategy, "_ddp_kwargs", {})
+        if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
+            number = self.trainer.accumulate_grad_batches
+            raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
+        mode, number = getattr(self.model, "compiled_as", None), self.trainer.accumulate_grad_batches
+        if mode is not None and mode != "default" and number > 1:
+            raise InputError(
+                f"compile {mode} and accumulate_grad_batches {number} exclude each other: CUDA graphs reuse memory"
+            )
+        if self.config.fit.ckpt_path == "last" and not self.config.fit.trainer.fast_dev_run:
+            self.config_init.fit.ckpt_path = self.newest()
+        elif self.config.fit.ckpt_path is None and (older := self.newest()):
+            rank_zero_warn(f"ckpt_path is null beside {older}: of both runs, `last` will mean the one of more steps")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and self.trainer.is_global_zero and "WANDB_RUN_ID" not in os.environ:
+                logger._wandb_init["id"] = logger._wandb_init.get("id") or run_id(Path(self.trainer.default_root_dir))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, its checkpoints written whole; a CheckpointIO among the configured plugins stays."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
+
+    def before_validate(self) -> None:
+        """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
+        if self.config[self.subcommand].ckpt_path == "last":
+            if (newest := self.newest()) is None:
+                folder = Path(self.trainer.default_root_dir) / "checkpoints"
+                raise InputError(f"{folder} holds no whole checkpoint, and ckpt_path last asks for the newest of them")
+            check_checkpoint(newest)
+            self.config_init[self.subcommand].ckpt_path = newest
+
+    before_test = before_predict = before_validate
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse has a sentence for all others
+            raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
+
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        """Unpickle nothing unless told to, whatever configurations are given."""
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone, where Lightning would pour a checkpoint's hyper-parameters into it."""
+
+
+def run() -> None:
+    """Carry out the command in sys.argv, which the processes that Lightning starts repeat."""
+    if not logged_in():
+        os.environ.setdefault("WANDB_MODE", "offline")
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    CommandLine(
+        L.LightningModule,
+        ShardDataModule,
+        subclass_mode_model=True,
+        trainer_class=Trainer,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},
+    )
+
+
+def logged_in() -> bool:
+    """Whether `wandb login` has left a key; asks the file, since asking wandb settles its mode before it can be set."""
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc().authenticators(server or ""))
+    except (OSError, NetrcParseError):
+        return False
