@@ -79,10 +79,11 @@ test: setup ## Run every test, in two processes
 test-long: setup ## Run what takes longer than `make test` may: kills at random moments, 50,000 samples, the soak
 	.venv/bin/pytest -m long --timeout 0 $(ARGS)
 
-lint: setup ## Check style and types
+lint: setup ## Check style, types, and the direction of imports
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 
 clean: ## Remove the runs (not .venv)
 	rm -rf runs
