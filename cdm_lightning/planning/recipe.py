@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.training import EMA
 from cdm_lightning.training.checkpoints import Trainer
+from cdm_lightning.training.lightning_cli import refuse_moved
 
 EXPERIMENTS = Path("experiments")
 
@@ -54,6 +56,7 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
     for path in configs:
         if not path.is_file():
             raise InputError(f"configuration {path} does not exist")
+    refuse_moved([*map(str, configs), *shlex.split(arguments)])
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     parser = LightningArgumentParser(parser_mode="omegaconf+", prog="cdm plan")
     parser.add_argument("--config", action=ActionConfigFile)
@@ -77,6 +80,6 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
         batch=read.data.batch_size,
         max_steps=steps,
         precision=str(read.trainer.precision),
-        average=any(call.class_path == f"{EMA.__module__}.{EMA.__name__}" for call in read.trainer.callbacks or []),
+        average=any(issubclass(pkgutil.resolve_name(call.class_path), EMA) for call in read.trainer.callbacks or []),
         checkpointing=checkpointing,
     )

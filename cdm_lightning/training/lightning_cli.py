@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,30 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
 from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
 from cdm_lightning.training.resume import run_id
+
+MOVED = {  # class paths of version 0.1, and where the classes are now
+    "callbacks.EMA": "training.EMA",
+    "callbacks.LossCurve": "training.LossCurve",
+    "callbacks.SampleGrid": "training.SampleGrid",
+    "faults.FiniteSteps": "training.FiniteSteps",
+    "resume.Checkpoint": "training.Checkpoint",
+    "datamodule.ShardDataModule": "data.ShardDataModule",
+    "evaluation.callback.CascadeFigures": "evaluation.CascadeFigures",
+    "classifier.Classifier": "evaluation.cas.classifier.Classifier",
+}
+
+
+def refuse_moved(words: Iterable[str]) -> None:
+    """Refuse a class path of version 0.1 in options or in the configurations that they name, and name the new one."""
+    for word in words:
+        where, text = "", word
+        path = Path(word.removeprefix("--config="))
+        if path.suffix in (".yaml", ".yml"):
+            with suppress(OSError, UnicodeDecodeError):  # the parser has a sentence for those
+                where, text = f"{path}: ", path.read_text()
+        for old, new in MOVED.items():
+            if re.search(rf"\bcdm_lightning\.{re.escape(old)}\b", text):
+                raise InputError(f"{where}cdm_lightning.{old} is cdm_lightning.{new} now")
 
 
 class CommandLine(LightningCLI):
@@ -87,6 +115,7 @@ class CommandLine(LightningCLI):
     before_test = before_predict = before_validate
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        refuse_moved(sys.argv[1:])
         try:
             super().parse_arguments(parser, args)
         except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse has a sentence for all others
