@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class CascadeModule(L.LightningModule):
             raise InputError(
                 f"sampling_steps {list(sampling_steps)} has {len(sampling_steps)} entries for {len(self.stages)} stages"
             )
-        stops = [*self.levels, 0] if self.truncated else [0] * len(self.stages)
+        stops = self.stops()
         for number, stage in enumerate(self.stages):
             if sampler is not None:
                 stage.diffusion.sampler = sampler
@@ -134,43 +134,58 @@ class CascadeModule(L.LightningModule):
 
     @torch.no_grad()
     def sample(self, label: torch.Tensor, index: torch.Tensor, image: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Images of every resolution, float32 (B, C, R, R), from the base's to the last.
+        """Images of every resolution, float32 (B, C, R, R), from the base's to the last (CDM, Algorithm 2).
 
         label, index: int64 (B,). Image i is a function of (seed, index[i], label[i]), whatever its company in the batch
         (up to the float error of another batch size). image: clean images (real ones, or stored samples) of one of the
         stages' resolutions; the cascade goes on from there. In truncated mode the intermediate entries are the z_s.
         """
         self.check_labels(label)
-        base, *upsamplers = self.stages
-        stops = [*self.levels, 0] if self.truncated else [0] * len(self.stages)
+        _, *upsamplers = self.stages
+        stops = self.stops()  # where the reverse process of each stage ends: at s, or at 0
         images = []
         if image is None:
-            own = self.generators(index, 0)
-            drawn = self.in_batches(0, len(label), lambda part: base.sample(label[part], stops[0], own[part]))
-            image = hand_over(drawn, stops[0])
+            image = self.draw(0, label, self.generators(index, 0), stops[0])  # z_s ~ p(z_s|c)
             images.append(image)
         for number, (stage, level, stop_at) in enumerate(zip(upsamplers, self.levels, stops[1:], strict=True), 1):
             if not images and stage.low_resolution != image.shape[-1]:
-                continue  # these stages lie before the image that was given
+                continue  # this stage lies before the image that was given
             generator = self.generators(index, number)
-            arrived = self.truncated and images and level > 0  # z_s already; what was given, and z_0, are clean
-            strength = torch.full((len(label),), float(level), device=self.device)
-            low_res = image if arrived else stage.augment(image, strength, generator)
-
-            def upsample(part: slice, z=low_res, stage=stage, how=(level, stop_at), own=generator) -> torch.Tensor:
-                return stage.sample(label[part], z[part], *how, own[part])
-
-            image = hand_over(self.in_batches(number, len(label), upsample), stop_at)
+            is_noisy = self.truncated and images and level > 0  # the stage before has stopped at z_s
+            low_res = image if is_noisy else stage.augment(image, level, generator)  # z_s ~ q(z_s|z_0)
+            image = self.draw(number, label, generator, stop_at, low_res, level)  # x ~ p(x|z_s, c)
             images.append(image)
         return images
 
-    def in_batches(self, number: int, count: int, draw: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-        """What a stage draws of `count` images, as many of them at a time as were chosen."""
-        size = count if self.batch_sizes is None else self.batch_sizes[number]
-        return torch.cat([draw(slice(first, first + size)) for first in range(0, count, size)])
+    def stops(self) -> list[int]:
+        """The time at which the reverse process of each stage ends: s of the next stage in truncated mode, else 0."""
+        return [*self.levels, 0] if self.truncated else [0] * len(self.stages)
 
-    def generators(self, index: torch.Tensor, stage: int) -> list[torch.Generator]:
-        return generators(index.tolist(), self.device, self.seed, "sample", stage)
+    def draw(
+        self,
+        number: int,
+        label: torch.Tensor,
+        generator: list[torch.Generator],
+        stop_at: int,
+        low_res: torch.Tensor | None = None,
+        level: int = 0,
+    ) -> torch.Tensor:
+        """What stage `number` draws, as many images at a time as `batch_sizes` says.
+
+        A finished image is rounded to what 8 bits can hold, so that it is the same from memory and from a file; a z_s
+        is left as it is.
+        """
+        size = len(label) if self.batch_sizes is None else self.batch_sizes[number]
+        drawn = []
+        for part in (slice(first, first + size) for first in range(0, len(label), size)):
+            conditioning = (label[part],) if low_res is None else (label[part], low_res[part], level)
+            drawn.append(self.stages[number].sample(*conditioning, stop_at, generator[part]))
+        image = torch.cat(drawn)
+        return image if stop_at else quantize(image)
+
+    def generators(self, index: torch.Tensor, number: int) -> list[torch.Generator]:
+        """A generator per image for the draws of one stage, keyed by (seed, stage, index)."""
+        return generators(index.tolist(), self.device, self.seed, "sample", number)
 
     def check_labels(self, label: torch.Tensor) -> None:
         if self.num_classes is not None and len(label):
@@ -196,11 +211,6 @@ class CascadeModule(L.LightningModule):
             return [to_uint8(image) for image in self.sample(batch[1], batch[2])]
         image = to_float(batch["image"]) if "image" in batch else None
         return [to_uint8(image) for image in self.sample(batch["label"], batch["index"], image)]
-
-
-def hand_over(image: torch.Tensor, stop_at: int) -> torch.Tensor:
-    """A finished image as 8 bits can hold it, a z_s untouched: the same whether it is kept in memory or in a file."""
-    return image if stop_at else quantize(image)
 
 
 def check_level(stage: SuperResolutionStage, level: int) -> None:

@@ -1,4 +1,4 @@
-"""The diffusion process: q(x_t|x_0), the losses, and the reverse process: diffusers' but for the ancestral step.
+"""The diffusion process: q(x_t|x_0), the losses, and the reverse process from x_T down to any x_s.
 
 Time is the paper's: t in (0, T], and 0 is the clean image. diffusers counts 0 ... T-1; its index is t - 1 and never
 leaves this file.
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from cdm_lightning.diffusion.samplers import ancestral_step
+from cdm_lightning.diffusion.samplers import ancestral_step, check_ddim, scheduler_of
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.randomness import randn_ahead
 
@@ -222,9 +222,10 @@ class Diffusion:
         steps = self.timesteps if self.sampling_steps is None else self.sampling_steps
         if not 1 <= steps <= self.timesteps:
             raise InputError(f"sampling_steps {steps} lies outside 1 ... T = {self.timesteps}")
-        scheduler = self._scheduler()
+        settings = schedule_settings(self.sampling_schedule or self.schedule, self.timesteps)
+        scheduler = scheduler_of(self.sampler, settings, self.prediction, self.clip)
         if self.sampler == "ddim":
-            self._check_ddim(steps, stop_at)
+            check_ddim(self.timesteps, steps, stop_at)
         scheduler.set_timesteps(steps)
         grid = [int(i) for i in scheduler.timesteps]
         if steps == 1 and self.sampler == "ddpm":
@@ -236,34 +237,6 @@ class Diffusion:
         if not left:
             raise InputError(f"stop_at {stop_at} leaves {self.sampler} no step: its first is at t = {indices[0] + 1}")
         return scheduler, left
-
-    def _scheduler(self) -> Any:
-        from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-
-        settings = schedule_settings(self.sampling_schedule or self.schedule, self.timesteps)
-        settings["prediction_type"] = self.prediction
-        if self.sampler == "ddpm":
-            return DDPMScheduler(**settings, timestep_spacing="linspace")  # for its grid alone
-        if self.sampler == "ddim":
-            return DDIMScheduler(**settings, clip_sample=self.clip, timestep_spacing="trailing")
-        return DPMSolverMultistepScheduler(
-            **settings,
-            timestep_spacing="linspace",
-            thresholding=self.clip,  # with sample_max_value 1 the dynamic threshold is the plain clamp to [-1, 1]
-            sample_max_value=1.0,
-            lambda_min_clipped=-5.1,  # a log-SNR below this says nothing; the cosine schedule ends far below it
-        )
-
-    def _check_ddim(self, steps: int, stop_at: int) -> None:
-        if self.timesteps % steps:
-            raise InputError(f"sampling_steps {steps} does not divide T = {self.timesteps}, as the DDIM sampler needs")
-        stride = self.timesteps // steps
-        if stop_at % stride:
-            below = stop_at // stride * stride
-            raise InputError(
-                f"stop_at {stop_at} is not on DDIM's grid of {steps} steps (multiples of {stride}): "
-                f"the nearest are {below} and {below + stride}"
-            )
 
 
 def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:

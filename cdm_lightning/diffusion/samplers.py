@@ -1,10 +1,51 @@
-"""One step of DDPM's ancestral sampler, with noise that is told: so that it can be drawn for many steps at once."""
+"""The samplers of the reverse process: diffusers' schedulers, and an ancestral step of our own.
+
+Our ancestral step is given its noise, which can so be drawn for many steps at once; diffusers' draws it step by step.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+
+from cdm_lightning.foundation.errors import InputError
+
+
+def scheduler_of(sampler: str, settings: dict[str, Any], prediction: str, clip: bool) -> Any:
+    """diffusers' scheduler for a sampler: ddpm, ddim or dpm++. settings: of the noise schedule. clip: x_0 to [-1, 1].
+
+    Each has the spacing of its grid at which it is right: diffusers' DDIM steps by T / n whatever its grid is, and
+    "leading", its default, starts far below T.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    settings = {**settings, "prediction_type": prediction}
+    if sampler == "ddpm":
+        return DDPMScheduler(**settings, timestep_spacing="linspace")  # for its grid alone
+    if sampler == "ddim":
+        return DDIMScheduler(**settings, clip_sample=clip, timestep_spacing="trailing")
+    return DPMSolverMultistepScheduler(
+        **settings,
+        timestep_spacing="linspace",
+        thresholding=clip,  # with sample_max_value 1 the dynamic threshold is the plain clamp to [-1, 1]
+        sample_max_value=1.0,
+        lambda_min_clipped=-5.1,  # a log-SNR below this says nothing; the cosine schedule ends far below it
+    )
+
+
+def check_ddim(timesteps: int, steps: int, stop_at: int) -> None:
+    """Refuse numbers of steps that do not divide T, and an s between two of DDIM's steps of T / n."""
+    if timesteps % steps:
+        raise InputError(f"sampling_steps {steps} does not divide T = {timesteps}, as the DDIM sampler needs")
+    stride = timesteps // steps
+    if stop_at % stride:
+        below = stop_at // stride * stride
+        raise InputError(
+            f"stop_at {stop_at} is not on DDIM's grid of {steps} steps (multiples of {stride}): "
+            f"the nearest are {below} and {below + stride}"
+        )
 
 
 def ancestral_step(

@@ -113,7 +113,7 @@ class DiffusionStage(L.LightningModule):
         return f"{'sr' if self.is_super_resolution else 'base'}{self.resolution}"
 
     def losses(self, batch: Batch, purpose: str, by_quarters: bool = False) -> dict[str, torch.Tensor]:
-        """The loss and its parts per image, (B,) each; s and t of an image are drawn independently.
+        """The loss and its parts per image, (B,) each; s and t of an image are drawn independently (CDM, Algorithm 1).
 
         by_quarters: also the loss by quarters of t, and of s where there is one, NaN for an image of another quarter.
         """
@@ -121,8 +121,9 @@ class DiffusionStage(L.LightningModule):
         self.check_batch(image)
         generator = generators(index.tolist(), image.device, self.seed, purpose)
         t = self.diffusion.time_from_uniform(rand(generator))
-        predict, places = self.training_predictor(image, label, generator)
-        losses = self.diffusion.loss(predict, image, t, randn(image.shape[1:], generator))
+        predict, places = self.training_predictor(image, label, generator)  # draws s and z_s ~ q(z_s|z_0)
+        eps = randn(image.shape[1:], generator)
+        losses = self.diffusion.loss(predict, image, t, eps)
         for name, place in {"t": t / self.diffusion.timesteps, **places}.items() if by_quarters else ():
             losses |= quarters(f"loss_{name}", losses["loss"].detach(), place)
         return losses

@@ -76,9 +76,13 @@ class SuperResolutionStage(DiffusionStage):
         return predict, {"s": (strength + 1) / (kind.max_level + 1)} if isinstance(kind, GaussianAugmentation) else {}
 
     def augment(
-        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
+        self, low_res: torch.Tensor, strength: torch.Tensor | float, generator: Sequence[torch.Generator]
     ) -> torch.Tensor:
-        """The augmented low-resolution image, at its own resolution: in training and sampling alike."""
+        """The augmented low-resolution image, at its own resolution: in training and sampling alike.
+
+        strength: of each image, (B,), or one for all.
+        """
+        strength = torch.as_tensor(strength, dtype=torch.float32, device=low_res.device).expand(len(low_res))
         return self.augmentation(low_res, strength, generator)
 
     def conditioned(self, label: torch.Tensor, low_res: torch.Tensor, strength: torch.Tensor) -> Predict:
