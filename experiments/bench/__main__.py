@@ -14,6 +14,7 @@ import growth
 import network
 import recipes
 import sampling
+import startup
 import torch
 from jsonargparse import auto_cli
 
@@ -22,12 +23,12 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.process_group import exit_with_sentence
 
-Part = Literal["network", "recipes", "sampling", "data", "growth"]
+Part = Literal["network", "recipes", "sampling", "data", "growth", "startup"]
 
 
 def bench(
     out: Path = Path("runs/bench"),
-    parts: list[Part] = ["network", "recipes", "sampling", "data", "growth"],  # noqa: B006, read only
+    parts: list[Part] = ["network", "recipes", "sampling", "data", "growth", "startup"],  # noqa: B006, read only
     guided_diffusion: Path | None = None,
     compile: bool = False,
     quick: bool = False,
@@ -56,6 +57,9 @@ def bench(
         elif part == "data":
             results[part] = data.run(quick)
             texts.append("```\n" + data.table(results[part]) + "\n```")
+        elif part == "startup":
+            results[part] = startup.run(quick)
+            texts.append(startup.table(results[part]))
         else:
             results[part] = growth.run(quick)
             texts.append(growth.table(results[part]))

@@ -134,6 +134,20 @@ def test_samplers_and_steps_are_set_for_all_stages(stages):
         cascade.set_sampler("ddim", [5, 5, 5])
 
 
+def test_truncated_sampling_adds_noise_to_the_clean_images_that_it_goes_on_from(stages):
+    """Given z_0 there is no reverse process to stop at s: z_s is drawn from q(z_s|z_0), as without truncation."""
+    cascade = CascadeModule.of(stages)
+    z = quantize(torch.rand(3, 1, 8, 8) * 2 - 1)
+    calls = record(stages[1])
+    for truncated in (True, False):
+        cascade.set_levels([1001, 0], truncated)
+        cascade.sample(LABEL, INDEX, z)
+    noisy = stages[1].augment(z, 1001, cascade.generators(INDEX, 1))
+    expected = torch.nn.functional.interpolate(noisy, (16, 16), mode="bilinear")
+    assert not torch.equal(noisy, z) and len(calls) == 8
+    assert all(torch.equal(call.low_res, expected) for call in calls)
+
+
 # -- the bundle
 
 
