@@ -11,7 +11,7 @@ import torch
 from cdm_lightning.evaluation.detectors import features_of, load_detector
 from cdm_lightning.evaluation.metrics.measure import log_key, measure_all
 from cdm_lightning.evaluation.references.cards import about_all, read_card
-from cdm_lightning.evaluation.report.report import write_test
+from cdm_lightning.evaluation.report.evaluation_pages import write_test
 from cdm_lightning.evaluation.samples import check_counts, check_images
 from cdm_lightning.foundation.errors import InputError
 

@@ -13,8 +13,9 @@ from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.references.cards import ReferenceCard, about_all, read_card
-from cdm_lightning.evaluation.report.memory import real_folder, searched
-from cdm_lightning.evaluation.report.report import print_figures, read_cas, write_evaluation
+from cdm_lightning.evaluation.report.evaluation_pages import write_evaluation
+from cdm_lightning.evaluation.report.memorisation import real_folder, searched
+from cdm_lightning.evaluation.report.results import print_figures, read_cas
 from cdm_lightning.evaluation.samples import check_manifest, sample_folders
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.process_group import first_process, wait_for_all

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
@@ -68,6 +66,8 @@ def plot(path: Path, metric: str, trials: Sequence[Trial]) -> None:
 
     Numbers lie to scale, logarithmic where they span a factor of 30; other values lie side by side, in their order.
     """
+    from matplotlib.figure import Figure  # here, because it takes long and most commands draw nothing
+
     values = {name: [trial.parameters[name] for trial in trials] for name in trials[0].parameters}
     across, *others = [name for name in values if len(set(map(str, values[name]))) > 1] or list(values)[:1]
     places = values[across]

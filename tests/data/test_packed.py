@@ -25,7 +25,7 @@ from cdm_lightning.data.shards import open_images, packed, read_manifest, write_
 from cdm_lightning.data.shards.packed import HEADER, PackedShard, npy_header
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.evaluation.real_images import read_images, write_subset
-from cdm_lightning.evaluation.report.memory import first_of_each, pictures
+from cdm_lightning.evaluation.report.stored_samples import first_of_each, pictures
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_photo
 from cdm_lightning.sampling.blocks import BlockData

@@ -24,7 +24,8 @@ from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card, write_card
 from cdm_lightning.evaluation.references.reference import reference
-from cdm_lightning.evaluation.report.memory import neighbour_rows, stage_rows, stored
+from cdm_lightning.evaluation.report.memorisation import neighbour_rows
+from cdm_lightning.evaluation.report.stored_samples import stage_rows, stored
 from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.sampling.sample import sample
 

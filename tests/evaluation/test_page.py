@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
-from cdm_lightning.evaluation.report import levels as page_levels
-from cdm_lightning.evaluation.report import page, paper
-from cdm_lightning.evaluation.report.elements import number, size_of
-from cdm_lightning.evaluation.report.pictures import plot
+from cdm_lightning.evaluation.report import paper
+from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_table, number, paper_table
+from cdm_lightning.evaluation.report.line_chart import plot
+from cdm_lightning.evaluation.report.page import Command, Drawing, render_page, size_of, write_page
+from cdm_lightning.evaluation.report.pictures import level_slider, neighbours_grid, stages_grid
+from cdm_lightning.evaluation.search import level_tables
+from cdm_lightning.evaluation.search.level_tables import costs, curves, gap_table
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_png
 
@@ -27,7 +30,7 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.texts, self.tables = [], [], [], []
+        self.open, self.tags, self.texts, self.tables, self.style = [], [], [], [], ""
         self.feed(text)
         self.close()
         assert not self.open, f"never closed: {self.open}"
@@ -47,7 +50,9 @@ class Reader(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
+        if self.open and self.open[-1] == "style":
+            self.style += data
+        elif self.open and self.open[-1] != "script":
             self.texts.append(data)
             if {"td", "th"} & set(self.open):
                 self.tables[-1][-1][-1] += data
@@ -58,6 +63,11 @@ class Reader(HTMLParser):
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read(blocks):
+    """A page of these blocks alone, read back."""
+    return Reader(render_page("", [("", blocks)]))
 
 
 @dataclass(frozen=True)
@@ -98,18 +108,18 @@ def whole(tmp_path_factory, images):
     rows = levels()
     path = tmp_path_factory.mktemp("page") / "page.html"
     sections = [
-        (f"Figures {EVIL}", page.figures_table([figure(note=EVIL), figure(0.4031, None, "recall", EVIL)], EVIL)),
-        ("Beside the paper", page.paper_table(64, [figure(name=EVIL)])),
-        ("Accuracy", page.cas_table([Accuracy(EVIL, 100, 51.25, 75.5, 0.25, EVIL)], EVIL, 128)),
-        ("Levels", page.curves([replace(row, sampler=EVIL) for row in rows])),
-        ("Gap", page.gap_table(rows)),
-        ("Nothing", page.neighbours_grid([])),
-        ("Stages", page.stages_grid([(EVIL, [images[0], png])], EVIL)),
-        ("Slider", page.level_slider({0: png, 501: png}, 501, EVIL)),
-        ("Neighbours", page.neighbours_grid([(png, [images[1], images[2]], [0.5, 1.25], True)], EVIL)),
-        ("How", page.facts({EVIL: EVIL}) + page.commands(["cdm evaluate", EVIL])),
+        (f"Figures {EVIL}", figures_table([figure(note=EVIL), figure(0.4031, None, "recall", EVIL)], EVIL)),
+        ("Beside the paper", paper_table(64, [figure(name=EVIL)])),
+        ("Accuracy", cas_table([Accuracy(EVIL, 100, 51.25, 75.5, 0.25, EVIL)], EVIL, 128)),
+        ("Levels", curves([replace(row, sampler=EVIL) for row in rows])),
+        ("Gap", gap_table(rows)),
+        ("Nothing", neighbours_grid([])),
+        ("Stages", stages_grid([(EVIL, [images[0], png])], EVIL)),
+        ("Slider", level_slider({0: png, 501: png}, 501, EVIL)),
+        ("Neighbours", neighbours_grid([(png, [images[1], images[2]], [0.5, 1.25], True)], EVIL)),
+        ("How", [{EVIL: EVIL}, Command(f"cdm evaluate\n{EVIL}"), EVIL, Drawing(png, EVIL, png, EVIL)]),
     ]
-    page.write_page(path, f"Title {EVIL}", sections, lead=EVIL)
+    write_page(path, f"Title {EVIL}", sections, lead=EVIL)
     assert [other.name for other in path.parent.iterdir()] == ["page.html"]
     return Reader(path.read_text(encoding="utf-8"))
 
@@ -124,7 +134,7 @@ def test_the_page_needs_nothing_beside_it(whole):
     assert {tag for tag, _, _ in links} == {"a", "img", "source", "link"}
     for tag, key, value in links:
         assert value.startswith("#" if tag == "a" else "data:"), (tag, key, value[:60])
-    assert "url(" not in page.STYLE and "@import" not in page.STYLE
+    assert whole.style and "url(" not in whole.style and "@import" not in whole.style
     policy = next(a["content"] for a in whole.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and "http" not in policy
 
@@ -141,10 +151,10 @@ def test_the_contents_lead_to_every_section_that_has_something(whole):
 
 def test_a_page_of_empty_blocks_has_no_contents(tmp_path):
     blocks = [
-        page.figures_table([]), page.cas_table([], "ResNet-50"), page.curves([]), page.gap_table([]),
-        page.stages_grid([]), page.neighbours_grid([]), page.level_slider({}), page.facts({}), page.commands([]),
+        figures_table([]), cas_table([], "ResNet-50"), curves([]), gap_table([]), costs([]), stages_grid([]),
+        neighbours_grid([]), level_slider({}), [{}], [Command("")], [""], [],
     ]  # fmt: skip
-    page.write_page(tmp_path / "page.html", "Empty", [(f"part {i}", block) for i, block in enumerate(blocks)])
+    write_page(tmp_path / "page.html", "Empty", [(f"part {i}", block) for i, block in enumerate(blocks)])
     empty = Reader((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert not empty.all("section") and not empty.all("nav") and empty.text == "Empty Empty"
 
@@ -155,14 +165,14 @@ def test_text_stays_text(whole):
     assert whole.texts.count(EVIL) >= 9 and "<script>alert(1)</script>&amp;, generated, 16 × 16" in str(
         whole.all("img")
     )
-    evil = Reader(page.stages_grid([("<script>", [torch.zeros(3, 8, 8, dtype=torch.uint8)])]))
+    evil = read(stages_grid([("<script>", [torch.zeros(3, 8, 8, dtype=torch.uint8)])]))
     assert not evil.all("script") and evil.tables[0][1][0] == "<script>"
 
 
 def test_pictures_have_alternatives_and_heads_have_scopes(whole):
     assert all(a["alt"].strip() for a in whole.all("img")) and all(a["scope"] for a in whole.all("th"))
     assert all(a.get("class") in ("pixels", None) for a in whole.all("img"))
-    assert "image-rendering: pixelated" in page.STYLE and "prefers-color-scheme: dark" in page.STYLE
+    assert "image-rendering: pixelated" in whole.style and "prefers-color-scheme: dark" in whole.style
 
 
 # -- figures
@@ -188,7 +198,7 @@ def test_every_figure_is_shown_with_what_its_spread_is_over():
         figure(0.712, None, "precision", "precision (fashion-cnn-64)", spread_of=""),
         figure(6.812, 0.21, "is", "Inception Score", spread_of="10 splits", against="", n=50000, n_reference=0),
     ]
-    shown = Reader(page.figures_table(figures))
+    shown = read(figures_table(figures))
     assert shown.tables[0][1:] == [
         [OWN, "7.050 ± 0.080", "3 disjoint seeds", "validation set", "lower", "500", "3,000"],
         ["kernel distance", "0.00312 ± 0.00040", "100 subsets of 500", "validation set", "lower", "500", "3,000"],
@@ -201,11 +211,10 @@ def test_every_figure_is_shown_with_what_its_spread_is_over():
 def test_another_detector_is_never_called_fid(images):
     rows = [*levels(), level(251, "truncated", 0.0031, None, key="kd", name="kernel distance (fashion-cnn-64)")]
     score = figure(2.5, None, "is", "class-entropy score (fashion-cnn-64)")
-    made = page.figures_table([figure(), score]) + page.curves(rows, rows[0]) + page.gap_table(rows)
-    shown = Reader(made)
+    shown = read([*figures_table([figure(), score]), *curves(rows, rows[0]), *gap_table(rows)])
     assert OWN in shown.text and not re.search(FOREIGN_NAMES, shown.text)
     assert not any(re.search(FOREIGN_NAMES, a.get("alt", "")) for a in shown.all("img"))
-    beside = Reader(page.paper_table(64, [figure(7.05, None), score]))
+    beside = read(paper_table(64, [figure(7.05, None), score]))
     head, ours, cdm = beside.tables[0][:3]
     assert head[4:] == [f"{OWN}, validation set", "class-entropy score (fashion-cnn-64)"]
     assert ours == ["measured here", "–", "–", "–", "7.05", "2.50"] and cdm[4:] == ["–", "–"]
@@ -220,28 +229,28 @@ def test_a_canonical_figure_stands_in_the_papers_columns():
         figure(41.2, 0.9, "is", "Inception Score", spread_of="10 splits", against="", n=50_000),
         figure(0.7, None, "precision", "precision (inception)"),
     ]  # fmt: skip
-    shown = Reader(page.paper_table(256, inception))
+    shown = read(paper_table(256, inception))
     assert shown.tables[0][:3] == [
         ["model", "FID, training set", "FID, validation set", "Inception Score"],
         ["measured here", "9.310 ± 0.060", "10.02", "41.20 ± 0.90"],
         ["paper: CDM", "4.88", "4.63", "158.71 ± 2.26"],
     ]
     assert "compare" not in shown.text and "FID: 3 disjoint seeds; Inception Score: 10 splits" in shown.text
-    few = Reader(page.paper_table(256, [replace(inception[0], n=10_000)]))
+    few = read(paper_table(256, [replace(inception[0], n=10_000)]))
     assert "Measured here on 10,000 generated images, in the paper on 50,000" in few.text
-    assert "no figures at 16 × 16" in Reader(page.paper_table(16, inception)).text
+    assert "no figures at 16 × 16" in read(paper_table(16, inception)).text
 
 
 def test_accuracies_stand_beside_the_papers_only_where_told_to():
     rows = [Accuracy("generated", 15000, 71.25, None, 0.25, "3 seeds"), Accuracy("real", 15000, 90.5, 99.5)]
-    plain = Reader(page.cas_table(rows, "ResNet-18"))
+    plain = read(cas_table(rows, "ResNet-18"))
     assert plain.tables[0][1:] == [
         ["generated", "15,000", "71.25 ± 0.25", "–", "3 seeds"],
         ["real", "15,000", "90.50", "99.50", "–"],
     ]
-    beside = Reader(page.cas_table(rows, "ResNet-18", 128))
+    beside = read(cas_table(rows, "ResNet-18", 128))
     assert ["paper: HAM", "–", "54.05", "77.33", "–"] in beside.tables[0] and "do not compare" in beside.text
-    assert "do not compare" not in Reader(page.cas_table(rows, "ResNet-50", 128)).text
+    assert "do not compare" not in read(cas_table(rows, "ResNet-50", 128)).text
 
 
 # -- levels
@@ -249,7 +258,7 @@ def test_accuracies_stand_beside_the_papers_only_where_told_to():
 
 def test_the_levels_are_a_plot_and_a_table_with_the_chosen_one_marked():
     rows = levels()
-    shown = Reader(page.curves(rows, rows[3]))
+    shown = read(curves(rows, rows[3]))
     assert shown.tables[0] == [
         ["s", "truncated", "non-truncated", "real low-res", "± one standard deviation over", "n generated"],
         ["0", "7.310 ± 0.030", "7.320 ± 0.030", "5.990 ± 0.030", "3 disjoint seeds", "500"],
@@ -257,15 +266,15 @@ def test_the_levels_are_a_plot_and_a_table_with_the_chosen_one_marked():
     ]
     assert shown.tables[1][2] == ["501", "50", "50", "50"] and len(shown.all("mark")) == 1
     assert len(shown.all("picture")) == 1 and size_of(payload(shown.all("img")[0]["src"])) == (748, 504)
-    plain = Reader(page.curves(rows))
+    plain = read(curves(rows))
     assert "chosen" not in plain.text and not plain.all("mark")
-    assert Reader(page.curves([level(0, "truncated", 7.0, None)])).tables[0][1] == ["0", "7.00", "–", "500"]
+    assert read(curves([level(0, "truncated", 7.0, None)])).tables[0][1] == ["0", "7.00", "–", "500"]
 
 
 def test_samplers_and_single_levels_share_no_plot():
     rows = [*levels(), level(0, "truncated", 6.9, steps=50), level(501, "truncated", 6.8, steps=50)]
-    assert len(Reader(page.curves(rows)).all("picture")) == 2
-    shown = Reader(page.curves([*levels(), level(0, "truncated", 6.9, sampler="ddpm")]))
+    assert len(read(curves(rows)).all("picture")) == 2
+    shown = read(curves([*levels(), level(0, "truncated", 6.9, sampler="ddpm")]))
     assert len(shown.all("picture")) == 1 and "ddpm with 25 steps" in shown.text and "6.900" in shown.text
 
 
@@ -288,12 +297,12 @@ def test_the_gap_is_generated_minus_real():
         level(501, "truncated", 6.0, sampler="ddpm"), level(77, "truncated", 6.0),  # without real input to compare
         level(0, "truncated", 0.9, 0.1, **recall), level(0, "real low-res", 0.8, 0.1, **recall),  # no distances
     ]  # fmt: skip
-    shown = Reader(page.gap_table(rows))
+    shown = read(gap_table(rows))
     assert len(shown.tables) == 1 and shown.tables[0][1:] == [
         ["0", "truncated", "7.310 ± 0.030", "5.990 ± 0.040", "1.320 ± 0.050", "3 disjoint seeds"],
         ["501", "truncated", "6.000", "6.260 ± 0.030", "−0.260", "3 disjoint seeds"],
     ]
-    assert page.gap_table([level(0, "truncated", 7.3)]) == ""
+    assert gap_table([level(0, "truncated", 7.3)]) == []
 
 
 # -- pictures
@@ -309,7 +318,7 @@ def pixels_of(source):
 
 def test_pictures_keep_every_pixel(images):
     colour = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    shown = Reader(page.stages_grid([("dog", [images[0], colour])]))
+    shown = read(stages_grid([("dog", [images[0], colour])]))
     assert shown.tables[0] == [["class", "16 × 16", "32 × 32"], ["dog", "", ""]]
     for source, image in zip(shown.all("img"), (images[0], colour), strict=True):
         assert torch.equal(pixels_of(source["src"]), image) and source["style"] == "--wide:128px"
@@ -318,7 +327,7 @@ def test_pictures_keep_every_pixel(images):
 def test_neighbours_are_in_order_and_copies_are_called_so(images):
     rows = [(images[0], [images[1], images[2]], [0.5, 1.25], True), (images[2], [images[1]], [2.0], False)]
     rows.append((images[1], [], [], False))
-    shown = Reader(page.neighbours_grid(rows, "features of fashion-cnn-64"))
+    shown = read(neighbours_grid(rows, "features of fashion-cnn-64"))
     assert shown.tables[0] == [
         ["generated", "nearest", "nearest 2"], ["copy", "0.500", "1.25"], ["generated", "2.00", "–"],
         ["generated", "–", "–"],
@@ -334,7 +343,7 @@ def test_neighbours_are_in_order_and_copies_are_called_so(images):
 
 def test_the_slider_shows_every_level_without_a_script(images):
     pngs = {s: encode_png(images[i].permute(1, 2, 0).numpy()) for i, s in enumerate((501, 0, 251))}
-    shown = Reader(page.level_slider(pngs, start=251))
+    shown = read(level_slider(pngs, start=251))
     assert [int(a["data-s"]) for a in shown.all("figure")] == [0, 251, 501]
     assert [payload(a["src"]) for a in shown.all("img")] == [pngs[0], pngs[251], pngs[501]]
     assert shown.all("input")[0]["value"] == "1" and "hidden" in next(a for a in shown.all("p") if "hidden" in a)
@@ -344,7 +353,7 @@ def test_the_slider_shows_every_level_without_a_script(images):
 @pytest.mark.parametrize("picture", [b"GIF89a", torch.zeros(1, 8, 8), torch.zeros(8, 8, dtype=torch.uint8)])
 def test_what_is_no_picture_is_refused(picture):
     with pytest.raises(InputError, match="a picture"):
-        page.stages_grid([("dog", [picture])])
+        stages_grid([("dog", [picture])])
 
 
 # -- the paper, typed a second time: FID against train, against val, Inception Score; top-1, top-5
@@ -388,7 +397,7 @@ def typed(text, keys):
 
 @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
 def test_the_page_shows_all_the_paper_has_at_a_resolution(resolution):
-    shown = Reader(page.paper_table(resolution, []) + page.cas_table([Accuracy("generated", 9, 1.0)], "x", resolution))
+    shown = read(paper_table(resolution, []) + cas_table([Accuracy("generated", 9, 1.0)], "x", resolution))
     cells = {cell for table in shown.tables for row in table for cell in row}
     for table in (paper.TABLE_1A, paper.TABLE_1B, paper.ABLATIONS):
         known = {value for figures in table.get(resolution, {}).values() for value in figures.values()}
@@ -397,10 +406,10 @@ def test_the_page_shows_all_the_paper_has_at_a_resolution(resolution):
 
 def test_the_generated_point_at_s_0_belongs_to_both_curves(monkeypatch):
     drawn = []
-    monkeypatch.setattr(page_levels, "curve", lambda *given: drawn.append(given) or "")
+    monkeypatch.setattr(level_tables, "line_chart", lambda *given: drawn.append(given))
     rows = [level(0, "generated", 9.0), level(0, "real low-res", 5.0), level(251, "real low-res", 6.0)]
     rows += [level(251, "truncated", 8.0), level(251, "non-truncated", 7.0)]
-    page.curves(rows, rows[0])
+    curves(rows, rows[0])
     lines, mark, *_ = drawn[0]
     assert {kind: [(s, value) for s, value, _ in points] for kind, points in lines.items()} == {
         "truncated": [(0, 9.0), (251, 8.0)], "non-truncated": [(0, 9.0), (251, 7.0)],
@@ -411,13 +420,13 @@ def test_the_generated_point_at_s_0_belongs_to_both_curves(monkeypatch):
 
 def test_samplers_and_steps_are_one_table_and_one_plot_over_calls(monkeypatch):
     drawn = []
-    monkeypatch.setattr(page_levels, "curve", lambda *given: drawn.append(given) or "")
+    monkeypatch.setattr(level_tables, "line_chart", lambda *given: drawn.append(given))
     rows = [replace(level(501, "truncated", 9.0, sampler="ddpm", steps=4), calls=29)]
     rows += [replace(level(501, "truncated", 8.0, sampler="dpm++", steps=10), calls=35)]
-    read = Reader(page.costs(rows))
-    assert read.tables == [[
+    shown = read(costs(rows))
+    assert shown.tables == [[
         ["sampler", "steps", "calls", f"{OWN} against the validation set"],
         ["ddpm", "4", "29", "9.000 ± 0.030"], ["dpm++", "10", "35", "8.000 ± 0.030"],
     ]]  # fmt: skip
     assert drawn[0][0] == {"ddpm": [(29, 9.0, 0.03)], "dpm++": [(35, 8.0, 0.03)]}
-    assert page.costs([]) == ""
+    assert costs([]) == []

@@ -17,7 +17,7 @@ from cdm_lightning.evaluation.detectors import SmallCNN
 from cdm_lightning.evaluation.detectors.loading import FOLDER
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.references.cards import read_card, write_card
-from cdm_lightning.evaluation.report.report import read_cas
+from cdm_lightning.evaluation.report.results import read_cas
 from cdm_lightning.evaluation.samples import sample_folders
 from cdm_lightning.sampling.sample import sample
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from test_page import figure
 
 from cdm_lightning.evaluation.cas.report import print_table
-from cdm_lightning.evaluation.report.report import print_figures
+from cdm_lightning.evaluation.report.results import print_figures
 from cdm_lightning.foundation.terminal import whole_table
 from cdm_lightning.planning.sweep_report import Trial, report
 

@@ -12,7 +12,7 @@ from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.cas.plan import Plan, Recipe, make_plan, manifests
 from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
-from cdm_lightning.evaluation.report.report import write_cas
+from cdm_lightning.evaluation.report.evaluation_pages import write_cas
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import begin, read_table
 

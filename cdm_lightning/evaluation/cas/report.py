@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
@@ -88,6 +87,8 @@ def print_table(results: Mapping[str, Any]) -> None:
 
 def plot_classes(results: Mapping[str, Any], path: Path) -> None:
     """Save the accuracy of each class as a PNG: bars side by side, or points against each other for many classes."""
+    from matplotlib.figure import Figure  # here, because it takes long and most commands draw nothing
+
     generated, real = (results[kind]["per_class"] for kind in KINDS)
     classes = results["classes"]
     many = len(classes) > MOST_BARS

@@ -1,142 +1,111 @@
-"""The page that an evaluation leaves: one HTML file that needs nothing beside it, from blocks that are strings.
+"""A page: sections of plain data, which the templates beside this file draw as one HTML file that needs no other.
 
-A block that has nothing to show is the empty string, and `write_page` leaves its section out.
+A block of a section is text for a paragraph, a dict of facts, a `Command`, a `Table`, a `Drawing` or a `Slider`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure, against, spreads
-from cdm_lightning.evaluation.report import paper
-from cdm_lightning.evaluation.report.elements import escape, notes, number, paragraph, table
-from cdm_lightning.evaluation.report.levels import Level, costs, curves, gap_table
-from cdm_lightning.evaluation.report.pictures import level_slider, neighbours_grid, picture, stages_grid
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, UnidentifiedImageError
+
+from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 
-__all__ = [
-    "Level", "cas_table", "commands", "costs", "curves", "facts", "figures_table", "gap_table", "level_slider", 
-    "neighbours_grid", "paper_table", "picture", "stages_grid", "write_page",
-]  # fmt: skip
-CANONICAL = ("FID", "KID", "Inception Score")  # names that belong to the canonical Inception alone
-BETTER = {"fd": "lower", "kd": "lower", "precision": "higher", "recall": "higher", "is": "higher"}
-STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # nothing is fetched
+
+class Command(str):
+    """A command line."""
+
+
+class Chosen(str):
+    """A cell of a table that says what was chosen."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A cell that is a small image whose pixels stay squares, `wide` CSS pixels in all, with a word below it."""
+
+    png: bytes
+    wide: int
+    alt: str
+    below: str = ""
+    flag: bool = False  # whether the word is a warning
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows. A cell is text, a number, `Chosen`, `Pixels`, or a list of these.
+
+    numeric: columns aligned to the right. marked: rows to stand out. pictures: whether the cells are pictures.
+    """
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    numeric: Collection[int] = ()
+    marked: Collection[int] = ()
+    pictures: bool = False
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawn picture as a PNG, with a second one for readers of dark pages where it has one."""
+
+    png: bytes
+    alt: str
+    dark: bytes | None = None
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Pictures by level s, one below the other, or one at a time where a script may run, at first that of `start`."""
+
+    pictures: Mapping[int, Pixels]
+    start: int
+
+
+Block: TypeAlias = str | dict[str, str] | Table | Drawing | Slider
+Section: TypeAlias = tuple[str, Sequence[Block]]  # its heading, and its blocks
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Width and height in pixels; refuses what is no PNG."""
+    try:
+        return Image.open(io.BytesIO(png), formats=["PNG"]).size
+    except UnidentifiedImageError as error:
+        raise InputError(f"a picture of {len(png)} bytes on a page is no PNG") from error
+
+
+def data_uri(png: bytes) -> str:
+    """The picture itself where a page would name its file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("cdm_lightning.evaluation.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
 )
+TEMPLATES.filters |= {"data_uri": data_uri, "size": size_of, "kind": lambda block: type(block).__name__}
 
 
-def figures_table(figures: Sequence[Figure], caption: str = "Measured figures") -> str:
-    """Each figure with its spread, what the spread is over, and what was compared; nothing where there are none."""
-    if not figures:
-        return ""
-    heads = ["measure", "value", "± one standard deviation over", "against", "better", "n generated", "n real"]
-    rows = [
-        [f.name, number(f.value, f.spread), f.spread_of if f.spread is not None else "", against(f),
-         BETTER.get(f.key, ""), f"{f.n:,}", f"{f.n_reference:,}" if f.n_reference else ""]
-        for f in figures
-    ]  # fmt: skip
-    return table(caption, heads, rows, numeric=(1, 5, 6)) + notes(figures)
+def render_page(title: str, sections: Sequence[Section], lead: str = "") -> str:
+    """The HTML of a page: a title, a lead sentence, contents, and the sections; what is empty is left out."""
+    filled = [(heading, [block for block in blocks if block]) for heading, blocks in sections]
+    kept = [section for section in filled if section[1]]
+    return TEMPLATES.get_template("page.html").render(title=title, lead=lead, sections=kept)
 
 
-def paper_table(resolution: int, figures: Sequence[Figure]) -> str:
-    """The measured FID and Inception Score beside the paper's and its baselines'; for ImageNet at that resolution.
-
-    A figure of another detector gets a column of its own under its own name, and the page says that it compares with
-    none. Says so where the paper has no figures at this resolution.
-    """
-    if resolution not in paper.TABLE_1A:
-        return paragraph(f"The paper has no figures at {resolution} × {resolution}.")
-    columns = {"FID, training set": "fid_train", "FID, validation set": "fid_val", "Inception Score": "is"}
-    measured: dict[str, list[str]] = {}
-    for f in figures:
-        if f.key in ("fd", "is"):
-            place = f"{f.name}, {against(f)}" if f.key == "fd" and f.against else f.name
-            measured.setdefault(place, []).append(number(f.value, f.spread))
-    others = [name for name in measured if name not in columns]
-    heads = ["model", *columns, *others]
-    rows: list[list[object]] = [["measured here", *(", ".join(measured.get(name, [])) for name in heads[1:])]]
-    for model, known in reversed(paper.TABLE_1A[resolution].items()):
-        rows.append([f"paper: {model}", *(known.get(key, "") for key in columns.values()), *[""] * len(others)])
-    caption = f"Class-conditional ImageNet at {resolution} × {resolution}"
-    made: str = table(caption, heads, rows, numeric=range(1, len(heads)), marked=[0])
-    made += paragraph(" ".join(cautions([f for f in figures if f.key in ("fd", "is")])))
-    for title, ablation in paper.ABLATIONS.get(resolution, {}).items():
-        made += table(f"In the paper: {title}", ["setting", "FID, training set"], list(ablation.items()), numeric=[1])
-    return made + paragraph(f"Source: {paper.SOURCE}. Its ± is over 10 splits.")
-
-
-def cautions(figures: Sequence[Figure]) -> list[str]:
-    """What keeps measured figures from comparing with the paper's, and what their spread is."""
-    said, over = [], spreads(figures)
-    foreign = dict.fromkeys(f.name for f in figures if f.name not in CANONICAL)
-    if foreign:
-        said.append(f"{', '.join(foreign)}: not measured with the canonical Inception, so the columns do not compare.")
-    few = ", ".join(f"{n:,}" for n in sorted({f.n for f in figures if f.name in CANONICAL and f.n != paper.N}))
-    if few:
-        said.append(
-            f"Measured here on {few} generated images, in the paper on {paper.N:,}: another n moves the figures."
-        )
-    return [*said, f"± here: one standard deviation over {over}."] if over else said
-
-
-def cas_table(rows: Sequence[Accuracy], classifier: str, resolution: int | None = None) -> str:
-    """Classification accuracy scores; nothing where there are none.
-
-    classifier: what was trained, such as "ResNet-50". resolution: for ImageNet, to show the paper's beside ours.
-    """
-    if not rows:
-        return ""
-    heads = ["trained on", "n", "top-1, %", "top-5, %", "± one standard deviation over"]
-    lines: list[list[object]] = [
-        [row.trained_on, f"{row.n:,}", number(row.top1, row.spread), "" if row.top5 is None else number(row.top5),
-         row.spread_of if row.spread is not None else ""]
-        for row in rows
-    ]  # fmt: skip
-    known = paper.TABLE_1B.get(resolution, {}) if resolution else {}
-    lines += [[f"paper: {name}", "", cas["top1"], cas["top5"], ""] for name, cas in known.items()]
-    caption = f"Accuracy on real validation images of a {classifier} trained on each set"
-    made: str = table(caption, heads, lines, numeric=(1, 2, 3), marked=range(len(rows)) if known else ())
-    if known and classifier != paper.CLASSIFIER:
-        made += paragraph(
-            f"The paper trains a {paper.CLASSIFIER}: its rows do not compare with those of a {classifier}."
-        )
-    return made + (paragraph(f"Source: {paper.SOURCE}.") if known else "")
-
-
-def facts(known: Mapping[str, str]) -> str:
-    """What was measured with what: date, versions, detector and SHA-256, seeds, n; nothing where there is none."""
-    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in known.items())
-    return f'<dl class="facts">\n{lines}</dl>\n' if known else ""
-
-
-def commands(lines: Sequence[str]) -> str:
-    """The commands that made the page, one after another; nothing where there are none."""
-    text = "\n".join(lines)
-    return f'<pre tabindex="0"><code>{escape(text)}</code></pre>\n' if lines else ""
-
-
-def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], lead: str = "") -> None:
-    """Write one HTML file that asks for nothing else: a title, a lead sentence, contents, and the sections.
-
-    sections: (heading as text, the HTML of its blocks); a section without HTML is left out.
-    """
-    kept = [(f"section-{index}", *section) for index, section in enumerate(sections, 1) if section[1].strip()]
-    contents = "".join(f'<li><a href="#{key}">{escape(heading)}</a></li>\n' for key, heading, _ in kept)
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-heading">\n<h2 id="{key}-heading">{escape(heading)}</h2>\n{block}'
-        f"</section>\n"
-        for key, heading, block in kept
-    )
-    nav = f'<nav aria-label="Contents">\n<ol>\n{contents}</ol>\n</nav>\n' if kept else ""
-    document = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
-        f"<header>\n<h1>{escape(title)}</h1>\n{f'<p>{escape(lead)}</p>' if lead else ''}\n</header>\n"
-        f"{nav}<main>\n{body}</main>\n</body>\n</html>\n"
-    )
-    write_atomically(Path(path), document.encode())
+def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = "") -> None:
+    """Write the page as one file."""
+    write_atomically(Path(path), render_page(title, sections, lead).encode())

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cdm_lightning.cascade.bundle import read_about
-from cdm_lightning.evaluation.report import page
-from cdm_lightning.evaluation.report.memory import sheet, stage_rows
-from cdm_lightning.evaluation.report.report import made_section, provenance, write_results
+from cdm_lightning.evaluation.report.page import Section, write_page
+from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
+from cdm_lightning.evaluation.report.results import facts_of, made_sections, provenance, write_results
+from cdm_lightning.evaluation.report.stored_samples import sheet, stage_rows
+from cdm_lightning.evaluation.search.level_tables import costs, curves, gap_table
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 
@@ -55,18 +57,17 @@ def write_search(
     searched = [row for row in rows if not row.compared]
     same = [row for row in searched if row.stage == chosen.stage and row.kind in (kind, "generated")]
     slider = {row.s: sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
-    sections = [
-        ("The distance over s", page.curves(searched, chosen)),
-        ("The cascade gap", page.gap_table(searched)),
-        ("Samplers and steps", page.costs([row for row in rows if row.compared])),
-        ("Samples by level", page.level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
-        ("Stages side by side", page.stages_grid(stage_rows(shown))),
-        ("How it was made", made_section(results)),
-        ("Commands", page.commands([results["made"]["command"]])),
+    sections: list[Section] = [
+        ("The distance over s", curves(searched, chosen)),
+        ("The cascade gap", gap_table(searched)),
+        ("Samplers and steps", costs([row for row in rows if row.compared])),
+        ("Samples by level", level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
+        ("Stages side by side", stages_grid(stage_rows(shown))),
+        *made_sections(facts_of(results), results["made"]["command"]),
     ]
     name = chosen.figures[0].name
     lead = f"Chosen: s = {levels}, {kind if any(levels) else 'without noise'}, by {name} of {run.n:,} samples a seed."
-    page.write_page(run.out / "report.html", "Search over the levels of a cascade", sections, lead)
+    write_page(run.out / "report.html", "Search over the levels of a cascade", sections, lead)
     write_results(run.out, results)
     print(f"{run.out / 'report.html'}: curves and pictures, {run.out / 'results.json'}: the same as data")
     return results

@@ -1,4 +1,4 @@
-"""The search for memorised images, and the pictures of samples beside their nearest real neighbours."""
+"""The search for memorised images: how many samples copy a real one, and the real images nearest to samples."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.data.shards import Manifest, digest_of, find_folder, open_images, read_manifest
+from cdm_lightning.data.shards import digest_of, find_folder, read_manifest
 from cdm_lightning.evaluation.metrics.manifold import copy_threshold, nearest
 from cdm_lightning.evaluation.references.cards import ReferenceCard
+from cdm_lightning.evaluation.report.stored_samples import pictures
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import downscale, encode_png
-from cdm_lightning.sampling.manifest import NO_CLASSES
 
 EXPECTED = 0.01  # share of honest samples that the threshold takes for copies
-SHOWN, NEIGHBOURS, CLASSES, SHEET, COLUMNS = 8, 4, 20, 40, 10
+SHOWN, NEIGHBOURS = 8, 4  # generated images on the page, and real ones beside each
 
 
 def memorisation(card: ReferenceCard, sets: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -67,58 +66,3 @@ def real_folder(card: ReferenceCard, real: Path) -> Path:
     if card.shards_sha256 not in (digest_of(shards), digest_of(shards[:measured])):  # of all, or of the first `count`
         raise InputError(f"{folder} does not hold the images that {card.path} was made of")
     return folder
-
-
-def pictures(folder: Path, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:
-    """uint8 (C, R, R) images of a folder of shards by their places in stored order."""
-    manifest = read_manifest(folder)
-    opened = open_images(folder, manifest, manifest.shards, places)
-    image = torch.from_numpy(opened.read(range(len(places))).image).permute(0, 3, 1, 2)
-    opened.close()
-    return list(downscale(image, resolution or manifest.resolution))
-
-
-def stored(folder: Path) -> list[Path]:
-    """All resolutions of a folder of `cdm sample`, low to high, of which `folder` is one."""
-    return sorted((f for f in folder.parent.iterdir() if f.name.isdecimal()), key=lambda f: int(f.name))
-
-
-def stage_rows(folders: Sequence[Path]) -> list[tuple[str, list[torch.Tensor]]]:
-    """The first sample of each class at every resolution, from folders of shards of the same samples, low to high.
-
-    Classes come in the order of their first samples. Without classes, the first samples whatever they are.
-    """
-    manifest = read_manifest(folders[-1])
-    if manifest.classes == NO_CLASSES:
-        rows = {f"image {place}": place for place in range(min(SHOWN, manifest.count))}
-    else:
-        rows = {manifest.classes[label]: place for label, place in first_of_each(folders[-1], manifest).items()}
-    columns = [pictures(folder, list(rows.values())) for folder in folders]
-    return [(name, list(images)) for name, *images in zip(rows, *columns, strict=True)]
-
-
-def first_of_each(folder: Path, manifest: Manifest) -> dict[int, int]:
-    """Where the first sample of a class lies, of the first 20 classes that come."""
-    found: dict[int, int] = {}
-    wanted = min(CLASSES, sum(count > 0 for count in manifest.counts))
-    first = 0
-    for shard in manifest.shards:
-        opened = open_images(folder, manifest, [shard], range(shard.count))
-        for item in range(shard.count):
-            found.setdefault(opened.label(item), first + item)
-            if len(found) == wanted:
-                break
-        opened.close()
-        if len(found) == wanted:
-            break
-        first += shard.count
-    return found
-
-
-def sheet(folder: Path) -> bytes:
-    """PNG bytes of the first samples of a folder of shards, ten a row."""
-    images = pictures(folder, list(range(min(SHEET, read_manifest(folder).count))))
-    blank = [torch.full_like(images[0], 255)] * (-len(images) % COLUMNS)
-    rows = torch.stack([*images, *blank]).split(COLUMNS)
-    whole = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (C, rows * R, 10 * R)
-    return encode_png(whole.permute(1, 2, 0).numpy())

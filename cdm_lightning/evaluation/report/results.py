@@ -1,0 +1,90 @@
+"""results.json of a measurement, the facts that say how it was made, the printed table, and a score read back."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cdm_lightning.data.shards import Manifest, digest_of
+from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.evaluation.report.page import Command, Section
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.terminal import whole_console, whole_table
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "diffusers")
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write results.json."""
+    write_atomically(Path(folder) / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def provenance() -> dict[str, str]:
+    """When, where and with what something was measured."""
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["cdm", *sys.argv[1:]]),
+        "device": device,
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("cdm_lightning", *PACKAGES)),
+    }
+
+
+def print_figures(figures: Sequence[Figure]) -> None:
+    """The figures as lines, with their error bars and what those are."""
+    table = whole_table("figure", "value", "±", "over", "against", "n", "n real")
+    for f in figures:
+        spread = "" if f.spread is None else f"{f.spread:.4g}"
+        over = f.spread_of if spread else ""
+        table.add_row(f.name, f"{f.value:.4f}", spread, over, f.against, str(f.n), str(f.n_reference or ""))
+    console = whole_console()
+    console.print(table)
+    for note in dict.fromkeys(f.note for f in figures if f.note):
+        console.print(f"note: {note}", highlight=False)
+
+
+def read_cas(path: Path, manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """What `cdm cas` found of one of these folders of samples; refuses any other file, and other samples' score."""
+    try:
+        found = dict(json.loads(Path(path).read_text()))
+        if not {"generated", "real", "recipe", "seeds", "conclusion"} <= set(found):
+            raise ValueError("it holds no score")
+        trained_on = str(found["sha256"]["samples"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not the results.json of `cdm cas`: {error}") from error
+    measured = [digest_of(manifest.shards) for manifest in manifests]
+    if trained_on not in measured:
+        have = ", ".join(digest[:16] for digest in measured)
+        raise InputError(
+            f"{path} is the score of samples of SHA-256 {trained_on[:16]}, and those to evaluate are of {have}"
+        )
+    return found
+
+
+def facts_of(results: dict[str, Any]) -> dict[str, str]:
+    """What was measured with what: detector and SHA-256, seed, date, versions, references and samples."""
+    detector = results["detector"]
+    known = {"Detector": f"{detector['name']}, SHA-256 {detector['sha256']}", "Seed": str(results["seed"])}
+    known |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
+    for number, card in enumerate(results.get("references", []), 1):
+        about = {name: value for name, value in card.items() if name not in ("classes", "counts", "detector_sha256")}
+        known[f"Reference {number}"] = json.dumps(about, ensure_ascii=False)
+    for number, samples in enumerate(results.get("samples", []), 1):
+        known[f"Samples {number}"] = json.dumps(samples)
+    return known
+
+
+def made_sections(known: dict[str, str], command: str) -> list[Section]:
+    """The last sections of a page: these facts, and the command that made it."""
+    return [("How it was made", [known]), ("Commands", [Command(command)])]
