@@ -162,7 +162,7 @@ def test_a_page_of_empty_blocks_has_no_contents(tmp_path):
 def test_text_stays_text(whole):
     assert len(whole.all("script")) == 1  # the slider's
     assert not any("onerror" in a or "alert(1)" in a for _, attributes in whole.tags for a in attributes)
-    assert whole.texts.count(EVIL) >= 9 and "<script>alert(1)</script>&amp;, generated, 16 × 16" in str(
+    assert whole.texts.count(EVIL) >= 12 and "<script>alert(1)</script>&amp;, generated, 16 × 16" in str(
         whole.all("img")
     )
     evil = read(stages_grid([("<script>", [torch.zeros(3, 8, 8, dtype=torch.uint8)])]))
@@ -172,6 +172,9 @@ def test_text_stays_text(whole):
 def test_pictures_have_alternatives_and_heads_have_scopes(whole):
     assert all(a["alt"].strip() for a in whole.all("img")) and all(a["scope"] for a in whole.all("th"))
     assert all(a.get("class") in ("pixels", None) for a in whole.all("img"))
+    regions = [attributes for attributes in whole.all("div") if "scroll" in attributes.get("class", "").split()]
+    assert len(regions) == len(whole.tables) == len(whole.all("caption"))
+    assert all((a["role"], a["tabindex"]) == ("region", "0") and a["aria-label"].strip() for a in regions)
     assert "image-rendering: pixelated" in whole.style and "prefers-color-scheme: dark" in whole.style
 
 
@@ -206,6 +209,8 @@ def test_every_figure_is_shown_with_what_its_spread_is_over():
         ["Inception Score", "6.81 ± 0.21", "10 splits", "–", "higher", "50,000", "–"],
     ]
     assert shown.text.count("n = 500 is small") == 1
+    aligned = [attributes.get("class") for attributes in shown.all("td")[:6]]
+    assert aligned == ["number", None, None, None, "number", "number"]
 
 
 def test_another_detector_is_never_called_fid(images):
