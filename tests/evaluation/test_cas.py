@@ -18,7 +18,7 @@ from test_shards import FASHION, make_folder, read_raw, refuses
 from cdm_lightning.__main__ import main
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.data.shards import read_manifest, write_images
-from cdm_lightning.evaluation import cas as module
+from cdm_lightning.evaluation.cas import classifier as module
 from cdm_lightning.evaluation.cas.cas import cas
 from cdm_lightning.evaluation.cas.classifier import Classifier
 from cdm_lightning.evaluation.cas.plan import Recipe, share

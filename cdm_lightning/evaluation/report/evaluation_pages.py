@@ -94,6 +94,7 @@ def cas_blocks(found: dict[str, Any], resolution: int, classes: Sequence[str]) -
 
 
 def memorisation_sentence(found: dict[str, Any]) -> str:
+    """What the search for copies found, in words."""
     return (
         f"{100 * found['share']:.2f} % of the generated images lie nearer to one of {found['searched']:,} real "
         f"{found['split']} images than {100 * found['expected']:.0f} % of those lie to their own nearest neighbour. "
