@@ -60,7 +60,7 @@ def digest(entries: list[Any]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def read_about(folder: Path) -> dict[str, Any]:
+def read_bundle_metadata(folder: Path) -> dict[str, Any]:
     """bundle.json as a dictionary; refuses a folder that is not a bundle."""
     path = Path(folder) / "bundle.json"
     if not path.is_file():
@@ -71,7 +71,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("stages"), list):
         raise InputError(f"{path} is not a bundle of format {FORMAT}")
-    check_about(path, about)
+    check_bundle_metadata(path, about)
     return about
 
 
@@ -88,7 +88,7 @@ def origin(about: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def check_about(path: Path, about: dict[str, Any]) -> None:
+def check_bundle_metadata(path: Path, about: dict[str, Any]) -> None:
     """Refuse a bundle.json whose fields are of other types than they should be."""
     for entry in about["stages"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("trained", {}), dict):
@@ -103,7 +103,7 @@ def check_about(path: Path, about: dict[str, Any]) -> None:
 
 def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
     """The stages, frozen and in eval mode, and bundle.json; a file that changed since it was written is refused."""
-    about, stages = read_about(folder), []
+    about, stages = read_bundle_metadata(folder), []
     if about.get("stages_sha256") != digest(about["stages"]):
         raise InputError(f"{folder}/bundle.json was changed after it was written: the SHA-256 of its stages differs")
     for entry in about["stages"]:

@@ -16,7 +16,7 @@ from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators
-from cdm_lightning.network import Compile
+from cdm_lightning.network import CompileMode
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.augmentation import GaussianAugmentation
 from cdm_lightning.stages.kinds import Batch
@@ -74,7 +74,7 @@ class CascadeModule(L.LightningModule):
         self.set_levels([0] * (len(stages) - 1) if levels is None else levels, truncated)
 
     @classmethod
-    def of(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
+    def from_stages(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
         """A cascade of stages that are in memory already."""
         cascade = cls.__new__(cls)
         L.LightningModule.__init__(cascade)
@@ -115,7 +115,7 @@ class CascadeModule(L.LightningModule):
             )
         self.batch_sizes = None if batch_sizes is None else list(batch_sizes)
 
-    def compile_networks(self, mode: Compile) -> None:
+    def compile_networks(self, mode: CompileMode) -> None:
         """Have every stage's network compiled by torch at its first call, which takes minutes."""
         for stage in self.stages:
             stage.unet.compile(mode=mode)

@@ -29,7 +29,7 @@ def bundle(
         newest = newest_checkpoint([path / "checkpoints"]) if path.is_dir() else path
         stages.append(load_stage(newest or path / "checkpoints" / "last.ckpt"))
     check_stages(stages)
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     cascade.set_levels(levels or cascade.levels, truncated)
     classes = next((c for stage in stages if (c := stage.trained.get("classes"))), None)
     dtype = torch.float16 if half else torch.float32

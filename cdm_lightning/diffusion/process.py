@@ -95,7 +95,7 @@ class Diffusion:
         below = t.double().floor().long().clamp(max=self.timesteps - 1)
         return torch.lerp(abar[below], abar[below + 1], t.double() - below)
 
-    def time_of(self, alpha_bar: torch.Tensor) -> torch.Tensor:
+    def time_from_alpha_bar(self, alpha_bar: torch.Tensor) -> torch.Tensor:
         """The real t with abar(t) = alpha_bar, float64; noise beyond the schedule's end maps to T."""
         abar = self.table("abar", alpha_bar.device)
         value = alpha_bar.double().clamp(float(abar[-1]), 1.0)
@@ -129,10 +129,10 @@ class Diffusion:
         simple = (prediction - target).square().flatten(1).mean(1)
         if self.variance != "learned":
             return {"loss": simple, "simple": simple}
-        vlb = self.vlb(self.eps_of(prediction.detach(), x_t, t), v, x, x_t, t)
+        vlb = self.vlb(self.epsilon_from_prediction(prediction.detach(), x_t, t), v, x, x_t, t)
         return {"loss": simple + self.timesteps / 1000 * vlb, "simple": simple, "vlb": vlb}
 
-    def eps_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def epsilon_from_prediction(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The epsilon that a prediction of any kind stands for."""
         abar = _per_image(self.alpha_bar(t), x_t)
         signal, noise = abar.sqrt().to(x_t.dtype), (1 - abar).sqrt().to(x_t.dtype)
@@ -191,7 +191,7 @@ class Diffusion:
         for index, after, z_t in zip(indices, [*indices[1:], stop_at - 1], z, strict=False):
             t = torch.tensor(float(index + 1), dtype=torch.float64)
             if clock.schedule != self.schedule:
-                t = self.time_of(clock.alpha_bar(t))
+                t = self.time_from_alpha_bar(clock.alpha_bar(t))
             output = predict(x, torch.full((len(x),), float(t), device=x.device)).to(x.dtype)
             if z_t is not None:
                 settings = (self.prediction, self.variance, self.clip)

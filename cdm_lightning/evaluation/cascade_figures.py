@@ -10,7 +10,7 @@ import torch
 
 from cdm_lightning.evaluation.detectors import features_of, load_detector
 from cdm_lightning.evaluation.metrics.measure import log_key, measure_all
-from cdm_lightning.evaluation.references.cards import about_all, read_card
+from cdm_lightning.evaluation.references.cards import card_summaries, read_card
 from cdm_lightning.evaluation.report.report import write_test
 from cdm_lightning.evaluation.samples import check_counts, check_images
 from cdm_lightning.foundation.errors import InputError
@@ -87,5 +87,5 @@ class CascadeFigures(L.Callback):
         pl_module.log_dict(logged, rank_zero_only=False)
         if trainer.is_global_zero:
             detector = {"name": self.detector.name, "sha256": self.detector.sha256}
-            about = {"detector": detector, "seed": self.seed, "references": about_all(self.cards)}
+            about = {"detector": detector, "seed": self.seed, "references": card_summaries(self.cards)}
             write_test(Path(trainer.default_root_dir), figures, about, self.shown)

@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
 from cdm_lightning.evaluation.metrics.figures import Figure
-from cdm_lightning.evaluation.references.cards import ReferenceCard, about_all, read_card
+from cdm_lightning.evaluation.references.cards import ReferenceCard, card_summaries, read_card
 from cdm_lightning.evaluation.report.memory import real_folder, searched
 from cdm_lightning.evaluation.report.report import print_figures, read_cas, write_evaluation
 from cdm_lightning.evaluation.samples import check_manifest, sample_folders
@@ -58,7 +58,7 @@ def evaluate(
     """
     if not references:
         raise InputError("references [] names no card, which `cdm reference` writes")
-    from cdm_lightning.evaluation.metrics.features import extract, read_features
+    from cdm_lightning.evaluation.metrics.features import extract_features, read_features
     from cdm_lightning.evaluation.metrics.measure import check_score, inception_score, measure_all
 
     judge = load_detector(detector or read_card(references[0]).detector, trust_detector)
@@ -75,7 +75,7 @@ def evaluate(
     # All that can be refused has been: from here on time is spent.
     places = [Path(out) / "features" / str(number) for number in range(len(folders))]
     for folder, place in zip(folders, places, strict=True):
-        extract(folder.parents[1], "train", int(folder.name), judge, place, devices, accelerator, batch_size)
+        extract_features(folder.parents[1], "train", int(folder.name), judge, place, devices, accelerator, batch_size)
     if not first_process():
         wait_for_all()
         return {}
@@ -107,7 +107,7 @@ class Evaluation:
         return {
             "figures": [asdict(figure) for figure in self.figures],
             "detector": {"name": self.detector.name, "sha256": self.detector.sha256},
-            "references": about_all(self.cards),
+            "references": card_summaries(self.cards),
             "samples": [manifest.extra.get("samples") for manifest in self.manifests],
             "resolution": self.manifests[0].resolution,
             "seed": self.seed,

@@ -61,7 +61,7 @@ def first_images(n: int, root: Path, split: str, resolution: int) -> torch.Tenso
     raise InputError(f"n = {n} asks for {n} real images, and {root}/{split} has {len(images)}")
 
 
-def real_images_of(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
+def real_images_for_labels(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
     """Real images, uint8 (N, C, R, R), of the classes in `label`, (N,): the first of each class, in stored order.
 
     Raises InputError where a class has fewer images than `label` asks for.

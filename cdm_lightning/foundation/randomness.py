@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-AHEAD = 2**16  # numbers drawn by one call for an image, a quarter of a megabyte
+NUMBERS_PER_DRAW = 2**16  # numbers drawn by one call for an image, a quarter of a megabyte
 
 
 def key(*parts: int | str) -> int:
@@ -43,7 +43,7 @@ def randn_ahead(
     elsewhere it is called so. generator None: the global one, all images at once.
     """
     one = tuple(shape[1:])
-    together = max(1, AHEAD // math.prod(one)) if device.type != "cpu" or math.prod(one) % 16 == 0 else 1
+    together = max(1, NUMBERS_PER_DRAW // math.prod(one)) if device.type != "cpu" or math.prod(one) % 16 == 0 else 1
     for first in range(0, steps, together):
         many = min(together, steps - first)
         if generator is None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from cdm_lightning.foundation.errors import InputError
 
-SMALL = 2**17  # numbers in x; below, the plain form is faster, which makes fewer calls
+FUSED_MIN_SIZE = 2**17  # numbers in x; below, the plain form is faster, which makes fewer calls
 SQUARES = torch.ops.aten.mse_loss  # (a - b)^2 without a's difference from b in memory
 NONE = 0  # its reduction
 
@@ -38,7 +38,7 @@ class ModulatedNorm(nn.GroupNorm):
 
     def forward(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]  # takes parts
         # A compiler fuses the plain form by itself, and chooses what to keep.
-        if torch.compiler.is_compiling() or sum(part.numel() for part in x) < SMALL:
+        if torch.compiler.is_compiling() or sum(part.numel() for part in x) < FUSED_MIN_SIZE:
             return self.plain(*x, modulation=modulation)
         settings = (self.num_groups, self.eps, self.activation)
         return _ModulatedNorm.apply(settings, self.weight, self.bias, modulation, *x)

@@ -15,7 +15,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.network.layers import ModulatedNorm, conv_of_upsampled, pointwise
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
-Compile = Literal["default", "reduce-overhead", "max-autotune"]  # torch.compile's modes; the second uses CUDA graphs
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile; the second uses CUDA graphs
 
 
 def sinusoidal_embedding(t: torch.Tensor, channels: int) -> torch.Tensor:

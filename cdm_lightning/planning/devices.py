@@ -47,7 +47,7 @@ def data_sheet(name: str) -> DataSheet:
     return DATA_SHEETS[name.upper()]
 
 
-def at_hand() -> torch.device:
+def current_device() -> torch.device:
     """The device that a training would use here."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -83,7 +83,7 @@ class Rates:
     convolution: float  # 3x3, forward
 
 
-def measured_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Rates:
     """Median rates of a large matrix product and of a 3x3 convolution, each run for at least `seconds`.
 
     On a CPU 1024^3, and 16 images of 128 channels at 16x16; on a GPU 8192^3, and 32 images of 256 channels at 64x64, in

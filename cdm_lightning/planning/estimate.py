@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cdm_lightning.planning.devices import DataSheet, at_hand, device_name, measured_rates, memory_of
+from cdm_lightning.planning.devices import DataSheet, current_device, device_name, measure_rates, memory_of
 from cdm_lightning.planning.flops import forward_flops, training_flops
-from cdm_lightning.planning.memory import AUTOCAST, Memory, StepOnPaper
+from cdm_lightning.planning.memory import AUTOCAST, Memory, SimulatedStep
 from cdm_lightning.planning.recipe import Recipe, configurations
-from cdm_lightning.planning.step_time import measured_step
+from cdm_lightning.planning.step_time import measure_step
 
 MARGIN = 0.1  # of a device's memory left to what is not counted: the driver's context, fragmentation, validation
 FLOOR = 4  # images of a micro-batch: below, a plan recomputes activations rather than accumulate that often
@@ -25,11 +25,11 @@ def made(
     recipe: Recipe, sheet: DataSheet | None, devices: int, share: int, micro_batch: int | None, utilisation: float
 ) -> dict[str, Any]:
     """The plan's figures: bytes, FLOPs, seconds."""
-    here = at_hand()
+    here = current_device()
     capacity = sheet.memory if sheet else memory_of(here)
     on_meta = recipe.stage("meta")
-    paper = StepOnPaper(on_meta, recipe.precision, recipe.average)
-    search = Search(paper, share, devices, (1 - MARGIN) * capacity)
+    paper = SimulatedStep(on_meta, recipe.precision, recipe.average)
+    search = MicroBatchSearch(paper, share, devices, (1 - MARGIN) * capacity)
     checkpointing = recipe.checkpointing
     batch = micro_batch or search.largest(checkpointing)
     small = micro_batch is None and batch < min(FLOOR, share)
@@ -65,10 +65,10 @@ def made(
     return {**figures, "images_a_second": rate, "days": days, "device_days": days * devices}
 
 
-class Search:
+class MicroBatchSearch:
     """Memory by micro-batch, among the divisors of a device's share of the batch."""
 
-    def __init__(self, paper: StepOnPaper, share: int, devices: int, limit: float) -> None:
+    def __init__(self, paper: SimulatedStep, share: int, devices: int, limit: float) -> None:
         self.paper, self.share, self.devices, self.limit = paper, share, devices, limit
         self.known: dict[tuple[int, bool], Memory] = {}
         self.bar = tqdm(desc="steps without data", unit=" steps", leave=False)
@@ -113,7 +113,7 @@ def of_sheet(sheet: DataSheet, figures: dict[str, Any], utilisation: float) -> d
 
 def of_here(here: torch.device, recipe: Recipe, figures: dict[str, Any], utilisation: float) -> dict[str, Any]:
     """Speed of the device at hand: timed, unless a step of one image takes too long or does not fit."""
-    rates = measured_rates(here, AUTOCAST.get(recipe.precision, torch.float32))
+    rates = measure_rates(here, AUTOCAST.get(recipe.precision, torch.float32))
     measured = {"matmul_rate": rates.matmul, "convolution_rate": rates.convolution}
     flops, batch = figures["training_flops"], figures["micro_batch"]
     guess = flops / (utilisation * rates.convolution)  # seconds an image
@@ -123,8 +123,8 @@ def of_here(here: torch.device, recipe: Recipe, figures: dict[str, Any], utilisa
         said = f"assumed: {utilisation:.0%} of the convolution's rate; not timed, for {why}"
         return {**measured, "speed": said, "images_a_second_a_device": 1 / guess}
     stage = recipe.stage("cpu")
-    took = measured_step(stage, sizes[-1], recipe.precision, here, recipe.average, figures["checkpointing"])
-    compiled = "" if stage.compiled_as is None else f" compiled as {stage.compiled_as}"
+    took = measure_step(stage, sizes[-1], recipe.precision, here, recipe.average, figures["checkpointing"])
+    compiled = "" if stage.compile_mode is None else f" compiled as {stage.compile_mode}"
     speed = took.images_a_second(batch, figures["accumulate"])
     reached = f"{speed * flops / rates.convolution:.0%} of the convolution's rate"
     return {

@@ -84,7 +84,7 @@ class Alive(TorchDispatchMode):
         self.bytes += size
 
 
-class StepOnPaper:
+class SimulatedStep:
     """A stage's training step without data: FakeTensors have shapes, types and lives, and no memory.
 
     stage: on the meta device; its parameters are replaced. precision: Lightning's.
@@ -146,7 +146,7 @@ class StepOnPaper:
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             if isinstance(stage, SuperResolutionStage):
                 low_res = torch.empty(batch, size[0], stage.low_resolution, stage.low_resolution)
-                predict = stage.conditioned(label, low_res, torch.empty(batch))  # type: ignore[arg-type]  # None: no class
+                predict = stage.conditioned_predictor(label, low_res, torch.empty(batch))  # type: ignore[arg-type]  # None: no class
             else:
                 predict = stage.predictor(label)  # type: ignore[arg-type]  # as above
             return stage.diffusion.loss(predict, image, t, noise)["loss"].mean()

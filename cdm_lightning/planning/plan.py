@@ -12,7 +12,7 @@ from rich.markup import escape
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
-from cdm_lightning.planning.devices import at_hand, data_sheet
+from cdm_lightning.planning.devices import current_device, data_sheet
 
 
 def plan(
@@ -61,7 +61,7 @@ def plan(
     recipe = replace(recipe, precision=precision or recipe.precision)
     if recipe.precision not in precisions:
         raise InputError(f"precision {recipe.precision!r} is none that a plan knows: {', '.join(precisions)}")
-    if recipe.precision.startswith("16") and device is None and at_hand().type == "cpu":
+    if recipe.precision.startswith("16") and device is None and current_device().type == "cpu":
         raise InputError(f"precision {recipe.precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
     share = shared(recipe.batch, devices, micro_batch)
     sheet = None if device is None else data_sheet(device)

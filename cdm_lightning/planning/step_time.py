@@ -28,7 +28,7 @@ class StepTime:
         return batch * accumulate / (accumulate * batch * self.passes / self.batch + self.update)
 
 
-def measured_step(
+def measure_step(
     stage: DiffusionStage,
     batch: int,
     precision: str,

@@ -85,7 +85,7 @@ def grid(file: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(config["parameters"], values, strict=True)) for values in itertools.product(*options)]
 
 
-def command_of(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+def trial_command(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
     """The words that W&B's agent would run for these parameters, with this interpreter."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
@@ -96,7 +96,7 @@ def command_of(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> list
     return [str(word) for part in expanded for word in part]
 
 
-def identify(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+def trial_id(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
     """A run id that changes with the parameters, the command, and the configuration files and bundle that it names.
 
     So an edited configuration is another run, rather than a finished one. What those files name in turn takes no part.
@@ -113,7 +113,7 @@ def run_here(file: Path, config: Mapping[str, Any], folder: Path, count: int | N
     trials: list[Trial] = []
     combinations = grid(file, config)
     for number, parameters in enumerate(combinations, 1):
-        trial = Trial(parameters, identify(config, parameters))
+        trial = Trial(parameters, trial_id(config, parameters))
         finished = folder / trial.run / "finished.json"
         if not finished.is_file() and count == 0:
             trials.append(trial.ended(note="not run yet"))
@@ -151,7 +151,7 @@ def run_one(config: Mapping[str, Any], trial: Trial, folder: Path) -> str:
         "WANDB_SWEEP_PARAM_PATH": str(run / "sweep.yaml"),  # gives the run's config the parameters, as the agent does
     }
     with (run / "stderr.txt").open("w") as said:
-        code = subprocess.run(command_of(config, trial.parameters), env=environment, stderr=said).returncode
+        code = subprocess.run(trial_command(config, trial.parameters), env=environment, stderr=said).returncode
     if not code:
         return ""
     lines = [line.strip() for line in (run / "stderr.txt").read_text(errors="replace").splitlines() if line.strip()]

@@ -69,7 +69,7 @@ class BlockWriter(BasePredictionWriter):
             self.bar.update(self.done() - self.bar.n)  # reads the folder: not at every block of many
 
 
-class BlockData(Dataset):
+class BlockDataset(Dataset):
     """The blocks still to do, with the stored images they go on from where there are some."""
 
     def __init__(self, manifest: SampleManifest, numbers: list[int], start: Path | None) -> None:
@@ -105,4 +105,4 @@ class Blocks(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         todo = self.trainer.strategy.broadcast(self.todo)  # another run's leftovers may write while processes start
         own = todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(BlockData(self.manifest, own, self.start), batch_size=None)
+        return DataLoader(BlockDataset(self.manifest, own, self.start), batch_size=None)

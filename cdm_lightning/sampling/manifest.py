@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from cdm_lightning.data.shards import digest_of, read_manifest
+from cdm_lightning.data.shards import read_manifest, shards_digest
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.network import Compile
+from cdm_lightning.network import CompileMode
 
 if TYPE_CHECKING:
     from cdm_lightning.cascade import CascadeModule
@@ -74,7 +74,7 @@ def plan(
     block_size: int = 64,
     start: Path | None = None,
     precision: Precision = "32-true",
-    compile: Compile | None = None,
+    compile: CompileMode | None = None,
 ) -> SampleManifest:
     """The manifest of `count` samples of a cascade as it is set; refuses what makes no sense."""
     chosen = list(range(cascade.num_classes or 1)) if classes is None else list(classes)
@@ -90,7 +90,7 @@ def plan(
     manifest = SampleManifest(
         bundle, count, chosen, cascade.seed, block_size, cascade.levels, cascade.truncated,
         [d.sampler for d in diffusions], [d.sampling_steps or d.timesteps for d in diffusions],
-        precision, digest_of(read_manifest(start).shards) if start is not None else None, compile,
+        precision, shards_digest(read_manifest(start).shards) if start is not None else None, compile,
         cascade.batch_sizes,
     )  # fmt: skip
     if start is not None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 
-from cdm_lightning.data.shards import digest_of, read_manifest, read_shard
+from cdm_lightning.data.shards import read_manifest, read_shard, shards_digest
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, save_grid
 from cdm_lightning.foundation.process_group import first_process
-from cdm_lightning.network import Compile
+from cdm_lightning.network import CompileMode
 from cdm_lightning.sampling.manifest import Precision, SampleManifest, plan, shard_name
 
 
@@ -34,7 +34,7 @@ def sample(
     block_size: int = 64,
     batch_sizes: list[int] | None = None,
     precision: Precision = "32-true",
-    compile: Compile | None = None,
+    compile: CompileMode | None = None,
     devices: PositiveInt = 1,
     accelerator: str = "auto",
 ) -> None:
@@ -67,12 +67,12 @@ def sample(
     if (count is None) == (per_class is None):
         raise InputError("give one of count and per_class: how many images to draw")
     from cdm_lightning.cascade import CascadeModule
-    from cdm_lightning.cascade.bundle import origin, read_about
+    from cdm_lightning.cascade.bundle import origin, read_bundle_metadata
     from cdm_lightning.sampling.draw import draw
 
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
     cascade.set_batch_sizes(batch_sizes)
-    about = read_about(bundle)
+    about = read_bundle_metadata(bundle)
     each = len(classes) if classes is not None else cascade.num_classes or 1
     total = count if count is not None else each * (per_class or 0)
     manifest = plan(cascade, about["stages_sha256"], total, classes, block_size, start, precision, compile)
@@ -86,9 +86,8 @@ def sample(
 def say(folders: Sequence[Path], manifest: SampleManifest, picture: Path) -> None:
     """Print what was made and draw it."""
     for folder in folders:
-        print(
-            f"{folder}: {manifest.count} images, SHA-256 of all shards {digest_of(read_manifest(folder).shards)[:16]}"
-        )
+        digest = shards_digest(read_manifest(folder).shards)
+        print(f"{folder}: {manifest.count} images, SHA-256 of all shards {digest[:16]}")
     draw_picture(folders, manifest, picture)
     print(f"{picture}: classes by rows, resolutions {[int(f.name) for f in folders]} side by side")
 

@@ -27,13 +27,13 @@ def shared_out(devices: int, accelerator: str) -> dict[str, Any]:
     there hears at once that another one died, since the connection closes, and needs no time-out for that. NCCL would
     notice by its time-out alone. There are no gradients to exchange.
     """
-    end_with_the_first()
+    end_with_first_process()
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if under_torchrun() else 1
     strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if devices * machines > 1 else "auto"
     return {"accelerator": accelerator, "devices": devices, "num_nodes": machines, "strategy": strategy}
 
 
-def end_with_the_first() -> None:
+def end_with_first_process() -> None:
     """Have the system send SIGTERM to a process that Lightning started when the first one ends, however it ends.
 
     On Linux alone: elsewhere the others draw their share, and end when they wait for the first. Under torchrun or SLURM

@@ -12,7 +12,7 @@ from cdm_lightning.diffusion import Diffusion, Predict, Prediction, Sampler, Sch
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.foundation.randomness import generators, key, rand, randn
-from cdm_lightning.network import Compile, UNet
+from cdm_lightning.network import CompileMode, UNet
 from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
 from cdm_lightning.stages.meter import Meter, TrainingLog, quarters
 
@@ -81,14 +81,14 @@ class DiffusionStage(L.LightningModule):
         warmup_steps: int = 0,
         decay_fraction: float = 0.0,
         checkpointing: bool = False,
-        compile: Compile | None = None,
+        compile: CompileMode | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
         self.lr, self.warmup_steps, self.decay_fraction, self.seed = lr, warmup_steps, decay_fraction, seed
-        self.compiled_as, self.meter = compile, Meter()
+        self.compile_mode, self.meter = compile, Meter()
         self.diffusion = Diffusion(
             timesteps, schedule, variance, prediction, continuous, sampler, sampling_steps, sampling_schedule
         )
@@ -174,8 +174,8 @@ class DiffusionStage(L.LightningModule):
         return [TrainingLog()]
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.compiled_as is not None:
-            self.unet.compile(mode=self.compiled_as)
+        if stage == "fit" and self.compile_mode is not None:
+            self.unet.compile(mode=self.compile_mode)
 
     def configure_optimizers(self) -> Any:
         return adam(self, self.lr, self.warmup_steps, self.decay_fraction)

@@ -72,7 +72,7 @@ class SuperResolutionStage(DiffusionStage):
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> tuple[Predict, dict[str, torch.Tensor]]:
         strength, kind = self.augmentation.draw(generator), self.augmentation
-        predict = self.conditioned(label, self.augment(self.low_res_of(image), strength, generator), strength)
+        predict = self.conditioned_predictor(label, self.augment(self.low_res_of(image), strength, generator), strength)
         return predict, {"s": (strength + 1) / (kind.max_level + 1)} if isinstance(kind, GaussianAugmentation) else {}
 
     def augment(
@@ -85,7 +85,7 @@ class SuperResolutionStage(DiffusionStage):
         strength = torch.as_tensor(strength, dtype=torch.float32, device=low_res.device).expand(len(low_res))
         return self.augmentation(low_res, strength, generator)
 
-    def conditioned(self, label: torch.Tensor, low_res: torch.Tensor, strength: torch.Tensor) -> Predict:
+    def conditioned_predictor(self, label: torch.Tensor, low_res: torch.Tensor, strength: torch.Tensor) -> Predict:
         """The network given label, low_res, which is augmented already and is brought to size here, and its level."""
         size = (self.resolution, self.resolution)
         large = F.interpolate(low_res, size, mode=self.upsampling, align_corners=False)
@@ -101,7 +101,7 @@ class SuperResolutionStage(DiffusionStage):
     ) -> torch.Tensor:
         """x_s for s = stop_at, float32 (B, C, H, W), given low_res of level `level` at low_resolution."""
         strength = torch.full((len(label),), float(level), device=low_res.device)
-        predict = self.conditioned(label, low_res, strength)
+        predict = self.conditioned_predictor(label, low_res, strength)
         return self.diffusion.sample(predict, self.noise(generator), stop_at, generator)
 
     def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:

@@ -105,7 +105,7 @@ def read_manifest(folder: Path, whole: bool = True) -> Manifest:
     return manifest
 
 
-def digest_of(shards: Sequence[Shard]) -> str:
+def shards_digest(shards: Sequence[Shard]) -> str:
     """One hash that says whether two folders of shards hold the same."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 

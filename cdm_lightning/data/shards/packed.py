@@ -27,7 +27,7 @@ def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
 
 
-HEADER = len(npy_header("|u1", (1,)))
+NPY_HEADER_BYTES = len(npy_header("|u1", (1,)))
 
 
 def write_packed(path: Path, images: np.ndarray, labels: Sequence[int] | np.ndarray, keys: Sequence[str]) -> Shard:
@@ -49,7 +49,7 @@ def write_packed(path: Path, images: np.ndarray, labels: Sequence[int] | np.ndar
     parts: list[bytes | memoryview] = []
     for name, array in arrays.items():
         member = tarfile.TarInfo(f"{path.name.partition('.')[0]}.{name}.npy")
-        member.size, member.mode = HEADER + array.nbytes, 0o444
+        member.size, member.mode = NPY_HEADER_BYTES + array.nbytes, 0o444
         padding = bytes(-member.size % tarfile.BLOCKSIZE)
         pixels = array.reshape(-1).view(np.uint8).data
         parts += [member.tobuf(tarfile.GNU_FORMAT), npy_header(array.dtype.str, array.shape), pixels, padding]
@@ -135,12 +135,15 @@ def read_head(head: bytes, path: Path, count: int, manifest: Manifest) -> tuple[
             if member is None or not held.endswith(f".{name}.npy"):
                 raise InputError(f"{path} is no packed shard: it holds {held!r}, not its {name}.npy")
             check_member(member, str(path))
-            start, shape = member.offset_data + HEADER, (count, *manifest.shape) if name == "images" else (count,)
+            start, shape = (
+                member.offset_data + NPY_HEADER_BYTES,
+                (count, *manifest.shape) if name == "images" else (count,),
+            )
             if name == "keys":
-                descr += str(max(1, (member.size - HEADER) // max(1, count)))
+                descr += str(max(1, (member.size - NPY_HEADER_BYTES) // max(1, count)))
             nbytes = math.prod(shape) * np.dtype(descr).itemsize
             expected = npy_header(descr, shape)
-            if member.size != HEADER + nbytes or head[member.offset_data : start] != expected:
+            if member.size != NPY_HEADER_BYTES + nbytes or head[member.offset_data : start] != expected:
                 raise InputError(f"{path} is no packed shard: its {name}.npy is not of type {descr} and shape {shape}")
             if name != "images":
                 found.append(np.frombuffer(head, descr, count, start))

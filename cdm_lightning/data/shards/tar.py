@@ -22,28 +22,29 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.images import encode_png
 
-LARGEST = 1 << 26  # bytes of a file in a shard: 4096x4096 pixels in colour, not compressed, have fewer
+MAX_FILE_BYTES = 1 << 26  # bytes of a file in a shard: 4096x4096 pixels in colour, not compressed, have fewer
 
 
 def files_of(stream: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
-    """The files in a tar, gzipped or not, as webdataset groups them; refuses what could reach outside a folder.
+    """The files in a tar, gzipped or not, as webdataset groups them; refuses paths that lead out of their folder.
 
-    Memory is bounded whatever the headers declare: no file, and no more than 50 times the archive, above LARGEST.
+    Memory is bounded whatever the headers declare. A file larger than MAX_FILE_BYTES is refused, and so is a gzipped
+    archive that unpacks to more than 50 times its size plus MAX_FILE_BYTES.
     """
     stream.seek(0)
     packed = stream.read(2) == b"\x1f\x8b"
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
-    source: Any = Bounded(gzip.GzipFile(fileobj=stream), LARGEST + 50 * size) if packed else stream
+    source: Any = Bounded(gzip.GzipFile(fileobj=stream), MAX_FILE_BYTES + 50 * size) if packed else stream
     with tarfile.open(fileobj=source, mode="r|") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # else it remembers every header
             check_member(member, name)
             if member.isdir():
                 continue
-            if member.size > LARGEST:
+            if member.size > MAX_FILE_BYTES:
                 raise InputError(
-                    f"{name} holds {member.name!r} of {member.size} bytes: more than {LARGEST} is no image"
+                    f"{name} holds {member.name!r} of {member.size} bytes: more than {MAX_FILE_BYTES} is no image"
                 )
             data = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
             yield {"fname": member.name, "data": data, "__url__": name}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cdm_lightning.data.shards import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.sampling.manifest import NO_CLASSES
 
@@ -111,7 +111,7 @@ def make_plan(
         raise InputError(f"steps {recipe.steps} must be at least 1, and batch_size {recipe.batch_size} at least 2")
     if devices < 1 or recipe.batch_size % devices:
         raise InputError(f"batch_size {recipe.batch_size} cannot be shared by {devices} devices")
-    counts = share(n, generated.counts)
+    counts = proportional_counts(n, generated.counts)
     for name, asked, held in zip(real.classes, counts, real.counts, strict=True):
         if asked > held:
             raise InputError(
@@ -120,9 +120,9 @@ def make_plan(
             )
     return Plan(
         **asdict(recipe),
-        samples=digest_of(generated.shards),
-        training=digest_of(real.shards),
-        validation=digest_of(validation.shards),
+        samples=shards_digest(generated.shards),
+        training=shards_digest(real.shards),
+        validation=shards_digest(validation.shards),
         resolution=generated.resolution,
         channels=generated.channels,
         devices=devices,
@@ -131,7 +131,7 @@ def make_plan(
     )
 
 
-def share(n: int, counts: Sequence[int]) -> list[int]:
+def proportional_counts(n: int, counts: Sequence[int]) -> list[int]:
     """n in proportion to counts, in whole numbers by largest remainders; ties go to the lower class."""
     total = sum(counts)
     parts = [n * count // total for count in counts]

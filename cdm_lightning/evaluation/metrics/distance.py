@@ -26,7 +26,7 @@ class Moments:
     outer: torch.Tensor
 
     @classmethod
-    def of(cls, batches: Iterable[torch.Tensor]) -> Moments:
+    def from_features(cls, batches: Iterable[torch.Tensor]) -> Moments:
         """Summed over batches of features (B, d) as they come; nothing but the sums is kept."""
         n, total, outer = 0, torch.zeros(()), torch.zeros(())
         for batch in batches:
@@ -50,7 +50,7 @@ class Moments:
         return cls(n, n * mean, (n - 1) * covariance + n * torch.outer(mean, mean))
 
 
-def handed_over(num_features: int) -> nn.Module:
+def feature_passthrough(num_features: int) -> nn.Module:
     """What torchmetrics is given for a network: features are its input already.
 
     Whoever measures has the features of all processes, so that no metric here asks others for theirs (sync_on_compute).
@@ -65,7 +65,7 @@ def frechet_distance(real: Moments, generated: Moments) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     check_moments(real, generated)
-    metric = FrechetInceptionDistance(feature=handed_over(len(real.total)), sync_on_compute=False)
+    metric = FrechetInceptionDistance(feature=feature_passthrough(len(real.total)), sync_on_compute=False)
     for side, moments in (("real", real), ("fake", generated)):
         getattr(metric, f"{side}_features_sum").copy_(moments.total)
         getattr(metric, f"{side}_features_cov_sum").copy_(moments.outer)
@@ -74,7 +74,7 @@ def frechet_distance(real: Moments, generated: Moments) -> float:
     return float(metric.compute())
 
 
-class FrechetTo:
+class FrechetDistanceTo:
     """The same distance from one reference to many sets: Tr (S_r S_g)^(1/2) = Tr (S_r^(1/2) S_g S_r^(1/2))^(1/2).
 
     The inner matrix is symmetric, whose eigenvalues are found many times faster than those of the product.
@@ -116,7 +116,7 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int) -> t
     from torchmetrics.image.kid import KernelInceptionDistance
 
     metric = KernelInceptionDistance(
-        feature=handed_over(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        feature=feature_passthrough(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
     )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)

@@ -24,7 +24,7 @@ from cdm_lightning.foundation.process_group import first_process, wait_for_all
 from cdm_lightning.sampling.shared_work import EndOnSigterm, join, shared_out
 
 
-def extract(
+def extract_features(
     root: Path,
     split: str,
     resolution: int,

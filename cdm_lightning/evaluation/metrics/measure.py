@@ -9,10 +9,16 @@ from typing import Any
 import torch
 
 from cdm_lightning.evaluation.detectors import Detector
-from cdm_lightning.evaluation.metrics.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
+from cdm_lightning.evaluation.metrics.distance import (
+    FrechetDistanceTo,
+    Moments,
+    feature_passthrough,
+    frechet_distance,
+    kernel_distance,
+)
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.manifold import precision_recall
-from cdm_lightning.evaluation.references.cards import ENOUGH, ReferenceCard, bias_note, names_of
+from cdm_lightning.evaluation.references.cards import ENOUGH, ReferenceCard, bias_note, card_names
 from cdm_lightning.foundation.errors import InputError
 
 NAMES = {"fd": ("FID", "Fréchet distance"), "kd": ("KID", "kernel distance"), "is": ("Inception Score", "")}
@@ -46,13 +52,13 @@ def measure(
     sets: features (n, d) of samples of disjoint seeds, all of one size. The values are means over the sets. The spread
     is the deviation between them where there are three or more; else only the kernel distance has one, over its
     subsets. seed: of those subsets. quick: the symmetric form of the Fréchet distance instead of torchmetrics', and no
-    precision and recall. against: what to call the card, from `names_of` where there are several.
+    precision and recall. against: what to call the card, from `card_names` where there are several.
     """
     n = len(sets[0])
     if any(len(features) != n for features in sets):
         raise InputError(f"sets of {sorted({len(f) for f in sets})} images do not compare: n must be the same")
-    moments = [Moments.of(features.split(1000)) for features in sets]
-    between = FrechetTo(card.moments) if quick else lambda generated: frechet_distance(card.moments, generated)
+    moments = [Moments.from_features(features.split(1000)) for features in sets]
+    between = FrechetDistanceTo(card.moments) if quick else lambda generated: frechet_distance(card.moments, generated)
     found: dict[str, list[float]] = {"fd": [between(m) for m in moments]}
     subsets: tuple[float | None, str] = (None, "")
     if card.features is not None:  # statistics of others have none
@@ -62,7 +68,7 @@ def measure(
         if not quick:
             pairs = [precision_recall(card.features, features) for features in sets]
             found["precision"], found["recall"] = ([pair[i] for pair in pairs] for i in (0, 1))
-    figures, called = [], against or names_of([card])[0]
+    figures, called = [], against or card_names([card])[0]
     for key, values in found.items():
         spread = subsets if key == "kd" else (None, "")
         if len(values) >= 3:
@@ -77,7 +83,7 @@ def measure_all(
     sets: Sequence[torch.Tensor], cards: Sequence[ReferenceCard], detector: Detector, seed: int
 ) -> list[Figure]:
     """What `measure` finds against each of several cards, told apart by name."""
-    named = zip(cards, names_of(cards), strict=True)
+    named = zip(cards, card_names(cards), strict=True)
     return [figure for card, name in named for figure in measure(sets, card, detector, seed, against=name)]
 
 
@@ -108,7 +114,9 @@ def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) 
 
     scores = []
     for features in sets:
-        metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False)
+        metric = InceptionScore(
+            feature=feature_passthrough(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False
+        )
         metric.update(features.double() @ detector.head.double().T)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

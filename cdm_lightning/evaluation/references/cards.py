@@ -56,7 +56,7 @@ class ReferenceCard(Facts):
     features: torch.Tensor | None = field(repr=False)
     places: torch.Tensor | None = field(repr=False)
 
-    def about(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The card without its numbers, as JSON can hold it."""
         return {field.name: getattr(self, field.name) for field in fields(Facts)}
 
@@ -172,7 +172,7 @@ def read_npz(path: Path, detector: Detector | None, count: int | None) -> Refere
     counts = adm.count_labels(path, len(features)) if "arr_1" in names else None
     facts = replace(facts, count=len(features), counts=counts)
     facts = replace(facts, detector=detector.name, detector_sha256=detector.sha256)
-    return ReferenceCard(**asdict(facts), moments=Moments.of([features]), **about)
+    return ReferenceCard(**asdict(facts), moments=Moments.from_features([features]), **about)
 
 
 def check_card(
@@ -202,7 +202,7 @@ def check_card(
     raise InputError(f"{card.path} calls class {label} {card.classes[label]!r}, and the images {classes[label]!r}")
 
 
-def names_of(cards: Sequence[ReferenceCard]) -> list[str]:
+def card_names(cards: Sequence[ReferenceCard]) -> list[str]:
     """What to call cards beside one another, each differently: by its split, by its file's name, or by both."""
     names = [card.split or card.path.stem for card in cards]
     if len(set(names)) < len(names):
@@ -212,9 +212,9 @@ def names_of(cards: Sequence[ReferenceCard]) -> list[str]:
     return [f"{name}_{number}" if name in repeated else name for number, name in enumerate(names, 1)]
 
 
-def about_all(cards: Sequence[ReferenceCard]) -> list[dict[str, Any]]:
+def card_summaries(cards: Sequence[ReferenceCard]) -> list[dict[str, Any]]:
     """The cards without their numbers, under the names that figures against them carry."""
-    return [{"name": name, **card.about()} for card, name in zip(cards, names_of(cards), strict=True)]
+    return [{"name": name, **card.summary()} for card, name in zip(cards, card_names(cards), strict=True)]
 
 
 def bias_note(n: int | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from cdm_lightning.data.shards import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
@@ -63,12 +63,12 @@ def reference(
     n = stored.count if count is None else count
     if not 2 <= n <= stored.count:
         raise InputError(f"count is {n}: moments take 2 images or more, and {folder} holds {stored.count}")
-    from cdm_lightning.evaluation.metrics.features import extract
+    from cdm_lightning.evaluation.metrics.features import extract_features
 
     judge = load_detector(detector, trust_detector)
     work = out.with_name(out.name + ".partial-features")
     needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
-    manifest = extract(shards, split, resolution, judge, work, devices, accelerator, batch_size, needed)
+    manifest = extract_features(shards, split, resolution, judge, work, devices, accelerator, batch_size, needed)
     if not first_process():  # Lightning sets it when processes start
         return
     card = summarize(out, manifest, n, resolution, judge, keep, work)
@@ -107,7 +107,7 @@ def summarize(
             yield features[:left]
             left, wanted = max(0, left - len(features)), max(0, wanted - len(features))
 
-    moments = Moments.of(passing())
+    moments = Moments.from_features(passing())
     packages = ("torch", "lightning", "numpy", "pillow")
     made = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,7 +117,7 @@ def summarize(
     return ReferenceCard(
         source=manifest.source or None, split=manifest.split, resolution=resolution, channels=manifest.channels,
         crop=manifest.crop, filter=manifest.filter, count=n, classes=manifest.classes, counts=counts.tolist(),
-        detector=judge.name, detector_sha256=judge.sha256, shards_sha256=digest_of(manifest.shards), made=made,
+        detector=judge.name, detector_sha256=judge.sha256, shards_sha256=shards_digest(manifest.shards), made=made,
         path=out, moments=moments, features=torch.cat(kept) if keep else None,
         places=torch.arange(min(keep, n)) if keep else None,
     )  # fmt: skip

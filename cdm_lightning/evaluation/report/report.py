@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.data.shards import Manifest, digest_of
+from cdm_lightning.data.shards import Manifest, shards_digest
 from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
 from cdm_lightning.evaluation.report import page
 from cdm_lightning.evaluation.report.elements import paragraph
@@ -67,7 +67,7 @@ def read_cas(path: Path, manifests: Sequence[Manifest]) -> dict[str, Any]:
         trained_on = str(found["sha256"]["samples"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not the results.json of `cdm cas`: {error}") from error
-    measured = [digest_of(manifest.shards) for manifest in manifests]
+    measured = [shards_digest(manifest.shards) for manifest in manifests]
     if trained_on not in measured:
         have = ", ".join(digest[:16] for digest in measured)
         raise InputError(

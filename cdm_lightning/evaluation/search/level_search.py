@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import origin
-from cdm_lightning.data.shards import digest_of, find_folder, read_manifest, write_images
+from cdm_lightning.data.shards import find_folder, read_manifest, shards_digest, write_images
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import Detector
-from cdm_lightning.evaluation.metrics.features import extract, read_features
+from cdm_lightning.evaluation.metrics.features import extract_features, read_features
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.measure import measure
-from cdm_lightning.evaluation.real_images import first_images, real_images_of
+from cdm_lightning.evaluation.real_images import first_images, real_images_for_labels
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.foundation.errors import InputError
@@ -98,7 +98,7 @@ class LevelSearch:
             "bundle": self.about["stages_sha256"], "shards": str(self.shards), "split": self.split,
             "input_split": self.input_split, "detector": self.detector.name,
             "detector_sha256": self.detector.sha256, "n": self.n, "seeds": self.seeds, "precision": self.precision,
-            "shards_sha256": sorted(digest_of(read_manifest(folder).shards) for folder in folders),
+            "shards_sha256": sorted(shards_digest(read_manifest(folder).shards) for folder in folders),
             "samplers": [stage.diffusion.sampler for stage in stages],
             "sampling_steps": [calls_of(stage) for stage in stages],
         }  # fmt: skip
@@ -177,7 +177,7 @@ class LevelSearch:
 
     def samples(self, point: Point, seed: int) -> Path:
         """The stored samples of a point for one seed: its folder of shards at the stage's resolution."""
-        part = CascadeModule.of(list(self.cascade.stages)[: point.number + 1], seed)
+        part = CascadeModule.from_stages(list(self.cascade.stages)[: point.number + 1], seed)
         part.set_levels(point.levels, point.kind == "truncated")
         stage = self.cascade.stages[point.number]
         start = None
@@ -193,7 +193,7 @@ class LevelSearch:
 
     def finished(self, point: Point, seed: int) -> Path:
         """The one set of finished low-resolution samples that serves every s of a stage."""
-        part = CascadeModule.of(list(self.cascade.stages)[: point.number], seed)
+        part = CascadeModule.from_stages(list(self.cascade.stages)[: point.number], seed)
         part.set_levels(point.levels[:-1], False)
         name = "-".join([part.stages[-1].name, *(f"s{s}" for s in point.levels[:-1]), f"seed{seed}"])
         return self.draw(part, self.out / "low_res" / name, None)
@@ -207,7 +207,7 @@ class LevelSearch:
             if self.cascade.num_classes is None:
                 images, classes = first_images(self.n, *where), NO_CLASSES
             else:
-                images, classes = real_images_of(label, *where), read_manifest(find_folder(*where)).classes
+                images, classes = real_images_for_labels(label, *where), read_manifest(find_folder(*where)).classes
             arrays, source = images.permute(0, 2, 3, 1).numpy(), f"{self.shards}/{self.input_split}"
             write_images(folder, arrays, label.numpy(), range(self.n), classes, None, source=source)
         wait_for_all()
@@ -229,7 +229,7 @@ class LevelSearch:
     def features(self, folder: Path) -> torch.Tensor:
         """The detector's features of a folder of samples, (n, d)."""
         place = folder.parents[1] / f"features-{self.detector.sha256[:8]}"
-        manifest = extract(
+        manifest = extract_features(
             folder.parents[1], "train", int(folder.name), self.detector, place, self.devices, self.accelerator
         )
         return torch.cat([features for features, _ in read_features(place, manifest)])

@@ -85,7 +85,7 @@ def search(
 
     judge = load_detector(detector, trust_detector)
     stages, about = read_bundle(bundle)
-    cascade = CascadeModule.of(stages, seed)
+    cascade = CascadeModule.from_stages(stages, seed)
     cascade.set_sampler(sampler, sampling_steps)
     run = LevelSearch(
         cascade, about, Path(out), Path(shards), split, input_split, judge, detector, n,
