@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from cdm_lightning.network import Level, ResidualBlock, SelfAttention, UNet
+from cdm_lightning.network import ResidualBlock, SelfAttention, UNet, UNetBlock
 
 BACKWARD = 2  # passes' worth of a forward: one for the gradients of the inputs, one for those of the weights
 
@@ -40,7 +40,7 @@ def training_flops(unet: UNet, checkpointing: bool = False) -> int:
 def layers(unet: UNet) -> Iterator[ResidualBlock | SelfAttention]:
     """The network's blocks in the order of its forward pass."""
     for level in (*unet.down, unet.middle, *unet.up):
-        assert isinstance(level, Level)
+        assert isinstance(level, UNetBlock)
         for layer in level:
             if not isinstance(layer, ResidualBlock | SelfAttention):
                 raise TypeError(f"the operations of a {type(layer).__name__} are not known")

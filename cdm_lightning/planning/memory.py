@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cdm_lightning.network import Level
+from cdm_lightning.network import UNetBlock
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -155,7 +155,7 @@ class SimulatedStep:
 @contextmanager
 def recomputing(stage: DiffusionStage, wanted: bool) -> Iterator[None]:
     """Whether every level of the network keeps its input alone and is computed again in backward."""
-    levels = [module for module in stage.unet.modules() if isinstance(module, Level)]
+    levels = [module for module in stage.unet.modules() if isinstance(module, UNetBlock)]
     before = [level.checkpointing for level in levels]
     for level in levels:
         level.checkpointing = wanted
