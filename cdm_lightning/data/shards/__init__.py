@@ -1,4 +1,4 @@
-"""Folders of shards: their manifest, the form of PNGs in tars, the packed form, and reading either by place."""
+"""Shards: manifest.py, PNGs in tars (tar.py), packed arrays (packed.py), and reading either form (reading.py)."""
 
 from cdm_lightning.data.shards.manifest import (
     Manifest,
