@@ -52,7 +52,7 @@ def write_atomically(path: Path, data: bytes) -> None:
                 raise InputError(f"{path} could not be written: {error.strerror or error}") from error
 
 
-def begin(out: Path, manifest: Any) -> None:
+def begin_folder(out: Path, manifest: Any) -> None:
     """Write the manifest, a dataclass, into a new folder; in one begun before, refuse to go on with another."""
     path = Path(out) / "manifest.json"
     if not path.is_file():  # every process that finds none: under torchrun they start together, and write the same

@@ -14,7 +14,7 @@ from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report.report import write_cas
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import begin, read_table
+from cdm_lightning.foundation.files import begin_folder, read_table
 
 SUBSET_SEED = 0  # one choice of images for all trainings: their spread is the training's alone
 
@@ -58,7 +58,7 @@ def cas(
     from cdm_lightning.evaluation.cas.classifier import classifier_of, train
 
     classifier_of(plan, 0)  # refuses what it cannot be built with, before the folder is begun
-    begin(out, plan)
+    begin_folder(out, plan)
     roots = {
         "generated": choose(samples, generated, plan, Path(out) / "generated"),
         "real": choose(shards, real, plan, Path(out) / "real"),

@@ -21,7 +21,7 @@ from cdm_lightning.evaluation.real_images import stream
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
-from cdm_lightning.sampling.shared_work import EndOnSigterm, join, shared_out
+from cdm_lightning.sampling.shared_work import EndOnSigterm, join_processes, trainer_options
 
 
 def extract_features(
@@ -47,7 +47,7 @@ def extract_features(
     for name, number in (("batch_size", batch_size), ("devices", devices)):
         if number < 1:
             raise InputError(f"{name} is {number}: it must be at least 1")
-    join()
+    join_processes()
     folder = find_folder(root, split, resolution)
     manifest = read_manifest(folder)
     manifest = replace(manifest, shards=manifest.shards[:shards])
@@ -63,7 +63,7 @@ def extract_features(
     if todo:
         work = Extractor(folder, manifest, resolution, detector, out, batch_size)
         trainer = L.Trainer(
-            **shared_out(devices, accelerator), logger=False, callbacks=[EndOnSigterm()],
+            **trainer_options(devices, accelerator), logger=False, callbacks=[EndOnSigterm()],
             use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=False,
             enable_progress_bar=False, default_root_dir=out,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
 from cdm_lightning.sampling.draw import draw
-from cdm_lightning.sampling.manifest import NO_CLASSES, Precision, plan
+from cdm_lightning.sampling.manifest import NO_CLASSES, Precision, make_sample_manifest
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class LevelSearch:
     def check_real_images(self) -> None:
         """Refuse real images that the points of a later stage could not be measured with, before hours are spent."""
         channels, classes = self.cascade.image_channels, self.cascade.num_classes
-        asked = plan(self.cascade, "", self.n).labels().bincount(minlength=classes or 1).tolist()
+        asked = make_sample_manifest(self.cascade, "", self.n).labels().bincount(minlength=classes or 1).tolist()
         if not all(asked):
             raise InputError(f"n = {self.n} leaves out classes: a distance to images of {classes} would not be theirs")
         for stage in list(self.cascade.stages)[1:]:
@@ -203,7 +203,10 @@ class LevelSearch:
         resolution = self.cascade.stages[point.number].low_resolution
         folder = self.out / "real" / "train" / str(resolution)
         if first_process() and not (folder / "manifest.json").is_file():
-            label, where = plan(self.cascade, "", self.n).labels(), (self.shards, self.input_split, resolution)
+            label, where = (
+                make_sample_manifest(self.cascade, "", self.n).labels(),
+                (self.shards, self.input_split, resolution),
+            )
             if self.cascade.num_classes is None:
                 images, classes = first_images(self.n, *where), NO_CLASSES
             else:
@@ -223,7 +226,9 @@ class LevelSearch:
         return [*sorted(lower.iterdir(), key=lambda folder: int(folder.name)), last]
 
     def draw(self, part: CascadeModule, out: Path, start: Path | None) -> Path:
-        manifest = plan(part, self.about["stages_sha256"], self.n, None, self.block_size, start, self.precision)
+        manifest = make_sample_manifest(
+            part, self.about["stages_sha256"], self.n, None, self.block_size, start, self.precision
+        )
         return draw(part, manifest, out, start, self.devices, self.accelerator, origin(self.about))[-1]
 
     def features(self, folder: Path) -> torch.Tensor:
