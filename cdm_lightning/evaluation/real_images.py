@@ -23,7 +23,7 @@ from cdm_lightning.data.shards import (
     write_shard,
 )
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import as_drawn, downscale, encode_png
+from cdm_lightning.foundation.images import downscale, encode_png, stored_to_tensor
 from cdm_lightning.foundation.randomness import key
 
 IMAGES_PER_SHARD = 1000
@@ -47,7 +47,7 @@ def stream(
     """Batches of the images of some shards of a folder, as `read_images` gives them."""
     windows = ((np.arange(s.count), open_images(folder, manifest, [s], range(s.count))) for s in shards)
     for _, images in in_batches(windows, batch_size):
-        image = as_drawn(images.image)
+        image = stored_to_tensor(images.image)
         yield downscale(image, resolution), torch.from_numpy(images.label)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cdm_lightning.data.shards import open_images, read_manifest, write_shard
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import as_drawn, encode_png
+from cdm_lightning.foundation.images import encode_png, stored_to_tensor
 from cdm_lightning.sampling.manifest import SampleManifest, shard_name
 
 LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
@@ -89,7 +89,7 @@ class BlockDataset(Dataset):
         for index, label, stored in zip(block["index"].tolist(), block["label"].tolist(), images.label, strict=True):
             if stored != label:
                 raise InputError(f"image {index} of {self.start} has class {stored}, and sample {index} has {label}")
-        return {**block, "image": as_drawn(images.image)}
+        return {**block, "image": stored_to_tensor(images.image)}
 
 
 class BlockDataModule(L.LightningDataModule):

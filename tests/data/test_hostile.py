@@ -615,7 +615,7 @@ def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
     work.mkdir()
     for text in ("{", "[1]", "\xff", ""):
         (work / "about.json").write_text(text)
-        assert f"{work}/about.json is torn or another's" in refused(capsys, card)
+        assert f"{work}/about.json is damaged or foreign" in refused(capsys, card)
     (work / "about.json").unlink()
     main(card)
     made = read_card(tmp_path / "c.safetensors")
@@ -626,7 +626,7 @@ def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
         path.write_bytes(data)
         assert not finished(path, 60)
         main(card)
-        assert f"{path} is torn or another's, and is made again" in capsys.readouterr().out
+        assert f"{path} is damaged or foreign, and is made again" in capsys.readouterr().out
         again = read_card(tmp_path / "c.safetensors")
         assert torch.equal(again.moments.outer, made.moments.outer) and torch.equal(again.features, made.features)
         (tmp_path / "c.safetensors").unlink()

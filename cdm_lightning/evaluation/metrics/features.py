@@ -87,7 +87,7 @@ def finished(path: Path, count: int) -> bool:
     except (SafetensorError, OSError):
         whole = False
     if not whole and first_process():
-        print(f"{path} is torn or another's, and is made again")
+        print(f"{path} is damaged or foreign, and is made again")
     return whole
 
 
