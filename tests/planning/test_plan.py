@@ -226,7 +226,7 @@ def test_the_rate_of_a_timed_step_is_that_of_fit(name, tmp_path, monkeypatch):
 
 
 def test_images_a_second_count_one_update_for_all_accumulated_batches():
-    took = StepTime(batch=4, passes=2.0, update=1.0)
+    took = StepTime(batch=4, forward_backward=2.0, update=1.0)
     assert took.images_a_second(4, 1) == 4 / 3 and took.images_a_second(8, 2) == 16 / 9
 
 
