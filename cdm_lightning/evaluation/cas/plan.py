@@ -68,7 +68,7 @@ class Plan(Recipe):
 
 
 def read_manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Manifest]:
-    """Manifests of the generated, the real training and the real validation images. Refuses images that do not match."""
+    """Manifests of the generated, the real training and the real validation images. Refuses a mismatch."""
     folder = Path(samples) / "train"
     stored = [int(f.name) for f in folder.iterdir() if f.name.isdecimal()] if folder.is_dir() else []
     if not stored:
