@@ -88,9 +88,9 @@ class ShardStream(IterableDataset):
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         for first, shards, order in self.windows():
             stop = first + len(order) if self.end is None else min(first + len(order), self.end)
-            own = self.start + self.rank
-            own += max(0, -(-(first - own) // self.world_size)) * self.world_size  # this rank's first in the window
-            places = np.arange(own, stop, self.world_size)
+            begin = self.start + self.rank
+            begin += max(0, -(-(first - begin) // self.world_size)) * self.world_size  # this rank's first in the window
+            places = np.arange(begin, stop, self.world_size)
             batch = (places - self.start) // self.world_size // self.batch_size
             places = places[batch % workers == number]
             if len(places):

@@ -1,7 +1,7 @@
 """The diffusion process: q(x_t|x_0), the training losses, and the reverse process from x_T down to any x_s.
 
 Time t runs over (0, T] as in the paper, and t = 0 is the clean image. diffusers counts time from 0 to T - 1: its index
-is t - 1, and is used in this file alone.
+is t - 1, and is used in this file only.
 """
 
 from __future__ import annotations

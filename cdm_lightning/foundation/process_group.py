@@ -130,7 +130,7 @@ def another_refused(patience: float = 0) -> bool:
 
 
 def follows_a_refusal() -> bool:
-    """Whether an error of this process is only the consequence of another's refusal: a closed connection."""
+    """Whether an error of this process only follows from the refusal of another one, which closed the connection."""
     return torch_distributed() is not None and another_refused(GRACE)
 
 

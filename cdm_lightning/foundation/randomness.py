@@ -44,16 +44,17 @@ def randn_ahead(
     the network. On a CPU the numbers equal those of `randn` called at each step. Its generator makes them in groups of
     16, so steps are drawn together only if C H W is a multiple of 16. generator None: the global generator.
     """
-    one = tuple(shape[1:])
-    together = max(1, NUMBERS_PER_DRAW // math.prod(one)) if device.type != "cpu" or math.prod(one) % 16 == 0 else 1
-    for first in range(0, steps, together):
-        many = min(together, steps - first)
+    image_shape = tuple(shape[1:])
+    size = math.prod(image_shape)
+    steps_per_draw = max(1, NUMBERS_PER_DRAW // size) if device.type != "cpu" or size % 16 == 0 else 1
+    for first in range(0, steps, steps_per_draw):
+        count = min(steps_per_draw, steps - first)
         if generator is None:
-            yield from torch.randn((many, *shape), device=device)
+            yield from torch.randn((count, *shape), device=device)
             continue
-        drawn = torch.empty((many, *shape), device=device)
+        drawn = torch.empty((count, *shape), device=device)
         for image, g in zip(range(shape[0]), generator, strict=True):
-            drawn[:, image] = torch.randn((many, *one), generator=g, device=g.device)
+            drawn[:, image] = torch.randn((count, *image_shape), generator=g, device=g.device)
         yield from drawn
 
 

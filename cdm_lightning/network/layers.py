@@ -136,9 +136,9 @@ def _statistics(
     difference of large numbers.
     """
     means = [_rows(part).mean(1) for part in parts]
-    room = _rows(scratch).split([part.shape[1] for part in parts], dim=2)
+    outs = _rows(scratch).split([part.shape[1] for part in parts], dim=2)
     within = []
-    for part, mean, out in zip(parts, means, room, strict=True):
+    for part, mean, out in zip(parts, means, outs, strict=True):
         rows = _rows(part)
         within.append(SQUARED_DIFFERENCE.out(rows, mean[:, None].expand_as(rows), NO_REDUCTION, out=out).mean(1))
     mean = torch.cat(means, 1)

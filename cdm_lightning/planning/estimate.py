@@ -140,13 +140,13 @@ def measured_speed(here: torch.device, recipe: Recipe, figures: dict[str, Any], 
         speed = f"assumed: {utilisation:.0%} of the convolution's rate; not timed, for {why}"
         return {**measured, "speed": speed, "images_a_second_a_device": 1 / guess}
     stage = recipe.stage("cpu")
-    took = measure_step(stage, sizes[-1], recipe.precision, here, recipe.average, figures["checkpointing"])
+    step = measure_step(stage, sizes[-1], recipe.precision, here, recipe.average, figures["checkpointing"])
     compiled = "" if stage.compile_mode is None else f" compiled as {stage.compile_mode}"
-    rate = took.images_a_second(batch, figures["accumulate"])
+    rate = step.images_a_second(batch, figures["accumulate"])
     reached = f"{rate * flops / rates.convolution:.0%} of the convolution's rate"
     return {
         **measured,
-        "speed": f"timed{compiled} at {took.batch} images, {reached}; without reading images",
+        "speed": f"timed{compiled} at {step.batch} images, {reached}; without reading images",
         "images_a_second_a_device": rate,
     }
 

@@ -106,5 +106,5 @@ class BlockDataModule(L.LightningDataModule):
         todo = self.trainer.strategy.broadcast(
             self.todo
         )  # processes that start at different times could list different blocks
-        own = todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(BlockDataset(self.manifest, own, self.start), batch_size=None)
+        numbers = todo[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(BlockDataset(self.manifest, numbers, self.start), batch_size=None)

@@ -86,7 +86,7 @@ def list_folder(source: Path) -> Listing:
 
 def list_train_archive(source: Path) -> Listing:
     """Images of ILSVRC2012_img_train.tar, a tar of one tar per WNID. Only headers are read, nothing is unpacked."""
-    found: dict[str, list[tuple[str, int, int]]] = {}
+    files_of_class: dict[str, list[tuple[str, int, int]]] = {}
     with open_tar(source) as outer:
         for member in tqdm(members(outer), desc="reading headers", unit="class"):
             wnid, suffix = PurePosixPath(member.name).stem, PurePosixPath(member.name).suffix
@@ -95,16 +95,16 @@ def list_train_archive(source: Path) -> Listing:
                     f"{source} is not the training archive: it holds {member.name} where nXXXXXXXX.tar is expected"
                 )
             with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                found[wnid] = [
+                files_of_class[wnid] = [
                     (PurePosixPath(m.name).name, member.offset_data + m.offset_data, m.size) for m in members(inner)
                 ]
-            if not found[wnid]:
+            if not files_of_class[wnid]:
                 raise InputError(f"{source} holds no images in {member.name}: every class needs at least one")
-    classes = sorted(found)
+    classes = sorted(files_of_class)
     return classes, [
         RawImage(f"{wnid}/{name}", label, str(source), offset, size)
         for label, wnid in enumerate(classes)
-        for name, offset, size in found[wnid]
+        for name, offset, size in files_of_class[wnid]
     ]
 
 

@@ -88,17 +88,17 @@ def open_images(
 def in_batches(windows: Iterable[tuple[np.ndarray, OpenedImages]], size: int) -> Iterator[tuple[np.ndarray, Images]]:
     """Batches (places, images) of `size` places, the last one smaller, from windows of places. Closes each window."""
     parts: list[tuple[np.ndarray, Images]] = []
-    held = 0
+    collected = 0
     for places, opened in windows:
         try:
             start = 0
             while start < len(places):
-                stop = min(len(places), start + size - held)
+                stop = min(len(places), start + size - collected)
                 parts.append((places[start:stop], opened.read(range(start, stop))))
-                held, start = held + stop - start, stop
-                if held == size:
+                collected, start = collected + stop - start, stop
+                if collected == size:
                     yield concatenate(parts)
-                    parts, held = [], 0
+                    parts, collected = [], 0
         finally:
             opened.close()
     if parts:

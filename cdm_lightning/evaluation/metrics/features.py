@@ -52,11 +52,11 @@ def extract_features(
     manifest = read_manifest(folder)
     manifest = replace(manifest, shards=manifest.shards[:shards])
     settings = {"detector": detector.sha256, "resolution": resolution, "shards": [s.sha256 for s in manifest.shards]}
-    begun = Path(out) / "about.json"
-    if first_process() and not begun.is_file():
-        write_atomically(begun, json.dumps(settings).encode())
+    settings_file = Path(out) / "about.json"
+    if first_process() and not settings_file.is_file():
+        write_atomically(settings_file, json.dumps(settings).encode())
     wait_for_all()
-    if read_table(begun) != settings:
+    if read_table(settings_file) != settings:
         raise InputError(f"{out} holds features of other images or of another detector: give another folder")
     todo = [n for n, shard in enumerate(manifest.shards) if not finished(feature_file(out, n), shard.count)]
     wait_for_all()  # all processes must list the missing shards before one of them writes
@@ -110,8 +110,8 @@ class ShardNumbers(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer shards than processes
 
     def predict_dataloader(self) -> DataLoader:
-        own: Any = self.todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(own, batch_size=None)
+        numbers: Any = self.todo[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(numbers, batch_size=None)
 
 
 class FeatureExtractor(L.LightningModule):

@@ -162,9 +162,9 @@ class LevelSearch:
         """Draw the samples of a point, one set per seed, and measure them. Stored results are used again."""
         stage = self.cascade.stages[point.number]
         card = self.card(stage.resolution)
-        own = (stage.diffusion.sampler, stage.diffusion.sampling_steps)
-        stage.diffusion.sampler = point.sampler or own[0]
-        stage.diffusion.sampling_steps = point.steps or own[1]
+        original = (stage.diffusion.sampler, stage.diffusion.sampling_steps)
+        stage.diffusion.sampler = point.sampler or original[0]
+        stage.diffusion.sampling_steps = point.steps or original[1]
         try:
             folders = [self.samples(point, seed) for seed in self.seeds]
             sets = [self.features(folder) for folder in folders]
@@ -178,7 +178,7 @@ class LevelSearch:
                 [str(folder.parents[1]) for folder in folders], compared,
             )  # fmt: skip
         finally:
-            stage.diffusion.sampler, stage.diffusion.sampling_steps = own
+            stage.diffusion.sampler, stage.diffusion.sampling_steps = original
 
     def samples(self, point: Point, seed: int) -> Path:
         """The folder of shards with the samples of a point for one seed, drawn if needed."""
@@ -290,12 +290,12 @@ def check_levels(cascade: CascadeModule, grids: list[list[int]], kinds: list[str
 
 def check_comparison(diffusion: Any, samplers: list[Sampler] | None, steps: list[int] | None) -> None:
     """Refuse samplers and numbers of steps for which the last stage has no time grid."""
-    own = (diffusion.sampler, diffusion.sampling_steps)
-    for sampler in samplers or [own[0]]:
-        for count in steps or [own[1]]:
+    original = (diffusion.sampler, diffusion.sampling_steps)
+    for sampler in samplers or [original[0]]:
+        for count in steps or [original[1]]:
             diffusion.sampler, diffusion.sampling_steps = sampler, count
             diffusion.sampling_grid(0)
-    diffusion.sampler, diffusion.sampling_steps = own
+    diffusion.sampler, diffusion.sampling_steps = original
 
 
 def stage_points(number: int, grid: list[int], best: dict[str, list[int]]) -> list[Point]:
