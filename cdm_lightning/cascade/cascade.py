@@ -124,14 +124,17 @@ class CascadeModule(L.LightningModule):
 
     @property
     def resolution(self) -> int:
+        """Resolution of the last stage."""
         return self.stages[-1].resolution
 
     @property
     def image_channels(self) -> int:
+        """3 for colour, 1 for grey."""
         return self.stages[-1].image_channels
 
     @property
     def num_classes(self) -> int | None:
+        """Number of classes; None for an unconditional cascade."""
         return next((s.num_classes for s in self.stages if s.num_classes is not None), None)
 
     @torch.no_grad()
@@ -190,6 +193,7 @@ class CascadeModule(L.LightningModule):
         return generators(index.tolist(), self.device, self.seed, "sample", number)
 
     def check_labels(self, label: torch.Tensor) -> None:
+        """Refuse class numbers outside 0 ... num_classes - 1."""
         if self.num_classes is not None and len(label):
             lowest, highest = int(label.min()), int(label.max())
             if lowest < 0 or highest >= self.num_classes:

@@ -72,6 +72,7 @@ class ResidualBlock(nn.Module):
         return self.conv2(self.dropout(h)).add_(self.shortcut(*x))  # in place: backward does not need the output
 
     def resample(self, x: torch.Tensor) -> torch.Tensor:
+        """x at `scale_factor` times its size: 2x2 means, or nearest neighbour."""
         if self.scale_factor < 1:
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.scale_factor > 1 else x
@@ -117,6 +118,7 @@ class UNetBlock(nn.ModuleList):
         return self.layers(*x, embedding=embedding)
 
     def layers(self, *x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """All layers, one after another."""
         for layer in self:
             x = (layer(*x, embedding=embedding) if isinstance(layer, ResidualBlock) else layer(*x),)
         return x[0]

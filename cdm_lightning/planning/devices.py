@@ -42,6 +42,7 @@ DATA_SHEETS = {
 
 
 def data_sheet(name: str) -> DataSheet:
+    """The data sheet of a device by name; upper or lower case."""
     if name.upper() not in DATA_SHEETS:
         raise InputError(f"device {name!r} is none of {', '.join(DATA_SHEETS)}; without a name, it is the one at hand")
     return DATA_SHEETS[name.upper()]
@@ -53,6 +54,7 @@ def current_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
+    """The name of a GPU, or "CPU" with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

@@ -82,6 +82,7 @@ class MicroBatchSearch:
         self.bar = tqdm(desc="steps without data", unit=" steps", leave=False)
 
     def memory(self, batch: int, checkpointing: bool) -> Memory:
+        """The memory of a step with micro-batches of `batch` images."""
         if (batch, checkpointing) not in self.known:
             self.bar.update()
             self.known[batch, checkpointing] = self.simulated.memory(
@@ -90,6 +91,7 @@ class MicroBatchSearch:
         return self.known[batch, checkpointing]
 
     def fits(self, batch: int, checkpointing: bool) -> bool:
+        """Whether a micro-batch of `batch` images fits."""
         return self.memory(batch, checkpointing).total <= self.limit
 
     def largest(self, checkpointing: bool) -> int:

@@ -72,6 +72,7 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def watch(self, storage: torch.UntypedStorage) -> None:
+        """Count a new storage until it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key in self.storages:
             return
@@ -101,6 +102,7 @@ class SimulatedStep:
         self.size = sum(4 * parameter.numel() for parameter in stage.unet.parameters())
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same shape and type, without data."""
         return FakeTensor(self.mode, tensor.to("meta"), torch.device("cpu"))
 
     def memory(self, batch: int, accumulate: bool = False, devices: int = 1, checkpointing: bool = False) -> Memory:

@@ -67,6 +67,7 @@ class SampleManifest:
 
 
 def shard_name(number: int) -> str:
+    """File name of the shard of one block."""
     return f"{number:06d}.tar"
 
 

@@ -63,6 +63,7 @@ class GaussianAugmentation:
         self.diffusion = Diffusion(timesteps, schedule)
 
     def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        """s ~ U{0, ..., max_level}, float32 (B,)."""
         return (rand(generator) * (self.max_level + 1)).floor().float()
 
     def __call__(
@@ -87,6 +88,7 @@ class BlurAugmentation:
         self.sigma, self.probability = tuple(sigma), probability
 
     def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        """Sigma in pixels, or 0 for no blur, float32 (B,)."""
         lowest, highest = self.sigma
         blurred = rand(generator) < self.probability
         return (blurred * (lowest + (highest - lowest) * rand(generator))).float()

@@ -110,6 +110,7 @@ class DiffusionStage(L.LightningModule):
 
     @property
     def name(self) -> str:
+        """base<resolution> or sr<resolution>."""
         return f"{'sr' if self.is_super_resolution else 'base'}{self.resolution}"
 
     def losses(self, batch: Batch, purpose: str, by_quarters: bool = False) -> dict[str, torch.Tensor]:
@@ -152,6 +153,7 @@ class DiffusionStage(L.LightningModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """The mean loss of a batch; adds the losses of its images to the training log."""
         torch.manual_seed(key(self.seed, "dropout", self.global_rank, self.global_step, batch_idx))
         losses = self.losses(batch, "train", by_quarters=True)
         self.meter.add({**losses, "nonfinite_images": (~losses["loss"].isfinite()).double()})
@@ -200,6 +202,7 @@ class DiffusionStage(L.LightningModule):
                     group["fused"] = uses_fused_adam(self)
 
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        """x_T, standard normal, float32 (B, C, R, R)."""
         return randn((self.image_channels, self.resolution, self.resolution), generator)
 
 

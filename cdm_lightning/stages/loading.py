@@ -64,6 +64,7 @@ def validated_arguments(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return next(iter(str(error).splitlines()), "")
 
 

@@ -44,6 +44,7 @@ class RawImage:
     size: int
 
     def read(self) -> bytes:
+        """The encoded bytes."""
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)

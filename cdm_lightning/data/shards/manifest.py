@@ -54,6 +54,7 @@ class Manifest:
 
     @property
     def count(self) -> int:
+        """Number of images in all shards."""
         return sum(shard.count for shard in self.shards)
 
     @property

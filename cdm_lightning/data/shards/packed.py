@@ -108,6 +108,7 @@ class PackedShard:
                 os.posix_fadvise(self.file.fileno(), start, self.size, os.POSIX_FADV_WILLNEED)
 
     def key(self, row: int) -> str:
+        """The key of one image."""
         return self.keys[row].decode("ascii", "backslashreplace")
 
     def read(self, row: int, image: np.ndarray) -> str | None:

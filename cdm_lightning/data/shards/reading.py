@@ -245,4 +245,5 @@ def decode_label(sample: dict[str, Any], manifest: Manifest) -> int:
 
 
 def name_of(sample: dict[str, Any]) -> str:
+    """How errors name a sample: its key and its shard."""
     return f"image {sample['__key__']} of {sample['__url__']}"
