@@ -1,4 +1,4 @@
-"""Trained stages folded into one sampler, truncated or not (cascade.py), and kept as one folder (bundle.py)."""
+"""A trained cascade: sampling, truncated or not (cascade.py), and the folder that stores it (bundle.py)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["CascadeModule"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CascadeModule":  # on first use: `cdm bundle --help` needs no Lightning
+    if name == "CascadeModule":  # imported on first use, so that `cdm bundle --help` does not load Lightning
         from cdm_lightning.cascade.cascade import CascadeModule
 
         return CascadeModule

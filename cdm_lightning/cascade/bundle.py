@@ -1,4 +1,4 @@
-"""A trained cascade as one folder: weights as safetensors, everything else in bundle.json, each file with its hash."""
+"""The bundle: a trained cascade as one folder of safetensors weights and a bundle.json with their SHA-256."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from safetensors.torch import save as save_safetensors
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.stages import DiffusionStage
-from cdm_lightning.stages.loading import KINDS, build_stage
+from cdm_lightning.stages.loading import STAGE_CLASSES, build_stage
 
 FORMAT = 1
 
 
 def write_bundle(
-    folder: Path, stages: Sequence[DiffusionStage], about: dict[str, Any], dtype: torch.dtype = torch.float32
+    folder: Path, stages: Sequence[DiffusionStage], metadata: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write stages, low to high, and what is known `about` them (classes, levels, ...) as the bundle `folder`.
+    """Write the bundle `folder`: stages from low to high resolution, and `metadata` (classes, levels, ...) as JSON.
 
-    dtype: of the weights in the file; stages are float32 again when they are read.
-    The folder appears whole, under its name, or not at all; an existing bundle of that name is replaced.
+    dtype: of the stored weights; `read_bundle` returns float32 stages. The folder is written under another name and
+    then renamed, so that it is complete or absent. An existing bundle of that name is replaced.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
@@ -42,8 +42,8 @@ def write_bundle(
             write_atomically(partial / file, weights)
             entry = {"kind": type(stage).__name__, "weights": file, "sha256": hashlib.sha256(weights).hexdigest()}
             entries.append({**entry, "trained": stage.trained, "arguments": dict(stage.hparams)})
-        described = {"format": FORMAT, "stages_sha256": digest(entries), "stages": entries, **about}
-        text = json.dumps(described, indent=1) + "\n"
+        table = {"format": FORMAT, "stages_sha256": digest(entries), "stages": entries, **metadata}
+        text = json.dumps(table, indent=1) + "\n"
         write_atomically(partial / "bundle.json", text.encode())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,64 +56,69 @@ def write_bundle(
 
 
 def digest(entries: list[Any]) -> str:
-    """SHA-256 of what bundle.json says of the stages; levels and results beside them stay open to change."""
+    """SHA-256 of the stage entries of bundle.json; levels and search results beside them may change."""
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """bundle.json as a dictionary; refuses a folder that is not a bundle."""
+def read_bundle_metadata(folder: Path) -> dict[str, Any]:
+    """bundle.json as a dictionary. Raises InputError for a folder that is not a bundle."""
     path = Path(folder) / "bundle.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a bundle: it holds no bundle.json, which `cdm bundle` writes")
     try:
-        about = json.loads(path.read_text())
+        metadata = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("stages"), list):
+    if (
+        not isinstance(metadata, dict)
+        or metadata.get("format") != FORMAT
+        or not isinstance(metadata.get("stages"), list)
+    ):
         raise InputError(f"{path} is not a bundle of format {FORMAT}")
-    check_about(path, about)
-    return about
+    check_bundle_metadata(path, metadata)
+    return metadata
 
 
-def origin(about: dict[str, Any]) -> dict[str, Any]:
-    """What bundle.json, or the like, knows of the images its stages were trained on: `classes`, `crop` and `filter`.
+def origin(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Where the training images came from, by bundle.json or a table like it: `classes`, `crop` and `filter`.
 
-    None is unknown. classes: their names; None too where no stage is told the class.
+    The first stage that knows a value gives it; None means unknown. classes: their names in label order, or None for a
+    cascade without class conditioning.
     """
-    trained = [stage.get("trained", {}) for stage in about["stages"]]
-    named = [{"classes": about.get("classes")}, *trained]
-    known = {name: next((t[name] for t in named if t.get(name)), None) for name in ("classes", "crop", "filter")}
-    if all(stage["arguments"].get("num_classes") is None for stage in about["stages"]):
-        known["classes"] = None  # names of classes that its images do not have
+    trained = [stage.get("trained", {}) for stage in metadata["stages"]]
+    sources = [{"classes": metadata.get("classes")}, *trained]
+    known = {name: next((s[name] for s in sources if s.get(name)), None) for name in ("classes", "crop", "filter")}
+    if all(stage["arguments"].get("num_classes") is None for stage in metadata["stages"]):
+        known["classes"] = None  # samples of an unconditional cascade belong to no class
     return known
 
 
-def check_about(path: Path, about: dict[str, Any]) -> None:
-    """Refuse a bundle.json whose fields are of other types than they should be."""
-    for entry in about["stages"]:
+def check_bundle_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse a bundle.json with a field of the wrong type."""
+    for entry in metadata["stages"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("trained", {}), dict):
-            raise InputError(f"{path} lists a stage that is no table")
+            raise InputError(f"{path} lists a stage that is not a table")
     for name, kind in (("levels", int), ("classes", str)):
-        value = about.get(name)
+        value = metadata.get(name)
         if value is not None and not (isinstance(value, list) and all(type(each) is kind for each in value)):
-            raise InputError(f"{path} says {name} {value!r}: a list of {kind.__name__} is expected")
-    if type(about.get("truncated", False)) is not bool:
-        raise InputError(f"{path} says truncated {about['truncated']!r}: true or false is expected")
+            raise InputError(f"{path} has {name} {value!r}: a list of {kind.__name__} is expected")
+    if type(metadata.get("truncated", False)) is not bool:
+        raise InputError(f"{path} has truncated {metadata['truncated']!r}: true or false is expected")
 
 
 def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
-    """The stages, frozen and in eval mode, and bundle.json; a file that changed since it was written is refused."""
-    about, stages = read_about(folder), []
-    if about.get("stages_sha256") != digest(about["stages"]):
+    """The stages, frozen and in eval mode, and the metadata. Refuses a file whose SHA-256 is not the recorded one."""
+    metadata, stages = read_bundle_metadata(folder), []
+    if metadata.get("stages_sha256") != digest(metadata["stages"]):
         raise InputError(f"{folder}/bundle.json was changed after it was written: the SHA-256 of its stages differs")
-    for entry in about["stages"]:
+    for entry in metadata["stages"]:
         if (
             not isinstance(entry, dict)
             or not isinstance(entry.get("kind"), str)
-            or entry["kind"] not in KINDS
+            or entry["kind"] not in STAGE_CLASSES
             or not isinstance(entry.get("arguments"), dict)
         ):
-            raise InputError(f"{folder}/bundle.json lists a stage that is none of {sorted(KINDS)}")
+            raise InputError(f"{folder}/bundle.json lists a stage whose kind is none of {sorted(STAGE_CLASSES)}")
         name = str(entry.get("weights"))
         if not name.isprintable():
             raise InputError(f"{folder}/bundle.json lists a file {name!r}, a name that cannot be printed")
@@ -129,4 +134,4 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
             raise InputError(f"{path} is not a safetensors file: {error}") from error
         stages.append(build_stage(entry["kind"], entry["arguments"], state, str(path)))
         stages[-1].trained = entry.get("trained", {})
-    return stages, about
+    return stages, metadata

@@ -1,4 +1,4 @@
-"""The cascade: trained stages, folded into one sampler."""
+"""The cascade: trained stages sampled one after another, with truncated or non-truncated conditioning (CDM, Alg. 2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators
-from cdm_lightning.network import Compile
+from cdm_lightning.network import CompileMode
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.augmentation import GaussianAugmentation
 from cdm_lightning.stages.kinds import Batch
@@ -24,17 +24,18 @@ from cdm_lightning.stages.loading import load_stage
 
 
 class CascadeModule(L.LightningModule):
-    """p(x_0|c) = integral of p(x_0|z_s, c) p(z_s|c): a base stage and any number of super-resolution stages.
+    """p(x_0|c) = integral of p(x_0|z_s, c) p(z_s|c) dz_s: a base stage and any number of super-resolution stages.
 
     Args:
         bundle: A folder written by `cdm bundle`.
         checkpoints: Instead of a bundle: one checkpoint per stage, from low to high resolution.
-        levels: The level s of each super-resolution stage, on the clock of the stage before it; null takes the
-            bundle's choice, or 0. A stage without Gaussian augmentation takes 0 alone.
-        truncated: Hand over z_s from the reverse process stopped at s, instead of running it to z_0 and adding noise.
-        sampler: ddpm, ddim or dpm++ in all stages; null leaves each stage its own.
-        sampling_steps: Network calls of each stage; null leaves each stage its own.
-        seed: Keys every random draw together with an image's index.
+        levels: The level s of each super-resolution stage: a time step of the stage before it. null takes the bundle's
+            choice, or 0. A stage without Gaussian augmentation accepts only 0.
+        truncated: Stop the reverse process of a stage at s and pass z_s to the next stage, instead of running it to z_0
+            and adding noise.
+        sampler: ddpm, ddim or dpm++ for all stages; null keeps each stage's own.
+        sampling_steps: Network calls of each stage; null keeps each stage's own.
+        seed: Seeds every random draw, together with the index of the image.
     """
 
     def __init__(
@@ -50,32 +51,33 @@ class CascadeModule(L.LightningModule):
         super().__init__()
         if (bundle is None) == (checkpoints is None):
             raise InputError("a cascade is built from a bundle or from checkpoints: give one of the two")
-        chosen: dict[str, Any] = {}
+        stored: dict[str, Any] = {}
         if bundle is not None:
-            stages, chosen = read_bundle(bundle)
+            stages, stored = read_bundle(bundle)
         else:
             stages = [load_stage(path) for path in checkpoints or []]
         self.assemble(
-            stages, levels or chosen.get("levels"), chosen.get("truncated", False) if truncated is None else truncated
+            stages, levels or stored.get("levels"), stored.get("truncated", False) if truncated is None else truncated
         )
         if bundle is not None:
-            self.origin = origin(chosen)  # bundle.json may name classes that no stage knows the names of
+            self.origin = origin(stored)  # bundle.json may hold class names that the stages lack
         self.seed = seed
         self.set_sampler(sampler, sampling_steps)
 
     stages: Any  # a ModuleList of DiffusionStage, base first
-    batch_sizes: list[int] | None = None  # images that each stage's network works on at a time; None: all there are
-    origin: dict[str, Any]  # classes, crop and filter of the images it was trained on; None is unknown
+    batch_sizes: list[int] | None = None  # images per network call of each stage; None: the whole batch
+    origin: dict[str, Any]  # classes, crop and filter of the training images; None is unknown
 
     def assemble(self, stages: Sequence[DiffusionStage], levels: Sequence[int] | None, truncated: bool) -> None:
+        """Take the stages and the choice of levels; refuses stages that do not follow one another."""
         check_stages(stages)
         self.stages = nn.ModuleList(stages)
         self.origin = origin({"stages": [{"trained": s.trained, "arguments": dict(s.hparams)} for s in stages]})
         self.set_levels([0] * (len(stages) - 1) if levels is None else levels, truncated)
 
     @classmethod
-    def of(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
-        """A cascade of stages that are in memory already."""
+    def from_stages(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
+        """A cascade of stages that are already in memory, at levels 0."""
         cascade = cls.__new__(cls)
         L.LightningModule.__init__(cascade)
         cascade.seed = seed
@@ -83,7 +85,7 @@ class CascadeModule(L.LightningModule):
         return cascade
 
     def set_levels(self, levels: Sequence[int], truncated: bool) -> None:
-        """Choose s per super-resolution stage, and how it is reached; refuses what a stage cannot take."""
+        """Set s of each super-resolution stage and the mode; refuses a level that a stage was not trained for."""
         upsamplers = list(self.stages)[1:]
         if len(levels) != len(upsamplers):
             raise InputError(
@@ -94,7 +96,7 @@ class CascadeModule(L.LightningModule):
         self.levels, self.truncated = list(levels), truncated
 
     def set_sampler(self, sampler: Sampler | None, sampling_steps: Sequence[int] | None) -> None:
-        """Override every stage's sampler and numbers of steps, where given; refuses what has no grid."""
+        """Override the sampler and the number of steps of the stages; None keeps them. Refuses steps without a grid."""
         if sampling_steps is not None and len(sampling_steps) != len(self.stages):
             raise InputError(
                 f"sampling_steps {list(sampling_steps)} has {len(sampling_steps)} entries for {len(self.stages)} stages"
@@ -108,37 +110,40 @@ class CascadeModule(L.LightningModule):
             stage.diffusion.sampling_grid(stops[number])
 
     def set_batch_sizes(self, batch_sizes: Sequence[int] | None) -> None:
-        """Choose how many images each stage's network works on at a time; None for all that `sample` is given."""
+        """Set how many images each stage's network takes per call; None for the whole batch."""
         if batch_sizes is not None and (len(batch_sizes) != len(self.stages) or min(batch_sizes) < 1):
             raise InputError(
                 f"batch_sizes {list(batch_sizes)} must have {len(self.stages)} entries, one a stage, of at least 1"
             )
         self.batch_sizes = None if batch_sizes is None else list(batch_sizes)
 
-    def compile_networks(self, mode: Compile) -> None:
-        """Have every stage's network compiled by torch at its first call, which takes minutes."""
+    def compile_networks(self, mode: CompileMode) -> None:
+        """Compile every stage's network with torch.compile; the first call then takes minutes."""
         for stage in self.stages:
             stage.unet.compile(mode=mode)
 
     @property
     def resolution(self) -> int:
+        """Resolution of the last stage."""
         return self.stages[-1].resolution
 
     @property
     def image_channels(self) -> int:
+        """3 for colour, 1 for grey."""
         return self.stages[-1].image_channels
 
     @property
     def num_classes(self) -> int | None:
+        """Number of classes; None for an unconditional cascade."""
         return next((s.num_classes for s in self.stages if s.num_classes is not None), None)
 
     @torch.no_grad()
     def sample(self, label: torch.Tensor, index: torch.Tensor, image: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Images of every resolution, float32 (B, C, R, R), from the base's to the last (CDM, Algorithm 2).
 
-        label, index: int64 (B,). Image i is a function of (seed, index[i], label[i]), whatever its company in the batch
-        (up to the float error of another batch size). image: clean images (real ones, or stored samples) of one of the
-        stages' resolutions; the cascade goes on from there. In truncated mode the intermediate entries are the z_s.
+        label, index: int64 (B,). Image i depends on (seed, index[i], label[i]) and not on the rest of the batch, up to
+        the float error of another batch size. image: clean images (real ones or stored samples) at the resolution of
+        one of the stages; the stages above it continue from them. In truncated mode the intermediate entries are z_s.
         """
         self.check_labels(label)
         _, *upsamplers = self.stages
@@ -149,16 +154,16 @@ class CascadeModule(L.LightningModule):
             images.append(image)
         for number, (stage, level, stop_at) in enumerate(zip(upsamplers, self.levels, stops[1:], strict=True), 1):
             if not images and stage.low_resolution != image.shape[-1]:
-                continue  # this stage lies before the image that was given
+                continue  # this stage comes before the image that was given
             generator = self.generators(index, number)
-            is_noisy = self.truncated and images and level > 0  # the stage before has stopped at z_s
+            is_noisy = self.truncated and images and level > 0  # the previous stage stopped at z_s
             low_res = image if is_noisy else stage.augment(image, level, generator)  # z_s ~ q(z_s|z_0)
             image = self.draw(number, label, generator, stop_at, low_res, level)  # x ~ p(x|z_s, c)
             images.append(image)
         return images
 
     def stops(self) -> list[int]:
-        """The time at which the reverse process of each stage ends: s of the next stage in truncated mode, else 0."""
+        """The time step at which each stage's reverse process ends: s of the next stage in truncated mode, else 0."""
         return [*self.levels, 0] if self.truncated else [0] * len(self.stages)
 
     def draw(
@@ -170,10 +175,10 @@ class CascadeModule(L.LightningModule):
         low_res: torch.Tensor | None = None,
         level: int = 0,
     ) -> torch.Tensor:
-        """What stage `number` draws, as many images at a time as `batch_sizes` says.
+        """Samples of stage `number`, float32 (B, C, R, R), drawn in batches of `batch_sizes[number]`.
 
-        A finished image is rounded to what 8 bits can hold, so that it is the same from memory and from a file; a z_s
-        is left as it is.
+        Finished images are rounded to 8-bit values, so that they are the same from memory as from a PNG. z_s is not
+        rounded.
         """
         size = len(label) if self.batch_sizes is None else self.batch_sizes[number]
         drawn = []
@@ -184,10 +189,11 @@ class CascadeModule(L.LightningModule):
         return image if stop_at else quantize(image)
 
     def generators(self, index: torch.Tensor, number: int) -> list[torch.Generator]:
-        """A generator per image for the draws of one stage, keyed by (seed, stage, index)."""
+        """One generator per image for the random draws of one stage, seeded by (seed, stage, index)."""
         return generators(index.tolist(), self.device, self.seed, "sample", number)
 
     def check_labels(self, label: torch.Tensor) -> None:
+        """Refuse class numbers outside 0 ... num_classes - 1."""
         if self.num_classes is not None and len(label):
             lowest, highest = int(label.min()), int(label.max())
             if lowest < 0 or highest >= self.num_classes:
@@ -197,16 +203,16 @@ class CascadeModule(L.LightningModule):
                 )
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
-        """Samples as `cdm sample` numbers them, uint8 (B, C, R, R): image i has class i mod num_classes.
+        """Samples uint8 (B, C, R, R), numbered as in `cdm sample`: image i has class i mod num_classes.
 
-        Of the batch only its indices count: classes are balanced, whatever the validation images are.
+        Only the indices of the batch are used, so that classes are balanced for any set of validation images.
         """
         index = batch[2]
         label = index % (self.num_classes or 1)
         return {"generated": to_uint8(self.sample(label, index)[-1]), "index": index}
 
     def predict_step(self, batch: Batch | dict[str, torch.Tensor], batch_idx: int) -> list[torch.Tensor]:
-        """uint8 images of every resolution: for one block of a sampling manifest, or for the classes of a batch."""
+        """uint8 images of every resolution for one block of `cdm sample` (a dict), or for the classes of a batch."""
         if not isinstance(batch, dict):
             return [to_uint8(image) for image in self.sample(batch[1], batch[2])]
         image = to_float(batch["image"]) if "image" in batch else None
@@ -229,7 +235,7 @@ def check_level(stage: SuperResolutionStage, level: int) -> None:
 
 
 def check_stages(stages: Sequence[DiffusionStage]) -> None:
-    """Refuse stages that do not follow one another: kinds, resolutions, channels, classes, and the clock of s."""
+    """Refuse stages that do not fit together: kinds, resolutions, channels, classes, and the time steps of s."""
     if not stages or not isinstance(stages[0], BaseStage):
         raise InputError("a cascade starts with a base stage")
     classes = {s.name: s.num_classes for s in stages if s.num_classes is not None}
@@ -238,18 +244,17 @@ def check_stages(stages: Sequence[DiffusionStage]) -> None:
     for before, stage in pairwise(stages):
         if not isinstance(stage, SuperResolutionStage):
             raise InputError(f"stage {stage.name} after {before.name} is not a super-resolution stage")
-        for what, mine, theirs in (
+        for name, expected, given in (
             ("resolution", stage.low_resolution, before.resolution),
             ("image_channels", stage.image_channels, before.image_channels),
         ):
-            if mine != theirs:
-                raise InputError(f"stage {stage.name} starts from {what} {mine}, and {before.name} makes {theirs}")
+            if expected != given:
+                raise InputError(f"stage {stage.name} starts from {name} {expected}, and {before.name} makes {given}")
         if isinstance(stage.augmentation, GaussianAugmentation):
-            clock = stage.augmentation.diffusion
-            own = (clock.timesteps, clock.schedule)
-            run = (before.diffusion.timesteps, before.diffusion.schedule)
-            if own != run:
+            low_res = stage.augmentation.diffusion
+            if (low_res.timesteps, low_res.schedule) != (before.diffusion.timesteps, before.diffusion.schedule):
                 raise InputError(
-                    f"the clocks disagree: stage {stage.name} was trained with s on {own[0]} steps of the {own[1]} "
-                    f"schedule, and {before.name} runs {run[0]} of the {run[1]} one"
+                    f"the clocks disagree: stage {stage.name} was trained with s on {low_res.timesteps} steps of the "
+                    f"{low_res.schedule} schedule, and {before.name} runs {before.diffusion.timesteps} steps of the "
+                    f"{before.diffusion.schedule} schedule"
                 )

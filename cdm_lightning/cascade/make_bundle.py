@@ -1,4 +1,4 @@
-"""`cdm bundle`: trained stages put into one folder."""
+"""`cdm bundle`: put trained stages into one folder, the bundle."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def bundle(
     """Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.
 
     Args:
-        checkpoints: One checkpoint or run folder per stage, from low to high resolution; a run folder stands for the
-            newest of its checkpoints.
+        checkpoints: One checkpoint or run folder per stage, from low to high resolution; of a run folder the newest
+            checkpoint is taken.
         out: The folder to write.
-        levels: The level s of each super-resolution stage that sampling shall use when told none; null for 0.
-        truncated: Whether that sampling is truncated.
-        half: Round the weights to 16 bits, for half the size.
+        levels: The default level s of each super-resolution stage in sampling; null for 0.
+        truncated: Whether sampling is truncated by default.
+        half: Store the weights as float16, for half the size.
     """
     from cdm_lightning.cascade.bundle import write_bundle
     from cdm_lightning.cascade.cascade import CascadeModule, check_stages
@@ -29,12 +29,13 @@ def bundle(
         newest = newest_checkpoint([path / "checkpoints"]) if path.is_dir() else path
         stages.append(load_stage(newest or path / "checkpoints" / "last.ckpt"))
     check_stages(stages)
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     cascade.set_levels(levels or cascade.levels, truncated)
     classes = next((c for stage in stages if (c := stage.trained.get("classes"))), None)
     dtype = torch.float16 if half else torch.float32
     write_bundle(out, stages, {"levels": cascade.levels, "truncated": truncated, "classes": classes}, dtype)
     total = sum(p.numel() for stage in stages for p in stage.parameters())
     steps = " -> ".join(f"{stage.name} ({stage.trained.get('steps', '?')} steps)" for stage in stages)
-    raw = [stage.name for stage in stages if not stage.trained.get("averaged")]
-    print(f"{out}: {steps}, {total / 1e6:.2f} M parameters{', NOT averaged: ' + ', '.join(raw) if raw else ''}")
+    unaveraged = [stage.name for stage in stages if not stage.trained.get("averaged")]
+    note = f", NOT averaged: {', '.join(unaveraged)}" if unaveraged else ""
+    print(f"{out}: {steps}, {total / 1e6:.2f} M parameters{note}")

@@ -1,4 +1,4 @@
-"""Shards in, batches out: the data module and its stream; shards/ is their two forms, preparation/ makes them."""
+"""Training data: the Lightning data module and its stream; shards/ reads and writes shards, preparation/ makes them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["ShardDataModule"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ShardDataModule":  # on first use: reading shards needs no Lightning
+    if name == "ShardDataModule":  # imported on first use: reading shards needs no Lightning
         from cdm_lightning.data.datamodule import ShardDataModule
 
         return ShardDataModule

@@ -1,4 +1,4 @@
-"""Images that cannot be used: left out of their batch, counted over all processes, and logged."""
+"""Damaged images: they are left out of their batch, counted over all processes, and logged."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from cdm_lightning.foundation.errors import InputError
 OnDamage = Literal["refuse", "skip"]
 
 
-class Reports:
-    """Says once in this process what is wrong with each damaged image or shard."""
+class DamageReporter:
+    """Reports each damaged image or shard on stderr, once per process."""
 
     def __init__(self) -> None:
-        self.said: set[str] = set()
+        self.reported: set[str] = set()
 
     def __call__(self, error: InputError) -> None:
-        if str(error) not in self.said:
-            self.said.add(str(error))
+        if str(error) not in self.reported:
+            self.reported.add(str(error))
             print(f"left out: {error}", file=sys.stderr, flush=True)
 
 
-def marked(places: list[int], damaged: list[bool]) -> torch.Tensor:
-    """Places of a batch, int64 (B,), in which a damaged image's place p is ~p < 0: how a worker tells of it."""
+def encode_damage(places: list[int], damaged: list[bool]) -> torch.Tensor:
+    """The index of a batch, int64 (B,): place p of an intact image, ~p < 0 for a damaged one."""
     return torch.tensor([~place if bad else place for place, bad in zip(places, damaged, strict=True)])
 
 
-def unmarked(index: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a worker's index: the places of the `images` that came, and int64 (2,), how many were left out and stand in.
+def decode_damage(index: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split the index from `encode_damage` into the places of the batch's `images`, and counts, int64 (2,).
 
-    A batch of which nothing was left holds one image that stands in for it, at the place of the first one.
+    The counts are of images left out and of stand-ins. If all images of a batch are damaged, the batch holds one
+    stand-in image, which takes the place of the first.
     """
     intact = index[index >= 0]
     if len(intact) == images:
@@ -42,13 +43,13 @@ def unmarked(index: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tens
 
 
 class Damage(L.Callback):
-    """Logs what a data module left out, over all processes: a sum since the run began, and of each validation.
+    """Logs how many damaged images were left out, over all processes: since the run began, and of each validation.
 
-    `data/skipped_images`, `data/stand_ins` in training, and `val/...`, `test/...` of the same names. They add up
-    when a row of the log is due and where a checkpoint is written, which holds the sum of all.
+    Logs `data/skipped_images` and `data/stand_ins` in training, and `val/...` or `test/...` of the same names. The
+    counts of the processes are summed when a row of the log is due and when a checkpoint is written.
     """
 
-    summed_at = 0  # global_step when the processes last added up: once a step, whatever is accumulated
+    summed_at = 0  # global_step of the last sum: one sum per optimizer step, also with accumulated batches
 
     def log(self, module: L.LightningModule, group: str, counts: torch.Tensor) -> None:
         skipped, stand_ins = counts.tolist()
@@ -59,21 +60,23 @@ class Damage(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         data = trainer.datamodule
-        data.unsummed += data.left_out.pop("train")  # of a batch that is done; the next may be here
+        data.unsummed += data.left_out.pop("train")  # of the finished batch; the next may be loaded already
         every, step = trainer.log_every_n_steps, trainer.global_step
         if every and step % every == 0 and step > self.summed_at:
             self.summed_at = step
-            data.add_up()
+            data.sum_skipped()
         self.log(pl_module, "data", data.skipped)
 
     def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        trainer.datamodule.add_up()
+        trainer.datamodule.sum_skipped()
 
     def on_validation_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         trainer.datamodule.left_out.pop("val", None)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        counts = trainer.datamodule.over_all(trainer.datamodule.left_out.pop("val", torch.zeros(2, dtype=torch.int64)))
+        counts = trainer.datamodule.sum_over_processes(
+            trainer.datamodule.left_out.pop("val", torch.zeros(2, dtype=torch.int64))
+        )
         self.log(pl_module, "test" if trainer.testing else "val", counts)
 
     on_test_start, on_test_epoch_end = on_validation_start, on_validation_epoch_end

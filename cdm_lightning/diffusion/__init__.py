@@ -1,4 +1,4 @@
-"""The diffusion process: q(x_t|x_0) with its losses, and the samplers that run it backwards. No network lives here."""
+"""The diffusion process, without a network: q(x_t|x_0), the training losses, and the reverse process's samplers."""
 
 from cdm_lightning.diffusion.process import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
 

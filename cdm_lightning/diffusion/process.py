@@ -1,7 +1,7 @@
-"""The diffusion process: q(x_t|x_0), the losses, and the reverse process from x_T down to any x_s.
+"""The diffusion process: q(x_t|x_0), the training losses, and the reverse process from x_T down to any x_s.
 
-Time is the paper's: t in (0, T], and 0 is the clean image. diffusers counts 0 ... T-1; its index is t - 1 and never
-leaves this file.
+Time t runs over (0, T] as in the paper, and t = 0 is the clean image. diffusers counts time from 0 to T - 1: its index
+is t - 1, and is used in this file only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from cdm_lightning.diffusion.samplers import ancestral_step, check_ddim, scheduler_of
+from cdm_lightning.diffusion.samplers import ancestral_step, check_ddim_grid, make_scheduler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.randomness import randn_ahead
 
@@ -25,7 +25,7 @@ Sampler = Literal["ddpm", "ddim", "dpm++"]
 
 
 def schedule_settings(schedule: Schedule, timesteps: int) -> dict[str, Any]:
-    """diffusers' names for a schedule: Improved DDPM's cosine, or DDPM's linear beta range scaled by 1000 / T."""
+    """The arguments of a diffusers scheduler: Improved DDPM's cosine, or DDPM's linear betas scaled by 1000 / T."""
     settings = {"num_train_timesteps": timesteps}
     if schedule == "cosine":
         return {**settings, "beta_schedule": "squaredcos_cap_v2"}
@@ -36,11 +36,13 @@ def schedule_settings(schedule: Schedule, timesteps: int) -> dict[str, Any]:
 class Diffusion:
     """q(x_t|x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), its training loss, and its reverse process.
 
-    timesteps: T. variance: "learned" trains with the hybrid loss of Improved DDPM (the network returns 2C channels),
-    "fixed_small" and "fixed_large" with the simple one. continuous: t is any real in (0, T], abar linear between grid
-    points, so that a sampling schedule may be chosen after training (as SR3 and WaveGrad).
-    sampler, sampling_steps (None: all T), sampling_schedule (None: the training schedule) and clip (x_0 to [-1, 1] at
-    each step) concern sampling alone and may be assigned at any time.
+    timesteps: T.
+    variance: "learned" trains with the hybrid loss of Improved DDPM, and the network returns 2C channels; "fixed_small"
+    and "fixed_large" train with the simple loss.
+    continuous: t is any real number in (0, T], with abar linear between grid points, so that the sampling schedule can
+    be chosen after training (as in SR3 and WaveGrad).
+    sampler, sampling_steps (None: T), sampling_schedule (None: the training schedule) and clip (the predicted x_0 to
+    [-1, 1] at each step) affect sampling only, and may be assigned at any time.
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class Diffusion:
     # -- the forward process
 
     def table(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """One of `abar`, `log_beta`, `log_posterior`, float64 (T + 1,), indexed by t; entry 0 of the logs is unused."""
+        """`abar`, `log_beta` or `log_posterior` (of beta~, the posterior variance), float64 (T + 1,), indexed by t.
+
+        Entry 0 of the logarithms is unused.
+        """
         device = torch.device(device)
         if (name, device) not in self._tables:
             from diffusers import DDPMScheduler
@@ -84,8 +89,12 @@ class Diffusion:
             beta = scheduler.betas.double()
             abar = torch.cat([beta.new_ones(1), torch.cumprod(1 - beta, 0)])
             posterior = beta * (1 - abar[:-1]) / (1 - abar[1:])
-            posterior[0] = posterior[1] if self.timesteps > 1 else beta[0]  # it is 0 at t = 1, and has no logarithm
-            tables = {"abar": abar, "log_beta": _from_one(beta.log()), "log_posterior": _from_one(posterior.log())}
+            posterior[0] = posterior[1] if self.timesteps > 1 else beta[0]  # at t = 1 it is 0, which has no logarithm
+            tables = {
+                "abar": abar,
+                "log_beta": _prepend_time_zero(beta.log()),
+                "log_posterior": _prepend_time_zero(posterior.log()),
+            }
             self._tables |= {(key, device): value.to(device) for key, value in tables.items()}
         return self._tables[name, device]
 
@@ -95,33 +104,34 @@ class Diffusion:
         below = t.double().floor().long().clamp(max=self.timesteps - 1)
         return torch.lerp(abar[below], abar[below + 1], t.double() - below)
 
-    def time_of(self, alpha_bar: torch.Tensor) -> torch.Tensor:
-        """The real t with abar(t) = alpha_bar, float64; noise beyond the schedule's end maps to T."""
+    def time_from_alpha_bar(self, alpha_bar: torch.Tensor) -> torch.Tensor:
+        """The real t with abar(t) = alpha_bar, float64. An alpha_bar below abar(T) maps to T."""
         abar = self.table("abar", alpha_bar.device)
         value = alpha_bar.double().clamp(float(abar[-1]), 1.0)
         above = torch.searchsorted(-abar, -value).clamp(1, self.timesteps)
         return above - 1 + (abar[above - 1] - value) / (abar[above - 1] - abar[above])
 
     def time_from_uniform(self, u: torch.Tensor) -> torch.Tensor:
-        """u in [0, 1) to the t of a training example, float32: uniform on 1 ... T, or on (0, T] in continuous time."""
+        """The training time t for u ~ U[0, 1), float32 (B,): uniform on 1 ... T, or on (0, T] in continuous time."""
         t = (1 - u) * self.timesteps if self.continuous else (u * self.timesteps).floor() + 1
         return t.float()
 
     def diffuse(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (DDPM, eq. 4). t: (B,), 0 leaves x as it is."""
+        """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (DDPM, eq. 4). t: (B,); t = 0 returns x."""
         abar = _per_image(self.alpha_bar(t), x)
         return abar.sqrt().to(x.dtype) * x + (1 - abar).sqrt().to(x.dtype) * eps
 
     # -- training
 
     def loss(self, predict: Predict, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Per image (B,): `simple` = mean (target - prediction)^2, `vlb` = L_t in bits/dim, `loss` = what to minimise.
+        """Per image, (B,): `simple` = mean (target - prediction)^2, `vlb` = L_{t-1} in bits/dim, `loss` to minimise.
 
-        The hybrid loss is simple + (T / 1000) L_t: with t drawn uniformly that is lambda = 0.001 times the sum over all
-        T terms (Improved DDPM, section 3.1), so no other lambda multiplies it. x: float32 (B, C, H, W) in [-1, 1].
+        With a learned variance, loss = simple + (T / 1000) vlb. As t is uniform, this is the hybrid loss with
+        lambda = 0.001 on the sum of all T terms (Improved DDPM, section 3.1). Else loss = simple.
+        x, eps: float32 (B, C, H, W), x in [-1, 1].
         """
         x_t = self.diffuse(x, t, eps)
-        output = predict(x_t, t).float()
+        output = predict(x_t, t).float()  # (B, C or 2C, H, W)
         prediction, v = output[:, : x.shape[1]], output[:, x.shape[1] :]
         abar = _per_image(self.alpha_bar(t), x).float()
         velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x
@@ -129,11 +139,11 @@ class Diffusion:
         simple = (prediction - target).square().flatten(1).mean(1)
         if self.variance != "learned":
             return {"loss": simple, "simple": simple}
-        vlb = self.vlb(self.eps_of(prediction.detach(), x_t, t), v, x, x_t, t)
+        vlb = self.vlb(self.epsilon_from_prediction(prediction.detach(), x_t, t), v, x, x_t, t)
         return {"loss": simple + self.timesteps / 1000 * vlb, "simple": simple, "vlb": vlb}
 
-    def eps_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The epsilon that a prediction of any kind stands for."""
+    def epsilon_from_prediction(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The network's prediction, whether epsilon, x_0 or v, converted to epsilon. (B, C, H, W)."""
         abar = _per_image(self.alpha_bar(t), x_t)
         signal, noise = abar.sqrt().to(x_t.dtype), (1 - abar).sqrt().to(x_t.dtype)
         if self.prediction == "epsilon":
@@ -147,8 +157,8 @@ class Diffusion:
     ) -> torch.Tensor:
         """L_{t-1} of the variational bound in bits per dimension, (B,): a KL for t > 1, at t = 1 the likelihood of x.
 
-        log Sigma = f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2 (Improved DDPM, eq. 15). The caller passes
-        eps without its graph: the bound trains the variance and leaves the mean alone.
+        log Sigma = f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2 (Improved DDPM, eq. 15). The caller detaches
+        eps, so that this loss trains the variance and not the mean.
         """
         step = t.long()
         abar, previous = (self.table("abar", t.device)[i] for i in (step, step - 1))
@@ -156,12 +166,12 @@ class Diffusion:
         log_beta, log_posterior = (
             _per_image(self.table(name, t.device)[step], x).to(x.dtype) for name in ("log_beta", "log_posterior")
         )
-        of_x = _per_image(previous.sqrt() * beta / (1 - abar), x).to(x.dtype)
-        of_x_t = _per_image((1 - previous) * (1 - beta).sqrt() / (1 - abar), x).to(x.dtype)
+        coef_x = _per_image(previous.sqrt() * beta / (1 - abar), x).to(x.dtype)
+        coef_x_t = _per_image((1 - previous) * (1 - beta).sqrt() / (1 - abar), x).to(x.dtype)
         signal, noise = (_per_image(a, x).to(x.dtype) for a in (abar.sqrt(), (1 - abar).sqrt()))
         log_variance = (v + 1) / 2 * log_beta + (1 - v) / 2 * log_posterior
-        mean = of_x * (x_t - noise * eps) / signal + of_x_t * x_t
-        true_mean = of_x * x + of_x_t * x_t
+        mean = coef_x * (x_t - noise * eps) / signal + coef_x_t * x_t
+        true_mean = coef_x * x + coef_x_t * x_t
         difference = log_posterior - log_variance
         kl = 0.5 * (difference.exp() - 1 - difference + (true_mean - mean).square() * (-log_variance).exp())
         likelihood = discretized_gaussian_log_likelihood(x, mean, 0.5 * log_variance)
@@ -180,33 +190,36 @@ class Diffusion:
     ) -> torch.Tensor:
         """Run the reverse process from x_T = noise down to x_s, s = stop_at; 0 gives the image.
 
-        noise: float32 (B, C, H, W). generator: one per image, for the ancestral noise. Calls predict(x_t, t) once per
-        step with t of shape (B,).
+        noise: float32 (B, C, H, W). generator: one per image, for the noise of the ddpm sampler. Calls predict(x_t, t)
+        once per step, with t of shape (B,). Raises InputError where `sampling_grid` does.
         """
         scheduler, indices = self.sampling_grid(stop_at)
         clock = Diffusion(self.timesteps, self.sampling_schedule or self.schedule, "fixed_small")
         abar = clock.table("abar").tolist()
-        x = noise.contiguous(memory_format=torch.channels_last)  # as networks give and take them
+        x = noise.contiguous(memory_format=torch.channels_last)  # the layout of the network's activations
         z = randn_ahead(x.shape, len(indices), x.device, generator) if self.sampler == "ddpm" else repeat(None)
         for index, after, z_t in zip(indices, [*indices[1:], stop_at - 1], z, strict=False):
             t = torch.tensor(float(index + 1), dtype=torch.float64)
             if clock.schedule != self.schedule:
-                t = self.time_of(clock.alpha_bar(t))
+                t = self.time_from_alpha_bar(clock.alpha_bar(t))
             output = predict(x, torch.full((len(x),), float(t), device=x.device)).to(x.dtype)
             if z_t is not None:
                 settings = (self.prediction, self.variance, self.clip)
                 x = ancestral_step(output, x, z_t, abar[index + 1], abar[after + 1], *settings)
                 continue
             output = output[:, : x.shape[1]]  # only the ancestral sampler uses a learned variance
-            # Else the clamped x_0 goes with the epsilon of another.
+            # By default, DDIM would combine the clipped x_0 with the epsilon of the unclipped one.
             options = {"use_clipped_model_output": True} if self.sampler == "ddim" else {}
             x = scheduler.step(output, index, x, **options).prev_sample
-        return x.clone(memory_format=torch.contiguous_format)  # as stored ones are read: strides decide on bits
+        return x.clone(
+            memory_format=torch.contiguous_format
+        )  # the strides of stored images: the next stage's bits depend on them
 
     def sampling_grid(self, stop_at: int = 0) -> tuple[Any, list[int]]:
-        """The scheduler and the descending indices t - 1 at which the network is called on the way from T to s.
+        """The scheduler, and the descending indices t - 1 at which the network is called on the way from T to s.
 
-        s itself is put into the grid, so that the state after the last call is x_s exactly and not a neighbour of it.
+        s is added to the grid, so that the last call ends at x_s exactly. Raises InputError for a number of steps or an
+        s that the sampler cannot use.
         """
         if not 0 <= stop_at < self.timesteps:
             raise InputError(f"stop_at {stop_at} lies outside 0 <= s < T = {self.timesteps}")
@@ -223,24 +236,29 @@ class Diffusion:
         if not 1 <= steps <= self.timesteps:
             raise InputError(f"sampling_steps {steps} lies outside 1 ... T = {self.timesteps}")
         settings = schedule_settings(self.sampling_schedule or self.schedule, self.timesteps)
-        scheduler = scheduler_of(self.sampler, settings, self.prediction, self.clip)
+        scheduler = make_scheduler(self.sampler, settings, self.prediction, self.clip)
         if self.sampler == "ddim":
-            check_ddim(self.timesteps, steps, stop_at)
+            check_ddim_grid(self.timesteps, steps, stop_at)
         scheduler.set_timesteps(steps)
         grid = [int(i) for i in scheduler.timesteps]
         if steps == 1 and self.sampler == "ddpm":
-            grid = [self.timesteps - 1]  # a linspace of one point lies at the other end
+            grid = [self.timesteps - 1]  # a linspace of one point is t = 1, the wrong end
         indices = sorted({*grid, stop_at - 1} if stop_at else set(grid), reverse=True)
-        if indices != [int(i) for i in scheduler.timesteps]:  # never with DDIM; DPM-Solver's grid repeats itself near T
+        if indices != [
+            int(i) for i in scheduler.timesteps
+        ]:  # not for DDIM; the grid of DPM-Solver can repeat a time near T
             scheduler.set_timesteps(timesteps=indices)
-        left = [i for i in indices if i >= stop_at]
-        if not left:
+        remaining = [i for i in indices if i >= stop_at]
+        if not remaining:
             raise InputError(f"stop_at {stop_at} leaves {self.sampler} no step: its first is at t = {indices[0] + 1}")
-        return scheduler, left
+        return scheduler, remaining
 
 
 def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """log of N(mean, scale^2)'s mass on the 8-bit bin around x, open at -1 and 1 (DDPM, eq. 13). In nats, like x."""
+    """log of the mass of N(mean, scale^2) on the 8-bit bin around x, in nats, of x's shape (DDPM, eq. 13).
+
+    The bins at -1 and 1 extend to infinity.
+    """
     scale = (-log_scale).exp()
     upper = torch.special.ndtr((x - mean + 1 / 255) * scale)
     lower = torch.special.ndtr((x - mean - 1 / 255) * scale)
@@ -251,9 +269,10 @@ def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log
 
 
 def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) to (B, 1, 1, 1), with as many dimensions as `like`."""
     return value.view(-1, *[1] * (like.ndim - 1))
 
 
-def _from_one(table: torch.Tensor) -> torch.Tensor:
-    """Prepend an entry for t = 0, so that a table over t = 1 ... T is indexed by t."""
+def _prepend_time_zero(table: torch.Tensor) -> torch.Tensor:
+    """Prepend an entry for t = 0, so that a table over t = 1 ... T can be indexed by t."""
     return torch.cat([table[:1], table])

@@ -1,6 +1,7 @@
-"""The samplers of the reverse process: diffusers' schedulers, and an ancestral step of our own.
+"""The samplers of the reverse process: diffusers' DDIM and DPM-Solver++, and a DDPM ancestral step written here.
 
-Our ancestral step is given its noise, which can so be drawn for many steps at once; diffusers' draws it step by step.
+This ancestral step takes its noise as an argument, so that the noise of many steps can be drawn in one call. The step
+of diffusers draws its own.
 """
 
 from __future__ import annotations
@@ -13,30 +14,30 @@ import torch
 from cdm_lightning.foundation.errors import InputError
 
 
-def scheduler_of(sampler: str, settings: dict[str, Any], prediction: str, clip: bool) -> Any:
-    """diffusers' scheduler for a sampler: ddpm, ddim or dpm++. settings: of the noise schedule. clip: x_0 to [-1, 1].
+def make_scheduler(sampler: str, settings: dict[str, Any], prediction: str, clip: bool) -> Any:
+    """diffusers' scheduler for a sampler: ddpm, ddim or dpm++. settings: the noise schedule. clip: x_0 to [-1, 1].
 
-    Each has the spacing of its grid at which it is right: diffusers' DDIM steps by T / n whatever its grid is, and
-    "leading", its default, starts far below T.
+    DDIM takes the spacing "trailing": its step size in diffusers is always T / n, and the default spacing, "leading",
+    starts far below T.
     """
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
     settings = {**settings, "prediction_type": prediction}
     if sampler == "ddpm":
-        return DDPMScheduler(**settings, timestep_spacing="linspace")  # for its grid alone
+        return DDPMScheduler(**settings, timestep_spacing="linspace")  # used for its time grid only
     if sampler == "ddim":
         return DDIMScheduler(**settings, clip_sample=clip, timestep_spacing="trailing")
     return DPMSolverMultistepScheduler(
         **settings,
         timestep_spacing="linspace",
-        thresholding=clip,  # with sample_max_value 1 the dynamic threshold is the plain clamp to [-1, 1]
+        thresholding=clip,  # with sample_max_value 1 dynamic thresholding is a clamp to [-1, 1]
         sample_max_value=1.0,
-        lambda_min_clipped=-5.1,  # a log-SNR below this says nothing; the cosine schedule ends far below it
+        lambda_min_clipped=-5.1,  # the cosine schedule ends far below this log-SNR, where x_t is pure noise
     )
 
 
-def check_ddim(timesteps: int, steps: int, stop_at: int) -> None:
-    """Refuse numbers of steps that do not divide T, and an s between two of DDIM's steps of T / n."""
+def check_ddim_grid(timesteps: int, steps: int, stop_at: int) -> None:
+    """Refuse a number of steps n that does not divide T, and an s that is not a multiple of DDIM's step T / n."""
     if timesteps % steps:
         raise InputError(f"sampling_steps {steps} does not divide T = {timesteps}, as the DDIM sampler needs")
     stride = timesteps // steps
@@ -53,16 +54,16 @@ def ancestral_step(
     x: torch.Tensor,
     z: torch.Tensor,
     abar: float,
-    before: float,
+    abar_next: float,
     prediction: str = "epsilon",
     variance: str = "learned",
     clip: bool = True,
 ) -> torch.Tensor:
-    """x_r = mean(x_0, x_t) + sigma z for any r < t, the posterior q(x_r|x_t, x_0) at the predicted x_0 (DDPM, eq. 7).
+    """x_r = mean(x_0, x_t) + sigma z for any r < t: a draw of q(x_r|x_t, x_0) at the predicted x_0 (DDPM, eq. 7).
 
-    output: of the network at x = x_t, (B, C, H, W), or (B, 2C, H, W) where the variance is learned. abar, before: those
-    of t and r; at r = 0, where `before` is 1, the mean. It is the step of diffusers' DDPMScheduler, which draws its
-    noise by itself, in fewer operations.
+    output: the network's output at x = x_t, (B, C, H, W), or (B, 2C, H, W) for a learned variance. z: standard normal,
+    (B, C, H, W). abar, abar_next: abar_t and abar_r. At r = 0 (abar_next = 1) this returns the mean, without noise.
+    Equals the step of diffusers' DDPMScheduler, in fewer operations.
     """
     guess, v = output.chunk(2, dim=1) if variance == "learned" else (output, None)
     signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
@@ -71,12 +72,12 @@ def ancestral_step(
     elif prediction == "v_prediction":
         guess = torch.sub(x * signal, guess, alpha=noise)
     image = guess.clamp(-1, 1) if clip else guess
-    beta = 1 - abar / before
-    of_image, of_x = math.sqrt(before) * beta / (1 - abar), math.sqrt(1 - beta) * (1 - before) / (1 - abar)
-    mean = torch.add(image * of_image, x, alpha=of_x)
-    if before == 1:
+    beta = 1 - abar / abar_next
+    coef_image, coef_x = math.sqrt(abar_next) * beta / (1 - abar), math.sqrt(1 - beta) * (1 - abar_next) / (1 - abar)
+    mean = torch.add(image * coef_image, x, alpha=coef_x)
+    if abar_next == 1:
         return mean
-    posterior = beta * (1 - before) / (1 - abar)
+    posterior = beta * (1 - abar_next) / (1 - abar)
     if v is None:
         return mean.add_(z, alpha=math.sqrt(beta if variance == "fixed_large" else posterior))
     # log Sigma = f log beta + (1 - f) log posterior with f = (v + 1) / 2 (Improved DDPM, eq. 15).

@@ -1,4 +1,4 @@
-"""What samples are worth: detectors, references of real images, metrics, the search over s, CAS, and the page of it."""
+"""Evaluation of samples: detectors, reference cards of real images, metrics (FID), search over s, CAS, report."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["CascadeFigures"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CascadeFigures":  # on first use: most of this room needs no Lightning
+    if name == "CascadeFigures":  # imported on first use: most of this package needs no Lightning
         from cdm_lightning.evaluation.cascade_figures import CascadeFigures
 
         return CascadeFigures

@@ -1,4 +1,4 @@
-"""`cdm evaluate`: the figures of stored samples against reference cards, and the page that shows them."""
+"""`cdm evaluate`: measure stored samples against reference cards, and write a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
 from cdm_lightning.evaluation.metrics.figures import Figure
-from cdm_lightning.evaluation.references.cards import ReferenceCard, about_all, read_card
+from cdm_lightning.evaluation.references.cards import ReferenceCard, card_summaries, read_card
 from cdm_lightning.evaluation.report.evaluation_pages import write_evaluation
 from cdm_lightning.evaluation.report.memorisation import real_folder, searched
 from cdm_lightning.evaluation.report.results import print_figures, read_cas
@@ -38,54 +38,54 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure stored samples as the paper does: FID, KID, precision and recall against each reference, and the IS.
 
-    Writes results.json and report.html, and prints a table. Stopped and called again, it goes on where it was. The
-    figures do not depend on the number of processes.
+    Writes results.json and report.html, and prints a table. If it is stopped, the same command continues. The figures
+    do not depend on the number of processes.
 
     Args:
-        samples: Folders written by `cdm sample`; three or more of disjoint seeds give the figures an error bar.
+        samples: Folders written by `cdm sample`; three or more with different seeds give error bars.
         references: Cards written by `cdm reference`, such as one of the training and one of the validation images.
         out: Folder for results.json, report.html and the features.
-        detector: Name of a detector, or the path of its file; null for the first card's.
-        resolution: Which of the stored resolutions to measure; null for the first card's.
-        head: torch-fidelity's pt_inception-2015-12-05-6726825d.pth, whose classifier head the Inception Score needs;
-            null leaves the score out.
-        real: Root of the shards behind a card, to show the real images nearest to generated ones; null leaves them out.
-        cas: results.json of `cdm cas`, to show beside the other figures.
-        trust_detector: Run a detector's TorchScript that this project does not know.
-        batch_size: Images the detector works on at a time.
-        seed: Draws the subsets of the kernel distance and the splits of the score.
-        devices: Processes to share the work.
+        detector: Name of a detector, or the path of its file; null for that of the first card.
+        resolution: The stored resolution to measure; null for that of the first card.
+        head: torch-fidelity's pt_inception-2015-12-05-6726825d.pth, for the classifier of the Inception Score; null
+            skips the score.
+        real: Root of the shards behind a card, to show the real images nearest to samples; null skips this.
+        cas: results.json of `cdm cas`, to show with the other figures.
+        trust_detector: Allow a TorchScript that is not the canonical Inception; it is run as a program.
+        batch_size: Images per detector call, in each process.
+        seed: Seed of the subsets of the kernel distance and of the splits of the score.
+        devices: Number of processes.
         accelerator: cpu, gpu or auto.
     """
     if not references:
         raise InputError("references [] names no card, which `cdm reference` writes")
-    from cdm_lightning.evaluation.metrics.features import extract, read_features
+    from cdm_lightning.evaluation.metrics.features import extract_features, read_features
     from cdm_lightning.evaluation.metrics.measure import check_score, inception_score, measure_all
 
-    judge = load_detector(detector or read_card(references[0]).detector, trust_detector)
-    cards = [read_card(path, judge) for path in references]
+    network = load_detector(detector or read_card(references[0]).detector, trust_detector)
+    cards = [read_card(path, network) for path in references]
     folders, manifests = sample_folders(samples, resolution or cards[0].resolution)
     for card in cards:
-        check_manifest(card, judge, manifests[0])
+        check_manifest(card, network, manifests[0])
     if head is not None:
-        check_score(judge, manifests[0].count)
-        judge.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, as was checked
+        check_score(network, manifests[0].count)
+        network.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, as was checked
     score = None if cas is None else read_cas(cas, manifests)
     if real is not None and searched(cards).features is not None:
         real_folder(searched(cards), real)
-    # All that can be refused has been: from here on time is spent.
+    # All input is checked: from here on time is spent.
     places = [Path(out) / "features" / str(number) for number in range(len(folders))]
     for folder, place in zip(folders, places, strict=True):
-        extract(folder.parents[1], "train", int(folder.name), judge, place, devices, accelerator, batch_size)
+        extract_features(folder.parents[1], "train", int(folder.name), network, place, devices, accelerator, batch_size)
     if not first_process():
         wait_for_all()
         return {}
     features = [torch.cat([f for f, _ in read_features(*pair)]) for pair in zip(places, manifests, strict=True)]
-    figures = measure_all(features, cards, judge, seed)
+    figures = measure_all(features, cards, network, seed)
     if head is not None:
-        figures.append(inception_score(features, judge, seed))
+        figures.append(inception_score(features, network, seed))
     print_figures(figures)
-    measured = Evaluation(figures, judge, cards, manifests, folders, features, seed)
+    measured = Evaluation(figures, network, cards, manifests, folders, features, seed)
     results = write_evaluation(Path(out), measured, real, score)
     wait_for_all()
     return results
@@ -93,7 +93,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured and what it was measured on: all that a report shows."""
+    """The figures, and what they were measured on: everything that a report shows."""
 
     figures: list[Figure]
     detector: Detector
@@ -108,7 +108,7 @@ class Evaluation:
         return {
             "figures": [asdict(figure) for figure in self.figures],
             "detector": {"name": self.detector.name, "sha256": self.detector.sha256},
-            "references": about_all(self.cards),
+            "references": card_summaries(self.cards),
             "samples": [manifest.extra.get("samples") for manifest in self.manifests],
             "resolution": self.manifests[0].resolution,
             "seed": self.seed,

@@ -1,4 +1,4 @@
-"""Real images to compare with: the shards of a split, streamed at the resolution that is asked for."""
+"""Real images for comparison: reads the shards of a split at any resolution, and writes subsets of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cdm_lightning.data.shards import (
     write_shard,
 )
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import as_drawn, downscale, encode_png
+from cdm_lightning.foundation.images import downscale, encode_png, stored_to_tensor
 from cdm_lightning.foundation.randomness import key
 
 IMAGES_PER_SHARD = 1000
@@ -32,22 +32,22 @@ IMAGES_PER_SHARD = 1000
 def read_images(
     root: Path, split: str, resolution: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All images of <root>/<split> in stored order: uint8 (B, C, R, R), reduced to R by 2x2 means, and their labels.
+    """All images of <root>/<split> in stored order, uint8 (B, C, R, R), reduced to R by 2x2 means, and labels (B,).
 
-    Raises InputError where no stored resolution leads to R, or a folder is unfinished or holds what cannot be read.
+    Raises InputError if no stored resolution can be reduced to R, or if the folder is unfinished or damaged.
     """
     folder = find_folder(root, split, resolution)
     manifest = read_manifest(folder)
-    yield from stream(folder, manifest, manifest.shards, resolution, batch_size)
+    yield from stream_shards(folder, manifest, manifest.shards, resolution, batch_size)
 
 
-def stream(
+def stream_shards(
     folder: Path, manifest: Manifest, shards: Sequence[Shard], resolution: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of the images of some shards of a folder, as `read_images` gives them."""
+    """Batches of images and labels of some shards of a folder, as in `read_images`."""
     windows = ((np.arange(s.count), open_images(folder, manifest, [s], range(s.count))) for s in shards)
     for _, images in in_batches(windows, batch_size):
-        image = as_drawn(images.image)
+        image = stored_to_tensor(images.image)
         yield downscale(image, resolution), torch.from_numpy(images.label)
 
 
@@ -61,19 +61,19 @@ def first_images(n: int, root: Path, split: str, resolution: int) -> torch.Tenso
     raise InputError(f"n = {n} asks for {n} real images, and {root}/{split} has {len(images)}")
 
 
-def real_images_of(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
-    """Real images, uint8 (N, C, R, R), of the classes in `label`, (N,): the first of each class, in stored order.
+def real_images_for_labels(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
+    """Real images, uint8 (N, C, R, R), whose classes are `label`, (N,): the first of each class in stored order.
 
-    Raises InputError where a class has fewer images than `label` asks for.
+    Raises InputError if a class has fewer images than `label` needs.
     """
     wanted = {c: (label == c).nonzero()[:, 0].tolist() for c in label.unique().tolist()}
-    found: dict[int, torch.Tensor] = {}
+    images: dict[int, torch.Tensor] = {}
     for batch, classes in read_images(root, split, resolution, 500):
         for image, c in zip(batch, classes.tolist(), strict=True):
             if wanted.get(c):
-                found[wanted[c].pop(0)] = image
-        if len(found) == len(label):
-            return torch.stack([found[i] for i in range(len(label))])
+                images[wanted[c].pop(0)] = image
+        if len(images) == len(label):
+            return torch.stack([images[i] for i in range(len(label))])
     c = next(c for c, places in wanted.items() if places)
     asked = int((label == c).sum())
     raise InputError(
@@ -82,21 +82,21 @@ def real_images_of(label: torch.Tensor, root: Path, split: str, resolution: int)
 
 
 def write_subset(root: Path, split: str, resolution: int, counts: Sequence[int], out: Path, seed: int) -> Manifest:
-    """Write out/train/<resolution>: counts[c] images of each class c, a random choice of `seed` among those of a split.
+    """Write out/train/<resolution>: counts[c] images of each class c, chosen at random with `seed` from a split.
 
-    One pass in stored order, one shard in memory; the images keep their keys and their order, which is random already.
-    Bytes are copied where `resolution` is stored, else images are reduced by 2x2 means. A folder finished before is
-    left as it is. Raises InputError where a class has too few images, or `out` holds another subset.
+    Makes one pass in stored order, with one shard in memory. Images keep their keys and their order, which is random
+    already. If `resolution` is stored, PNGs are copied; else images are reduced by 2x2 means. A finished folder is left
+    unchanged. Raises InputError if a class has too few images, or if `out` holds another subset.
     """
     source = find_folder(root, split, resolution)
     manifest, folder = read_manifest(source), Path(out) / "train" / str(resolution)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     extra = {"subset": {"split": split, "shards_sha256": digest, "counts": list(counts), "seed": seed}}
     if (folder / "manifest.json").is_file():
-        found = read_manifest(folder)
-        if found.extra != extra:
+        existing = read_manifest(folder)
+        if existing.extra != extra:
             raise InputError(f"{folder} holds another choice of images than the one asked for: choose another folder")
-        return found
+        return existing
     if len(counts) != len(manifest.classes):
         raise InputError(f"{len(counts)} counts are given, and {source} has {len(manifest.classes)} classes")
     for c, (asked, held) in enumerate(zip(counts, manifest.counts, strict=True)):
@@ -108,8 +108,8 @@ def write_subset(root: Path, split: str, resolution: int, counts: Sequence[int],
         while samples := list(islice(chosen, IMAGES_PER_SHARD)):
             shards.append(write_shard(folder / f"{len(shards):06d}.tar", samples))
             bar.update(len(samples))
-    about: dict[str, Any] = {"crop": manifest.crop, "filter": manifest.filter, "source": str(root), "extra": extra}
-    subset = Manifest(resolution, manifest.channels, "train", manifest.classes, list(counts), shards, seed, **about)
+    metadata: dict[str, Any] = {"crop": manifest.crop, "filter": manifest.filter, "source": str(root), "extra": extra}
+    subset = Manifest(resolution, manifest.channels, "train", manifest.classes, list(counts), shards, seed, **metadata)
     if subset.count != sum(counts):
         raise InputError(f"{source} holds fewer images of some class than its manifest's counts {manifest.counts}")
     write_manifest(folder, subset)
@@ -123,7 +123,7 @@ def chosen_samples(
     kept = []
     for c, (asked, held) in enumerate(zip(counts, manifest.counts, strict=True)):
         kept.append(set(np.random.default_rng(key(seed, "subset", c)).choice(held, asked, replace=False).tolist()))
-    ranks = [count() for _ in counts]  # the next image of class c is its ranks[c]-th
+    ranks = [count() for _ in counts]  # counts the images of each class passed so far
     for shard in manifest.shards:
         opened = open_images(source, manifest, [shard], range(shard.count))
         for item in range(shard.count):

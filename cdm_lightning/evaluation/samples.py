@@ -1,4 +1,4 @@
-"""Folders of stored samples to measure: found, checked against one another, and against a reference card."""
+"""Folders of stored samples: finding them, and checking them against each other and against a reference card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cdm_lightning.sampling.manifest import NO_CLASSES
 
 
 def sample_folders(samples: Sequence[Path], resolution: int | None) -> tuple[list[Path], list[Manifest]]:
-    """The shards of several sets of samples, and their manifests; refuses what is no repetition of one setting."""
+    """The shard folders and manifests of several sets of samples. Refuses sets that differ in more than their seed."""
     folders = [sample_folder(folder, resolution) for folder in samples]
     manifests = [read_manifest(folder) for folder in folders]
     check_samples(manifests, samples)
@@ -21,37 +21,37 @@ def sample_folders(samples: Sequence[Path], resolution: int | None) -> tuple[lis
 
 
 def sample_folder(folder: Path, resolution: int | None) -> Path:
-    """The shards of samples of that resolution, None for the finest, in a folder of `cdm sample`."""
-    have = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
-    if not have:
+    """The shard folder of one resolution in a folder of `cdm sample`; None takes the largest resolution."""
+    stored_resolutions = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
+    if not stored_resolutions:
         raise InputError(f"{folder} holds no samples: `cdm sample` leaves them in {folder}/train")
-    resolution = resolution or have[-1]
+    resolution = resolution or stored_resolutions[-1]
     stored = Path(folder) / "train" / str(resolution)
     if not stored.is_dir():
-        raise InputError(f"{folder} holds no samples of {resolution}x{resolution}: stored are {have}")
+        raise InputError(f"{folder} holds no samples of {resolution}x{resolution}: stored are {stored_resolutions}")
     return stored
 
 
 def check_samples(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:
-    """Refuse sets of samples that are no repetitions of one another: all the same but for the seed."""
+    """Refuse sets of samples that are not repetitions: all settings but the seed must be equal."""
     if not manifests:
         raise InputError("samples [] names no folder")
-    about = [manifest.extra.get("samples") or {} for manifest in manifests]
-    seeds = [a.get("seed") for a in about]
-    if len(about) > 1 and len(set(seeds)) < len(seeds):
+    settings = [manifest.extra.get("samples") or {} for manifest in manifests]
+    seeds = [s.get("seed") for s in settings]
+    if len(settings) > 1 and len(set(seeds)) < len(seeds):
         raise InputError(f"the seeds {seeds} of {[str(f) for f in folders]} repeat: error bars take disjoint seeds")
-    starts = [a["start"] for a in about if a.get("start")]
+    starts = [s["start"] for s in settings if s.get("start")]
     if len(set(starts)) < len(starts):
         raise InputError(f"{[str(f) for f in folders]} go on from the same stored images: they are no disjoint samples")
-    for name in about[0]:
-        values = [a.get(name) for a in about]
+    for name in settings[0]:
+        values = [s.get(name) for s in settings]
         if name not in ("seed", "start") and any(value != values[0] for value in values):
             raise InputError(f"the samples differ in {name}: {values}; repetitions differ in their seed alone")
 
 
 def check_manifest(card: ReferenceCard, detector: Detector, manifest: Manifest) -> None:
-    """Refuse a card made of other images or by another detector, and samples that lack some of its classes."""
-    unnamed = manifest.classes == [str(c) for c in range(len(manifest.classes))]  # by a bundle that knows no names
+    """Refuse a card of other images or another detector, and samples that lack some of its classes."""
+    unnamed = manifest.classes == [str(c) for c in range(len(manifest.classes))]  # the bundle had no class names
     classes = None if unnamed else manifest.classes
     check_images(card, detector, manifest.resolution, manifest.channels, classes, manifest.crop, manifest.filter)
     check_counts(card, None if manifest.classes == NO_CLASSES else manifest.counts)
@@ -66,15 +66,17 @@ def check_images(
     crop: str | None,
     filter: str | None,
 ) -> None:
-    """Refuse a card made of other images or by another detector; what is None of the generated ones is unknown."""
-    crop, filter = (None if value == "none" else value for value in (crop, filter))  # "none" is written for unknown too
+    """Refuse a card of other images or another detector. None means unknown, for the generated images."""
+    crop, filter = (
+        None if value == "none" else value for value in (crop, filter)
+    )  # manifests write "none" for unknown too
     check_card(card, detector, resolution, channels, classes, crop, filter)
 
 
 def check_counts(card: ReferenceCard, counts: Sequence[int] | None) -> None:
-    """Refuse samples, of so many images per class, that lack some class of a card's images.
+    """Refuse samples that lack a class of the card's images. counts: samples per class.
 
-    None is a cascade without classes: its images are of all of them, and compare with a card of any.
+    None stands for an unconditional cascade, whose samples can be compared with any card.
     """
     if card.counts is None or counts is None:
         return

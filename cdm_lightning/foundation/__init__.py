@@ -1,4 +1,4 @@
-"""What every room stands on: images, random numbers, files, the processes of a run, errors, the terminal.
+"""What all other packages build on: images, random numbers, files, the processes of a run, errors, the terminal.
 
-Other rooms import its files one by one, since some of them need no torch. A new file needs a subject of its own.
+Import its modules one by one, since some of them do not need torch.
 """

@@ -1,4 +1,4 @@
-"""Errors that have a sentence for the person at the terminal, and how to tell them from defects."""
+"""Errors that are explained to the user in one sentence, and how to tell them from bugs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import sys
 
 
 class InputError(Exception):
-    """What a person gave cannot be used: one sentence that names the value and the rule.
+    """The user's input cannot be used. The message is one sentence that names the value and the rule.
 
-    The command line prints the sentence and exits with 2; everything else is a defect and keeps its traceback.
+    The command line prints the message and exits with code 2. Any other exception is a bug and keeps its traceback.
     """
 
 
 class TrainingFault(InputError):
-    """A training cannot go on: one sentence that says what happened to it and when, printed as an InputError's is."""
+    """A training cannot continue. The message is one sentence that says what happened and when."""
 
 
 def user_error(error: BaseException | None) -> Exception | None:
-    """The error among `error` and its causes that has a sentence for people; None for a defect.
+    """The error to explain to the user: `error` or one of its causes; None for a bug.
 
-    jsonargparse wraps what it catches, so that the sentence is often that of a cause.
+    jsonargparse wraps the errors that it catches, so that the message is often that of a cause.
     """
     while error is not None:
         if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
@@ -36,11 +36,11 @@ def user_error(error: BaseException | None) -> Exception | None:
 
 
 def is_misconfiguration(error: BaseException) -> bool:
-    """Whether it is Lightning's error for wrong settings. Lightning is not imported to find out."""
+    """Whether this is Lightning's error for wrong settings. Does not import Lightning."""
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")
     return lightning is not None and isinstance(error, lightning.MisconfigurationException)
 
 
-def sentence_of(error: Exception) -> str:
-    """The sentence of an error, which a worker process wraps in its own traceback."""
+def error_sentence(error: Exception) -> str:
+    """The message of an error. An error from a worker process holds a traceback too; only its last line counts."""
     return str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON tables read back: a torn or foreign one is one sentence."""
+"""Atomic writes, JSON tables, and output folders that can be continued only with the settings they were begun with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cdm_lightning.foundation.errors import InputError
 
 
 def read_table(path: Path, *names: str) -> dict[str, Any]:
-    """The JSON table in a file that holds at least `names`; refuses anything else."""
+    """The JSON object in a file. Raises InputError if the file is damaged, or if one of `names` is missing."""
     try:
         table = json.loads(Path(path).read_text())
         if not isinstance(table, dict):
@@ -23,39 +23,39 @@ def read_table(path: Path, *names: str) -> dict[str, Any]:
             raise ValueError(f"it holds no {missing[0]}")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is torn or another's, {' '.join(str(error).split())}: remove it, and it is made again"
+            f"{path} is damaged or foreign, {' '.join(str(error).split())}: remove it, and it is made again"
         ) from error
     return table
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, then rename: `path` holds all of `data` or what it held before, a power cut included.
+    """Write to a temporary file and rename it: even after a power cut, `path` holds all of `data` or its old content.
 
-    Any number of processes may write the same path: each has a partial file of its own, and the last rename wins. What
-    killed ones left of the same path goes.
+    Several processes may write the same path: each has its own temporary file, and the last rename wins. Temporary
+    files of the same path that killed processes left behind are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for turn in range(100):
+    for attempt in range(100):
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         try:
             partial.write_bytes(data)
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # a rename may reach the disk before the data it names
+                os.fsync(file.fileno())  # else the rename could reach the disk before the data
             partial.replace(path)
             for left in path.parent.glob(f"{escape(path.name)}.*.partial"):
                 left.unlink(missing_ok=True)
             return
         except OSError as error:
-            gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
+            removed = isinstance(error, FileNotFoundError) and path.parent.is_dir()
             partial.unlink(missing_ok=True)
-            if turn == 99 or not gone:  # gone: another process, which has finished, took it for one that was left
+            if attempt == 99 or not removed:  # removed: another process took the file for one left behind
                 raise InputError(f"{path} could not be written: {error.strerror or error}") from error
 
 
-def begin(out: Path, manifest: Any) -> None:
-    """Write the manifest, a dataclass, into a new folder; in one begun before, refuse to go on with another."""
+def begin_folder(out: Path, manifest: Any) -> None:
+    """Write `manifest`, a dataclass, into a new folder. Refuses a folder that was begun with another manifest."""
     path = Path(out) / "manifest.json"
-    if not path.is_file():  # every process that finds none: under torchrun they start together, and write the same
+    if not path.is_file():  # several processes may do this at once under torchrun; they write the same bytes
         write_atomically(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     try:
         before = dict(json.loads(path.read_text()))

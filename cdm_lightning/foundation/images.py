@@ -1,4 +1,4 @@
-"""Images: uint8 in files, float32 in [-1, 1] inside, the exact mean between resolutions, PNG, and grids to look at."""
+"""Images: uint8 to float32 in [-1, 1] and back, exact downscaling, PNG, and grids of images in one picture."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ def to_float(image: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(image: torch.Tensor) -> torch.Tensor:
-    """round((x + 1) * 127.5), clamped: float of any shape to uint8, the inverse of `to_float`."""
+    """round((x + 1) * 127.5), clamped to 0 ... 255: float of any shape to uint8, the inverse of `to_float`."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def as_drawn(stored: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, C) as stored to (B, C, H, W), strided as drawn images are.
+def stored_to_tensor(stored: np.ndarray) -> torch.Tensor:
+    """uint8 (B, H, W, C) as stored to (B, C, H, W), with the strides of images drawn in memory.
 
-    A network's last bits depend on strides. `contiguous()` would not do: with one channel it leaves those of the store.
+    The last bits of a network's output depend on the strides of its input. `contiguous()` is not enough: with one
+    channel it keeps the strides of the stored array.
     """
     return torch.from_numpy(stored).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def quantize(image: torch.Tensor) -> torch.Tensor:
-    """The nearest float that an 8-bit image can hold: what a stage hands to the next one, in memory and from files."""
+    """Round to 8-bit values, as float32: the next stage gets the same image from memory as from a PNG."""
     return to_float(to_uint8(image))
 
 
 def downscale(image: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Means over 2x2, each rounded half to even to 8 bits, until the image is `resolution` pixels wide.
+    """Halve the image by 2x2 means, rounded half to even to 8 bits, until it is `resolution` pixels wide.
 
-    image: uint8 (..., H, W) with H = W = resolution * 2^k. Halving step by step, rather than by one larger mean, makes
-    every path between two resolutions end in the same bits, so that 256 -> 64 and 256 -> 128 -> 64 agree.
+    image: uint8 (..., H, W) with H = W = resolution * 2^k. Because each step halves and rounds, 256 -> 64 gives the
+    same bits as 256 -> 128 -> 64.
     """
     check_power_of_two(image.shape[-1], resolution)
     while image.shape[-1] > resolution:
-        total = image[..., ::2, :].short() + image[..., 1::2, :]  # whole numbers: exact, and faster than a pooling
+        total = image[..., ::2, :].short() + image[..., 1::2, :]  # integers: exact, and faster than pooling
         total = total[..., ::2] + total[..., 1::2]
         image = ((total + 1 + ((total >> 2) & 1)) >> 2).to(torch.uint8)
     return image
@@ -68,16 +69,17 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def encode_photo(image: np.ndarray) -> bytes:
-    """Lossless PNG bytes of a photograph, uint8 (H, W, C), C = 1 or 3: eight times faster, some per cent larger.
+    """Lossless PNG bytes of a photograph, uint8 (H, W, C), C = 1 or 3: 8 times faster than `encode_png`, a bit larger.
 
-    Every row has the filter of averages, x - floor((left + above) / 2), where Pillow tries all five, and zlib looks for
-    runs alone, since filtered photographs have no longer repeats. Source: the PNG specification, chapters 5, 9 and 11.
+    Every row uses the "average" filter, x - floor((left + above) / 2), where Pillow tries all five filters. zlib
+    searches only for runs of equal bytes, as filtered photographs have hardly any longer repeats. Source: the PNG
+    specification, chapters 5, 9 and 11.
     """
     height, width, channels = image.shape
     rows = image.reshape(height, width * channels)
     left, above = np.zeros_like(rows), np.zeros_like(rows)
     left[:, channels:], above[1:] = rows[:, :-channels], rows[:-1]
-    filtered = np.full((height, width * channels + 1), 3, np.uint8)  # each row begins with the number of its filter
+    filtered = np.full((height, width * channels + 1), 3, np.uint8)  # each row starts with its filter type, 3 = average
     filtered[:, 1:] = rows - ((left.astype(np.uint16) + above) >> 1).astype(np.uint8)  # modulo 256
     deflate = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
@@ -87,14 +89,14 @@ def encode_photo(image: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes, side: int | None = None) -> np.ndarray:
-    """uint8 (H, W, C) of one encoded image, C = 1 for grey and 3 for colour; no palette, 16 bits or alpha.
+    """uint8 (H, W, C) of one PNG, C = 1 for grey and 3 for colour. Refuses palettes, 16 bits and transparency.
 
-    side: width and height it must have, which the header tells before memory is taken for the pixels.
+    side: the required width and height; checked in the header, before memory is allocated for the pixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=["PNG"])
     except UnidentifiedImageError as error:
-        raise InputError("it is no PNG image") from error  # Pillow's own sentence holds a memory address
+        raise InputError("it is no PNG image") from error  # Pillow's own message holds a memory address
     if side is not None and image.size != (side, side):
         raise InputError(f"it is {image.width}x{image.height} where {side}x{side} is expected")
     if image.mode not in ("L", "RGB"):
@@ -104,7 +106,7 @@ def decode_png(data: bytes, side: int | None = None) -> np.ndarray:
 
 
 def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: str | Path, cell: int, gap: int = 2) -> None:
-    """Save rows of images as one PNG, each image enlarged to `cell` pixels by nearest neighbour.
+    """Save rows of images as one PNG, each image resized to `cell` pixels by nearest neighbour.
 
     rows: uint8 (C, H, W) images; rows may differ in length and images in size.
     """
@@ -118,4 +120,4 @@ def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: str | Path, cell: in
             sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x * (cell + gap), y * (cell + gap)))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    write_atomically(Path(path), buffer.getvalue())  # two commands on one folder may end at the same moment
+    write_atomically(Path(path), buffer.getvalue())  # two commands on one folder may end at the same time

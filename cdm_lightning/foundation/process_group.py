@@ -1,7 +1,7 @@
-"""The processes of one run: which is the first, waiting for all, and ending together when one of them refuses.
+"""The processes of one run: which is the first, waiting for all, and ending together when one of them fails.
 
-Bad input is one sentence and exit code 2 from every process, whatever the others are waiting for. Nothing heavy is
-imported here: every command passes through this file, with or without torch.
+When one process finds an input error, one message is printed and all processes exit with code 2, even those that wait
+in a collective operation. This module does not import torch, because every command imports it.
 """
 
 from __future__ import annotations
@@ -18,66 +18,66 @@ from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.foundation.errors import InputError, sentence_of
+from cdm_lightning.foundation.errors import InputError, error_sentence
 
-LEADER = "CDM_LEADER"  # the process id of the first process, in the environment of those that it starts
-REFUSAL = "CDM_REFUSAL"  # the file whose existence says that a process of the run has refused something
-GRACE = 3.0  # seconds for a process to end by itself when another has refused
-refused_here = ""  # the refusal file where this process itself wrote it
+LEADER = "CDM_LEADER"  # environment variable: process id of the first process, which started the others
+REFUSAL = "CDM_REFUSAL"  # environment variable: a file that exists once a process of the run has refused its input
+GRACE = 3.0  # seconds for a process to end by itself after another has refused its input
+refused_here = ""  # the refusal file, if this process wrote it
 
 
-def distributed() -> Any:
-    """torch.distributed where processes are connected, else None; torch is not imported to find out."""
+def torch_distributed() -> Any:
+    """torch.distributed if its process group is initialised, else None. Does not import torch."""
     torch = sys.modules.get("torch")
     return torch.distributed if torch is not None and torch.distributed.is_initialized() else None
 
 
 def first_process() -> bool:
-    """Whether this process is the one that writes and prints; Lightning sets the rank when processes start."""
+    """Whether this process is the one that writes and prints: rank 0, which Lightning sets when processes start."""
     lightning = sys.modules.get("lightning.pytorch.utilities")
     return lightning is None or not getattr(lightning.rank_zero_only, "rank", 0)
 
 
 def wait_for_all() -> None:
-    """Wait for the other processes, where there are any; refuses to wait for one that died."""
-    if (connection := distributed()) is None:
+    """Wait for the other processes, if any. Raises InputError if one of them has died."""
+    if (connection := torch_distributed()) is None:
         return
     try:
         connection.barrier()
-    except RuntimeError as error:  # a connection that closed, in the words of gloo
+    except RuntimeError as error:  # gloo: the connection closed
         raise InputError(
             "another process of this run ended before its time: what is written stays, and the same command goes on"
         ) from error
 
 
 def exit_with_sentence(error: Exception) -> int:
-    """Print the sentence of an error and give the exit code.
+    """Print the message of an error, and return the exit code.
 
-    The first process of a run to refuse is the one that prints; the others end silently.
+    Only the first process of a run that fails prints; the others end silently.
     """
     if claim_refusal():
-        print(f"cdm: error: {sentence_of(error)}", file=sys.stderr, flush=True)
+        print(f"cdm: error: {error_sentence(error)}", file=sys.stderr, flush=True)
     if is_follower():
-        wait_until(leader_is_gone, 2 * GRACE)  # Lightning kills the leader where it sees this process end first
+        wait_until(leader_is_gone, 2 * GRACE)  # Lightning would kill the leader if this process ended first
     return 2
 
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """End this process when another of its run refuses something, or when the one that started it is gone.
+    """End this process when another one of its run refuses its input, or when the process that started it is gone.
 
-    A process that waits for others in a collective operation hears of neither by itself, or after many minutes.
+    Without this, a process that waits in a collective operation would notice after many minutes, or never.
     """
     if not is_follower():
         name = f"cdm-{os.getpid()}-{secrets.token_hex(8)}"
         os.environ |= {LEADER: str(os.getpid()), REFUSAL: str(Path(tempfile.gettempdir()) / name)}
-    over, others = threading.Event(), set(active_children())
-    threading.Thread(target=watch, args=(over,), daemon=True).start()
+    stop, others = threading.Event(), set(active_children())
+    threading.Thread(target=watch, args=(stop,), daemon=True).start()
     try:
         yield
     finally:
-        over.set()
-        for reader in set(active_children()) - others:  # Python waits at its exit for those that are left
+        stop.set()
+        for reader in set(active_children()) - others:  # else Python waits for them at its exit
             with suppress(RuntimeError):  # torch reports that it was killed
                 reader.kill()
                 reader.join()
@@ -88,40 +88,41 @@ def ending_together() -> Iterator[None]:
                 os.environ.pop(name)
 
 
-def watch(over: threading.Event) -> None:
-    """Twice a second until `over`: exit if another process of the run has refused, after some time to end by itself."""
-    while not over.wait(0.5):
+def watch(stop: threading.Event) -> None:
+    """Until `stop` is set: exit if another process has refused its input, after GRACE seconds to end by itself."""
+    while not stop.wait(0.5):
         if another_refused():
-            # A leader that is gone may have ended as it should, and this process have something left to do.
-            if not over.wait(10 * GRACE if is_follower() and leader_is_gone() else GRACE):
+            # A leader that is gone may have ended normally, while this process still has work to do.
+            if not stop.wait(10 * GRACE if is_follower() and leader_is_gone() else GRACE):
                 os._exit(2)
             return
 
 
 def is_follower() -> bool:
-    """Whether this is a process that Lightning started beside the first one of a run."""
+    """Whether this process was started by the first process of a run, through Lightning."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and LEADER in os.environ
 
 
 def leader_is_gone() -> bool:
+    """Whether the process that started this one has ended."""
     return str(os.getppid()) != os.environ[LEADER]
 
 
 def claim_refusal() -> bool:
-    """Tell the other processes that this one has refused something; False where another was first."""
+    """Tell the other processes that this one has refused its input. False if another one did so first."""
     global refused_here
     try:
         os.close(os.open(os.environ[REFUSAL], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return False
     except (KeyError, OSError):
-        return True  # there is nobody to tell
+        return True  # there are no other processes
     refused_here = os.environ[REFUSAL]
     return True
 
 
 def another_refused(patience: float = 0) -> bool:
-    """Whether another process of the run has refused something, or is gone; waits for that up to `patience` seconds."""
+    """Whether another process has refused its input, or the leader is gone; waits up to `patience` seconds for it."""
     file = os.environ.get(REFUSAL, "")
     return wait_until(
         lambda: (file != refused_here and os.path.exists(file)) or (is_follower() and leader_is_gone()), patience
@@ -129,12 +130,12 @@ def another_refused(patience: float = 0) -> bool:
 
 
 def follows_a_refusal() -> bool:
-    """Whether an error of this process only follows from what another one refused: a connection that closed."""
-    return distributed() is not None and another_refused(GRACE)
+    """Whether an error of this process only follows from the refusal of another one, which closed the connection."""
+    return torch_distributed() is not None and another_refused(GRACE)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition came true within so many seconds."""
+    """Wait until the condition is true, for at most `seconds`; returns whether it is."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= end:

@@ -1,4 +1,4 @@
-"""Random numbers keyed by what they are for: one generator per image, so that nobody shares a stream."""
+"""Random numbers: one generator per image, seeded by the purpose of its draws and the index of the image."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-AHEAD = 2**16  # numbers drawn by one call for an image, a quarter of a megabyte
+NUMBERS_PER_DRAW = 2**16  # random numbers drawn per call for one image: a quarter of a megabyte
 
 
 def key(*parts: int | str) -> int:
-    """A 63-bit integer that is a function of `parts` alone: equal parts, equal number, on every machine."""
-    plain = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in parts)  # numpy's ints too
+    """A 63-bit integer, hashed from `parts`: the same on every machine."""
+    plain = tuple(
+        part if isinstance(part, str) else int(operator.index(part)) for part in parts
+    )  # accepts numpy integers too
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generators(index: Iterable[int], device: torch.device | str, *parts: int | str) -> list[torch.Generator]:
-    """One generator per image, seeded key(parts) + index.
+    """One generator per image, seeded with key(*parts) + index.
 
-    Consecutive seeds cannot collide even on a CPU, whose generator keeps only the lowest 32 bits of a seed.
+    Consecutive seeds do not collide even on a CPU, whose generator uses only the lowest 32 bits of a seed.
     """
     start = key(*parts)
     return [torch.Generator(device).manual_seed((start + int(i)) % 2**63) for i in index]
@@ -36,22 +38,23 @@ def randn(shape: Sequence[int], generator: Sequence[torch.Generator]) -> torch.T
 def randn_ahead(
     shape: Sequence[int], steps: int, device: torch.device, generator: Sequence[torch.Generator] | None
 ) -> Iterator[torch.Tensor]:
-    """Standard normal float32 (B, C, H, W) for each of some steps in turn; image i's from generator[i] alone.
+    """Standard normal float32 (B, C, H, W), once per step; the noise of image i comes from generator[i].
 
-    One call draws an image's noise for many steps, as a call per image and step would cost a GPU more than its network.
-    On a CPU these are the numbers of `randn` called step by step: so where they come in sixteens, as it makes them, and
-    elsewhere it is called so. generator None: the global one, all images at once.
+    One call draws the noise of an image for many steps: on a GPU, one call per image and step would take longer than
+    the network. On a CPU the numbers equal those of `randn` called at each step. Its generator makes them in groups of
+    16, so steps are drawn together only if C H W is a multiple of 16. generator None: the global generator.
     """
-    one = tuple(shape[1:])
-    together = max(1, AHEAD // math.prod(one)) if device.type != "cpu" or math.prod(one) % 16 == 0 else 1
-    for first in range(0, steps, together):
-        many = min(together, steps - first)
+    image_shape = tuple(shape[1:])
+    size = math.prod(image_shape)
+    steps_per_draw = max(1, NUMBERS_PER_DRAW // size) if device.type != "cpu" or size % 16 == 0 else 1
+    for first in range(0, steps, steps_per_draw):
+        count = min(steps_per_draw, steps - first)
         if generator is None:
-            yield from torch.randn((many, *shape), device=device)
+            yield from torch.randn((count, *shape), device=device)
             continue
-        drawn = torch.empty((many, *shape), device=device)
+        drawn = torch.empty((count, *shape), device=device)
         for image, g in zip(range(shape[0]), generator, strict=True):
-            drawn[:, image] = torch.randn((many, *one), generator=g, device=g.device)
+            drawn[:, image] = torch.randn((count, *image_shape), generator=g, device=g.device)
         yield from drawn
 
 

@@ -1,5 +1,5 @@
-"""The U-Net that predicts, and the layers that it is made of."""
+"""The U-Net and its layers."""
 
-from cdm_lightning.network.unet import Compile, Level, ResidualBlock, SelfAttention, UNet
+from cdm_lightning.network.unet import CompileMode, ResidualBlock, SelfAttention, UNet, UNetBlock
 
-__all__ = ["Compile", "Level", "ResidualBlock", "SelfAttention", "UNet"]
+__all__ = ["CompileMode", "ResidualBlock", "SelfAttention", "UNet", "UNetBlock"]

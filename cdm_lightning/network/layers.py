@@ -1,9 +1,9 @@
-"""Layers of the U-Net: a fused modulated group norm, and convolutions by the kernels that are fastest here.
+"""Layers of the U-Net: a fused, modulated group norm, and convolutions in the form that is fastest on the device.
 
-The norm, its modulation and SiLU are one operation, which keeps its input and computes the rest again in backward.
-A U-Net reads and writes its activations far more often than it computes with them. Done step by step, these three would
-leave three images behind for the backward pass and take a pass over memory each; here they leave none. Everything runs
-along the channels, which lie side by side in memory (torch.channels_last) as convolutions want them.
+The time of a U-Net goes to reading and writing its activations. As three operations, the norm, its modulation and SiLU
+would store three activations for the backward pass and pass over memory three times. Here they are one operation, which
+stores its input only and recomputes the rest in the backward pass. All layers use torch.channels_last, the layout that
+is fastest for convolutions.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.autograd.function import once_differentiable
 
 from cdm_lightning.foundation.errors import InputError
 
-SMALL = 2**17  # numbers in x; below, the plain form is faster, which makes fewer calls
-SQUARES = torch.ops.aten.mse_loss  # (a - b)^2 without a's difference from b in memory
-NONE = 0  # its reduction
+FUSED_MIN_SIZE = 2**17  # numbers in x; below this the plain form is faster, as it makes fewer calls
+SQUARED_DIFFERENCE = torch.ops.aten.mse_loss  # (a - b)^2 without storing a - b
+NO_REDUCTION = 0
 
 
 class ModulatedNorm(nn.GroupNorm):
-    """act((1 + scale) norm(x) + shift), norm over `groups` groups of channels, act SiLU or the identity.
+    """act((1 + scale) norm(x) + shift): norm is group norm over `groups` groups, act is SiLU or the identity.
 
-    x: (B, C, H, W), or several tensors side by side along the channels, whose concatenation is never made. modulation:
-    (B, 2C), scale and shift per image, or None. The fused form computes in float32 at least.
+    x: (B, C, H, W), or several tensors that stand for their concatenation along the channels, which is not stored.
+    modulation: (B, 2C), scale and shift of each image, or None. The fused form computes in float32 or float64.
     """
 
     def __init__(self, channels: int, groups: int, activation: bool = True) -> None:
@@ -37,14 +37,14 @@ class ModulatedNorm(nn.GroupNorm):
         self.activation = activation
 
     def forward(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]  # takes parts
-        # A compiler fuses the plain form by itself, and chooses what to keep.
-        if torch.compiler.is_compiling() or sum(part.numel() for part in x) < SMALL:
+        # torch.compile fuses the plain form by itself, and chooses what to store for backward.
+        if torch.compiler.is_compiling() or sum(part.numel() for part in x) < FUSED_MIN_SIZE:
             return self.plain(*x, modulation=modulation)
         settings = (self.num_groups, self.eps, self.activation)
         return _ModulatedNorm.apply(settings, self.weight, self.bias, modulation, *x)
 
     def plain(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:
-        """The same by torch's own operations, one after another."""
+        """The same function as a sequence of torch operations."""
         h = super().forward(torch.cat(x, dim=1) if len(x) > 1 else x[0])
         if modulation is not None:
             scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
@@ -83,46 +83,46 @@ class _ModulatedNorm(torch.autograd.Function):
             dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
         dx = [_empty([part]) for part in parts]
         slices = _rows(dz).split([part.shape[1] for part in parts], dim=2)
-        of_beta = _rows(dz).sum(1)  # (B, C): what beta is told, image by image
+        d_beta = _rows(dz).sum(1)  # (B, C): gradient of beta for each image
         products = [
             torch.mul(rows, _rows(part), out=_rows(out)).sum(1)
             for rows, part, out in zip(slices, parts, dx, strict=True)
         ]
-        of_gamma = rstd * (torch.cat(products, 1) - mean * of_beta)  # sum of dz n
+        d_gamma = rstd * (torch.cat(products, 1) - mean * d_beta)  # sum of dz n
         size = dz[0].numel() / groups
-        first, second = (_per_group(gamma * of, groups, torch.sum) / size for of in (of_beta, of_gamma))
-        of_x = -second * rstd.square()  # dx = a dz + of_x x + rest
-        rest = -mean * of_x - first * rstd
-        linear = [value[:, None].split([part.shape[1] for part in parts], dim=2) for value in (rest, of_x, a)]
-        for part, rows, out, b, of_part, of_rows in zip(parts, slices, dx, *linear, strict=True):
-            torch.addcmul(b, _rows(part), of_part, out=_rows(out)).addcmul_(rows, of_rows)
-        of_modulation = None
+        first, second = (_per_group(gamma * d, groups, torch.sum) / size for d in (d_beta, d_gamma))
+        coef_x = -second * rstd.square()  # dx = a dz + coef_x x + rest
+        rest = -mean * coef_x - first * rstd
+        linear = [value[:, None].split([part.shape[1] for part in parts], dim=2) for value in (rest, coef_x, a)]
+        for part, rows, out, rest_part, coef_part, a_part in zip(parts, slices, dx, *linear, strict=True):
+            torch.addcmul(rest_part, _rows(part), coef_part, out=_rows(out)).addcmul_(rows, a_part)
+        d_modulation = None
         if modulation is not None:
-            of_modulation = torch.cat([of_gamma * weight + of_beta * bias, of_beta], 1).to(modulation.dtype)
-            of_gamma, of_beta = (of * (1 + modulation[:, : len(weight)]) for of in (of_gamma, of_beta))
+            d_modulation = torch.cat([d_gamma * weight + d_beta * bias, d_beta], 1).to(modulation.dtype)
+            d_gamma, d_beta = (d * (1 + modulation[:, : len(weight)]) for d in (d_gamma, d_beta))
         return (
             None,
-            of_gamma.sum(0),
-            of_beta.sum(0),
-            of_modulation,
+            d_gamma.sum(0),
+            d_beta.sum(0),
+            d_modulation,
             *(g.to(p.dtype) for g, p in zip(dx, parts, strict=True)),
         )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to (B, HW, C) of float32 at least, a view where x is that and channels_last."""
+    """(B, C, H, W) to (B, HW, C), float32 or float64; a view where x has that type and is channels_last."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _empty(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Memory for the parts side by side, (B, C, H, W) of float32 at least, in channels_last."""
+    """Uninitialised memory for the concatenated parts: (B, C, H, W), float32 or float64, channels_last."""
     (b, _, h, w), dtype = parts[0].shape, torch.promote_types(parts[0].dtype, torch.float32)
     return parts[0].new_empty((b, h, w, sum(part.shape[1] for part in parts)), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _per_group(values: torch.Tensor, groups: int, reduce: Any) -> torch.Tensor:
-    """(B, C) to (B, C): every channel gets what `reduce` makes of its group."""
+    """(B, C) to (B, C): every channel gets the reduction over its group."""
     grouped = values.view(len(values), groups, -1)
     return reduce(grouped, 2, keepdim=True).expand_as(grouped).reshape(values.shape)
 
@@ -130,16 +130,17 @@ def _per_group(values: torch.Tensor, groups: int, reduce: Any) -> torch.Tensor:
 def _statistics(
     parts: Sequence[torch.Tensor], groups: int, eps: float, scratch: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each channel's group, (B, C), over all parts. scratch: as `_empty` makes it.
+    """Mean and 1 / sqrt(variance + eps) of each channel's group, (B, C), over all parts. scratch: from `_empty`.
 
-    The variance within channels, around each one's own mean, plus that of the means: no large numbers are subtracted.
+    The variance of a group is the mean variance within its channels plus the variance of their means. This avoids the
+    difference of large numbers.
     """
     means = [_rows(part).mean(1) for part in parts]
-    room = _rows(scratch).split([part.shape[1] for part in parts], dim=2)
+    outs = _rows(scratch).split([part.shape[1] for part in parts], dim=2)
     within = []
-    for part, mean, out in zip(parts, means, room, strict=True):
+    for part, mean, out in zip(parts, means, outs, strict=True):
         rows = _rows(part)
-        within.append(SQUARES.out(rows, mean[:, None].expand_as(rows), NONE, out=out).mean(1))
+        within.append(SQUARED_DIFFERENCE.out(rows, mean[:, None].expand_as(rows), NO_REDUCTION, out=out).mean(1))
     mean = torch.cat(means, 1)
     centre = _per_group(mean, groups, torch.mean)
     variance = _per_group(torch.cat(within, 1) + (mean - centre).square(), groups, torch.mean)
@@ -149,7 +150,7 @@ def _statistics(
 def _modulated(
     weight: torch.Tensor, bias: torch.Tensor, modulation: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """gamma = weight (1 + scale) and beta = bias (1 + scale) + shift: (B, C), without modulation (C,)."""
+    """gamma = weight (1 + scale) and beta = bias (1 + scale) + shift, (B, C); (C,) without modulation."""
     if modulation is None:
         return weight, bias
     scale, shift = modulation.to(torch.promote_types(modulation.dtype, weight.dtype)).chunk(2, dim=1)
@@ -157,18 +158,18 @@ def _modulated(
 
 
 def _affine(parts: Sequence[torch.Tensor], a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """a x + b of the parts side by side, into `out`, as `_empty` makes it. a, b: (B, C)."""
+    """a x + b over the concatenated parts, written to `out` from `_empty`. a, b: (B, C)."""
     split = [value.split([part.shape[1] for part in parts], dim=2) for value in (_rows(out), a[:, None], b[:, None])]
-    for part, room, times, plus in zip(parts, *split, strict=True):
-        torch.addcmul(plus, _rows(part), times, out=room)
+    for part, out_part, a_part, b_part in zip(parts, *split, strict=True):
+        torch.addcmul(b_part, _rows(part), a_part, out=out_part)
     return out
 
 
 def conv_of_upsampled(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-    """conv(x repeated 2x2), a 3x3 convolution: (B, C, H, W) to (B, C', 2H, 2W).
+    """conv(upsample(x)) with nearest upsampling by 2 and a 3x3 convolution: (B, C, H, W) to (B, C', 2H, 2W).
 
-    The nine taps fall on four pixels of x. As a transposed convolution with their sums, 4x4 in steps of 2, this takes
-    4/9 of the arithmetic; below 8x8 the plain form is faster.
+    The nine weights fall on four pixels of x. Summed there, they form a 4x4 transposed convolution of stride 2, which
+    takes 4/9 of the arithmetic. Only used on a CPU; below 8x8 the plain form is faster.
     """
     if x.device.type != "cpu" or min(x.shape[2:]) < 8:
         return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -177,9 +178,9 @@ def conv_of_upsampled(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
 
 
 def pointwise(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """The layer along the channels: (B, C, H, W) to (B, C', H, W).
+    """A linear layer over the channels of every pixel: (B, C, H, W) to (B, C', H, W).
 
-    On a CPU a 1x1 convolution, whose kernels are up to twice as fast as those of the matrix product.
+    On a CPU this runs as a 1x1 convolution, which is up to twice as fast there as a matrix product.
     """
     if x.device.type == "cpu":
         return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)

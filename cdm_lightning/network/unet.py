@@ -1,4 +1,4 @@
-"""The network: ADM's U-Net (Dhariwal and Nichol, 2021) with a second time embedding for the augmentation level."""
+"""The network: ADM's U-Net (Dhariwal and Nichol, 2021) with a second time embedding for the augmentation level s."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.network.layers import ModulatedNorm, conv_of_upsampled, pointwise
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
-Compile = Literal["default", "reduce-overhead", "max-autotune"]  # torch.compile's modes; the second uses CUDA graphs
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile; the second uses CUDA graphs
 
 
 def sinusoidal_embedding(t: torch.Tensor, channels: int) -> torch.Tensor:
@@ -26,15 +26,15 @@ def sinusoidal_embedding(t: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def zero(layer: Layer) -> Layer:
-    """Set a layer's parameters to zero, so that the block it closes starts as the identity."""
+def zero_init(layer: Layer) -> Layer:
+    """Set a layer's parameters to zero, so that the residual block it ends starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class TimeEmbedding(nn.Sequential):
-    """Sinusoids of a time through a two-layer MLP: (B,) to (B, 4 * channels)."""
+    """A two-layer MLP on sinusoidal_embedding(t): (B,) to (B, 4 * channels)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
@@ -48,8 +48,8 @@ class TimeEmbedding(nn.Sequential):
 class ResidualBlock(nn.Module):
     """x + conv(silu((1 + scale) norm(conv(silu(norm(x)))) + shift)), scale and shift from the embedding.
 
-    scale_factor 0.5 or 2 resamples both branches (BigGAN's up and down blocks); 1 keeps the size. x may come in two
-    tensors side by side along the channels.
+    scale_factor: 0.5 or 2 resamples both branches (BigGAN's down and up blocks); 1 keeps the size. embedding: width of
+    the embedding. The input may be two tensors, which stand for their concatenation along the channels.
     """
 
     def __init__(
@@ -61,32 +61,33 @@ class ResidualBlock(nn.Module):
         self.modulation = nn.Linear(embedding, 2 * channels)
         self.norm2 = ModulatedNorm(channels, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
         self.skip: nn.Module = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
         self.scale_factor = scale_factor
 
     def forward(self, *x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        h = self.norm1(*x)
+        h = self.norm1(*x)  # (B, channels_in, H, W)
         h = conv_of_upsampled(h, self.conv1) if self.scale_factor > 1 else self.conv1(self.resample(h))
         h = self.norm2(h, modulation=self.modulation(embedding))  # (B, channels, H', W')
-        return self.conv2(self.dropout(h)).add_(self.shortcut(*x))  # in place: backward needs no convolution's output
+        return self.conv2(self.dropout(h)).add_(self.shortcut(*x))  # in place: backward does not need the output
 
     def resample(self, x: torch.Tensor) -> torch.Tensor:
+        """x at `scale_factor` times its size: 2x2 means, or nearest neighbour."""
         if self.scale_factor < 1:
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.scale_factor > 1 else x
 
-    def shortcut(self, x: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
-        """x itself, or its 1x1 convolution, for two tensors the sum of their own."""
-        if beside is None:
+    def shortcut(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """The skip branch: x or its 1x1 convolution; for two tensors, the 1x1 convolution of their concatenation."""
+        if other is None:
             return self.skip(self.resample(x))
-        assert isinstance(self.skip, nn.Conv2d)  # two tensors have more channels than one
-        mine, its = self.skip.weight.split([x.shape[1], beside.shape[1]], dim=1)
-        return F.conv2d(x, mine, self.skip.bias).add_(F.conv2d(beside, its))
+        assert isinstance(self.skip, nn.Conv2d)  # a concatenation has more channels than the output
+        weight_x, weight_other = self.skip.weight.split([x.shape[1], other.shape[1]], dim=1)
+        return F.conv2d(x, weight_x, self.skip.bias).add_(F.conv2d(other, weight_other))
 
 
 class SelfAttention(nn.Module):
-    """x + project(softmax(q k^T / sqrt(d)) v) over all positions, in `heads` heads."""
+    """x + project(softmax(q k^T / sqrt(d)) v): multi-head attention over all HW positions of x, (B, C, H, W)."""
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
@@ -94,36 +95,37 @@ class SelfAttention(nn.Module):
             raise InputError(f"num_heads {heads} does not divide the {channels} channels of an attention layer")
         self.norm = ModulatedNorm(channels, groups, activation=False)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.project = zero(nn.Linear(channels, channels))
+        self.project = zero_init(nn.Linear(channels, channels))
         self.heads = heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
         tokens = pointwise(self.norm(x), self.qkv).permute(0, 2, 3, 1)  # (B, H, W, 3C), no copy in channels_last
         q, k, v = tokens.reshape(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, d)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c)  # (B, H, W, C)
         return x + pointwise(attended.permute(0, 3, 1, 2), self.project)
 
 
-class Level(nn.ModuleList):
-    """Residual blocks, each followed by attention where the level has it."""
+class UNetBlock(nn.ModuleList):
+    """The layers between two skip connections: residual blocks and self-attention, one after another."""
 
-    checkpointing = False  # keep the input alone for the backward pass, which computes the rest again
+    checkpointing = False  # store only the input, and recompute the activations in the backward pass
 
     def forward(self, *x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """x: (B, C, H, W), or two such side by side along the channels, which the first layer joins."""
+        """x: (B, C, H, W), or two such tensors, which stand for their concatenation along the channels."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.layers, *x, embedding=embedding, use_reentrant=False)
         return self.layers(*x, embedding=embedding)
 
     def layers(self, *x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """All layers, one after another."""
         for layer in self:
             x = (layer(*x, embedding=embedding) if isinstance(layer, ResidualBlock) else layer(*x),)
         return x[0]
 
 
 def check_sizes(resolution: int, channels: int, channel_mult: Sequence[int]) -> None:
-    """Refuse a resolution that cannot be halved as often as there are levels, and odd channels."""
+    """Refuse a resolution that cannot be halved once per entry of channel_mult after the first, and odd channels."""
     smallest = 2 ** (len(channel_mult) - 1)
     if resolution % smallest:
         raise InputError(
@@ -135,11 +137,11 @@ def check_sizes(resolution: int, channels: int, channel_mult: Sequence[int]) -> 
 
 
 class UNet(nn.Module):
-    """eps(x_t, t, label, low_res, level): a U-Net whose stages are conditioned by adding their embeddings.
+    """eps(x_t, t, label, low_res, level): a U-Net conditioned by the sum of the embeddings of t, label and level.
 
-    in_channels: of x_t, plus those of low_res where the stage has one. attention_resolutions: the sizes of feature maps
-    with attention; the middle block always has it. num_classes None: no class embedding. level_embedding: a second time
-    embedding for the augmentation level s. checkpointing: the backward pass computes every level's activations again.
+    in_channels: channels of x_t plus those of low_res. attention_resolutions: sizes of the feature maps with
+    self-attention; the middle block always has it. num_classes None: no class embedding. level_embedding: adds a second
+    time embedding, for the augmentation level s. checkpointing: recompute activations in the backward pass.
     """
 
     def __init__(
@@ -180,14 +182,14 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for depth, wide in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.down.append(Level(level(width, wide, size)))
+                self.down.append(UNetBlock(level(width, wide, size)))
                 width = wide
                 skips.append(width)
             if depth < len(widths) - 1:
-                self.down.append(Level([residual(width, width, 0.5)]))
+                self.down.append(UNetBlock([residual(width, width, 0.5)]))
                 skips.append(width)
                 size //= 2
-        self.middle = Level(
+        self.middle = UNetBlock(
             [residual(width, width), SelfAttention(width, num_heads, norm_groups), residual(width, width)]
         )
         self.up = nn.ModuleList()
@@ -198,12 +200,12 @@ class UNet(nn.Module):
                 if depth > 0 and block == num_res_blocks:
                     layers.append(residual(width, width, 2))
                     size *= 2
-                self.up.append(Level(layers))
+                self.up.append(UNetBlock(layers))
         self.norm_out = ModulatedNorm(width, norm_groups)
-        self.conv_out = zero(nn.Conv2d(width, out_channels, 3, padding=1))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it. An image's channels side by side: how every layer here works
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
         for module in self.modules():
-            if isinstance(module, Level):
+            if isinstance(module, UNetBlock):
                 module.checkpointing = checkpointing
 
     def forward(
@@ -215,20 +217,21 @@ class UNet(nn.Module):
         level: torch.Tensor | None = None,
         conditioning: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x: (B, C, H, W). t, level: (B,) in (0, T] and [0, T]. label: int64 (B,). low_res: already H x W, or None.
+        """The prediction, (B, out_channels, H, W).
 
-        conditioning: what `condition` makes of label and level, where it is at hand.
+        x: (B, C, H, W). t, level: (B,), in (0, T] and [0, T]. label: int64 (B,). low_res: (B, C, H, W), already
+        upsampled, or None. conditioning: the result of `condition`, which then replaces label and level.
         """
-        embedding = self.time_embedding(t - 1)  # ADM's networks count from 0; the paper's clean image has no index
+        embedding = self.time_embedding(t - 1)  # (B, 4 channels); ADM counts time from 0, as diffusers does
         if conditioning is None:
             conditioning = self.condition(label, level)
         if conditioning is not None:
             embedding = embedding + conditioning
         embedding = F.silu(embedding)
-        h = self.conv_in(x if low_res is None else torch.cat([x, low_res], dim=1))
+        h = self.conv_in(x if low_res is None else torch.cat([x, low_res], dim=1))  # (B, channels, H, W)
         skips = [h]
         for block in self.down:
-            h = block(h, embedding=embedding)
+            h = block(h, embedding=embedding)  # (B, channels m, H / 2^i, W / 2^i) at resolution level i
             skips.append(h)
         h = self.middle(h, embedding=embedding)
         for block in self.up:
@@ -236,11 +239,11 @@ class UNet(nn.Module):
         return self.conv_out(self.norm_out(h))
 
     def condition(self, label: torch.Tensor | None, level: torch.Tensor | None) -> torch.Tensor | None:
-        """The part of the embedding that does not depend on t, (B, 4 channels); None where there is none."""
+        """The embedding of label and level, which does not depend on t: (B, 4 channels), or None without either."""
         embeddings = []
         if self.label_embedding is not None:
             embeddings.append(self.label_embedding(label))
         if self.level_embedding is not None:
-            assert level is not None, "a stage with Gaussian augmentation is always told its level"
+            assert level is not None, "a network with a level embedding needs a level"
             embeddings.append(self.level_embedding(level - 1))
         return sum(embeddings[1:], embeddings[0]) if embeddings else None

@@ -1,1 +1,1 @@
-"""Before a training, `cdm plan`: its FLOPs, memory and time. Over many trainings, `cdm sweep`."""
+"""`cdm plan`: the FLOPs, memory and time of a training before it starts. `cdm sweep`: hyperparameter sweeps."""

@@ -1,4 +1,4 @@
-"""What devices can do: by their data sheets, and as measured on the one at hand."""
+"""Devices: their rates and memory, from data sheets or measured on this machine."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from cdm_lightning.foundation.errors import InputError
 
 @dataclass(frozen=True)
 class DataSheet:
-    """A device as its maker describes it: FLOP/s without sparsity, memory in bytes (1 GB = 10^9), bytes a second."""
+    """A GPU's data sheet: dense FLOP/s, memory in bytes (1 GB = 10^9), bandwidth in bytes per second."""
 
     name: str
-    bf16: float  # on tensor cores, which is the rate of fp16 too
-    tf32: float  # on tensor cores: what torch's convolutions of float32 use unless told otherwise
+    bf16: float  # on tensor cores; the same for fp16
+    tf32: float  # on tensor cores; torch's default for float32 convolutions
     fp32: float
     memory: float
     bandwidth: float
     source: str
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of what most of a step's operations are in a Lightning precision."""
+        """FLOP/s of convolutions and matrix products in a Lightning precision."""
         return self.tf32 if precision.startswith("32") else self.bf16
 
 
-# The sheets state tensor rates with sparsity, which is twice these.
+# The sheets state the tensor-core rates with sparsity: twice these.
 DATA_SHEETS = {
     sheet.name: sheet
     for sheet in (
@@ -42,52 +42,54 @@ DATA_SHEETS = {
 
 
 def data_sheet(name: str) -> DataSheet:
+    """The data sheet of a device by name; upper or lower case."""
     if name.upper() not in DATA_SHEETS:
         raise InputError(f"device {name!r} is none of {', '.join(DATA_SHEETS)}; without a name, it is the one at hand")
     return DATA_SHEETS[name.upper()]
 
 
-def at_hand() -> torch.device:
-    """The device that a training would use here."""
+def current_device() -> torch.device:
+    """The device that a training on this machine would use."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
+    """The name of a GPU, or "CPU" with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes that a training could use: a GPU's memory, or what is free of this machine's, within its control group."""
+def available_memory(device: torch.device) -> float:
+    """Bytes that a training could use: all memory of a GPU, or this machine's free memory within its cgroup limit."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    stated = Path("/proc/meminfo")
-    if stated.is_file():  # where what files occupy counts as free
-        lines = dict(line.split(":") for line in stated.read_text().splitlines())
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # counts the file cache as available
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         free = 1024.0 * int(lines["MemAvailable"].split()[0])
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, float(int(limit) - int(used)))
-    except (OSError, ValueError):  # no control groups of the second version
+    except (OSError, ValueError):  # no cgroup v2
         return free
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s as measured, 2 per multiplication and addition."""
+    """Measured FLOP/s; a multiply-add counts as 2."""
 
     matmul: float
     convolution: float  # 3x3, forward
 
 
-def measured_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Rates:
     """Median rates of a large matrix product and of a 3x3 convolution, each run for at least `seconds`.
 
-    On a CPU 1024^3, and 16 images of 128 channels at 16x16; on a GPU 8192^3, and 32 images of 256 channels at 64x64, in
-    channels_last, where both are at their best.
+    On a CPU: 1024^3, and 16 images of 128 channels at 16x16. On a GPU: 8192^3, and 32 images of 256 channels at 64x64.
+    The convolution uses channels_last. At these sizes both run at their full rate.
     """
     large = device.type == "cuda"
     n, batch, channels, size = (8192, 32, 256, 64) if large else (1024, 16, 128, 16)

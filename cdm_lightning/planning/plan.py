@@ -1,4 +1,4 @@
-"""`cdm plan`: what training a stage takes on a device, before anybody trains it."""
+"""`cdm plan`: the memory, time and command of a stage's training, before it starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
-from cdm_lightning.planning.devices import at_hand, data_sheet
+from cdm_lightning.planning.devices import current_device, data_sheet
 
 
 def plan(
@@ -29,21 +29,21 @@ def plan(
 ) -> None:
     """Parameters, FLOPs, memory, time, micro-batch and accumulation of a training, and the command that starts it.
 
-    Memory is added up over a step without data. On the device at hand the step is timed; for a named one its speed is
-    an assumption: a share of the data sheet's rate. Several devices are taken to be as fast as their sum. A recipe that
-    compiles is timed so; its memory is that of the plain network.
+    Memory comes from a simulated step without data. On the device at hand the step is timed; for a named device its
+    speed is assumed to be a share of the data sheet's rate. n devices are assumed to be n times as fast as one. With
+    torch.compile the compiled step is timed, and the memory is that of the network without it.
 
     Args:
-        stage: A file of the experiment, without .yaml: sr256. May come first, without its name.
+        stage: A configuration of the experiment, without .yaml, such as sr256. `cdm plan sr256` works too.
         experiment: A folder of `experiments`.
-        configs: Configurations instead of a stage's, as `cdm fit` takes them.
-        arguments: Options of `cdm fit` that come after the configurations, in one string.
+        configs: Configuration files for `cdm fit`, instead of a stage.
+        arguments: Further options of `cdm fit`, in one string.
         device: H100, H200 or A100, by data sheet; null for the device at hand.
-        devices: How many such devices share the batch.
-        micro_batch: Images per device and pass; null for the most that fit.
+        devices: Number of devices that share the batch.
+        micro_batch: Images per device and forward pass; null for the most that fit.
         precision: 32-true, bf16-mixed or 16-mixed; null for the recipe's.
-        utilisation: Share of the device's rate that a training is assumed to reach where it is not timed.
-        out: A JSON file for the plan.
+        utilisation: Share of the device's rate that a training is assumed to reach if it is not timed.
+        out: A JSON file to write the plan to.
     """
     if (stage is None) == (configs is None):
         raise InputError("give one of a stage and configs: what is to be planned")
@@ -51,7 +51,7 @@ def plan(
         raise InputError(f"devices {devices} is less than 1")
     if not 0 < utilisation <= 1:
         raise InputError(f"utilisation {utilisation} lies outside 0 < share <= 1")
-    from cdm_lightning.planning.estimate import made, start
+    from cdm_lightning.planning.estimate import estimate, training_command
     from cdm_lightning.planning.memory import AUTOCAST
     from cdm_lightning.planning.recipe import configurations, read_recipe
 
@@ -61,20 +61,20 @@ def plan(
     recipe = replace(recipe, precision=precision or recipe.precision)
     if recipe.precision not in precisions:
         raise InputError(f"precision {recipe.precision!r} is none that a plan knows: {', '.join(precisions)}")
-    if recipe.precision.startswith("16") and device is None and at_hand().type == "cpu":
+    if recipe.precision.startswith("16") and device is None and current_device().type == "cpu":
         raise InputError(f"precision {recipe.precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
-    share = shared(recipe.batch, devices, micro_batch)
+    share = images_per_device(recipe.batch, devices, micro_batch)
     sheet = None if device is None else data_sheet(device)
-    found = made(recipe, sheet, devices, share, micro_batch, utilisation)
-    command = start(stage, experiment, configs, arguments, recipe, changed, found)
-    found = {"stage": stage or ",".join(map(str, configs or [])), **found, "command": command}
+    figures = estimate(recipe, sheet, devices, share, micro_batch, utilisation)
+    command = training_command(stage, experiment, configs, arguments, recipe, changed, figures)
+    figures = {"stage": stage or ",".join(map(str, configs or [])), **figures, "command": command}
     if out is not None:
-        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
-    show(found)
+        write_atomically(out, (json.dumps(figures, indent=1) + "\n").encode())
+    print_plan(figures)
 
 
-def shared(batch: int, devices: int, micro_batch: int | None) -> int:
-    """Images of the batch that fall on each device."""
+def images_per_device(batch: int, devices: int, micro_batch: int | None) -> int:
+    """Images of the batch for each device. Refuses a batch or micro-batch that does not divide evenly."""
     if batch % devices:
         raise InputError(f"batch_size {batch} cannot be shared by {devices} devices: it must be a multiple of them")
     share = batch // devices
@@ -83,32 +83,33 @@ def shared(batch: int, devices: int, micro_batch: int | None) -> int:
     return share
 
 
-def show(found: dict[str, Any]) -> None:
+def print_plan(figures: dict[str, Any]) -> None:
     """Print a plan as a table. 1 GB is 10^9 bytes."""
-    memory = {name: f"{size / 1e9:.3g}" for name, size in found["memory"].items()}
+    memory = {name: f"{size / 1e9:.3g}" for name, size in figures["memory"].items()}
     parts = ", ".join(f"{name} {size}" for name, size in memory.items() if name != "total")
-    table = whole_table(str(found["stage"]), "")
+    table = whole_table(str(figures["stage"]), "")
     rows = {
-        "device": f"{found['devices']} x {found['device']}, {found['precision']}",
-        "parameters": f"{found['parameters'] / 1e6:,.2f} M",
+        "device": f"{figures['devices']} x {figures['device']}, {figures['precision']}",
+        "parameters": f"{figures['parameters'] / 1e6:,.2f} M",
         "GFLOP an image": "{:,.4g} forward, {:,.4g} in training".format(
-            *(found[name] / 1e9 for name in ("forward_flops", "training_flops"))
+            *(figures[name] / 1e9 for name in ("forward_flops", "training_flops"))
         ),
-        "micro-batch": f"{found['micro_batch']} images, accumulated {found['accumulate']} times: "
-        f"batch {found['batch']} on {found['devices']} device(s)",
-        "memory": f"{memory['total']} of {found['capacity'] / 1e9:.1f} GB{'' if found['fits'] else ': DOES NOT FIT'}",
+        "micro-batch": f"{figures['micro_batch']} images, accumulated {figures['accumulate']} times: "
+        f"batch {figures['batch']} on {figures['devices']} device(s)",
+        "memory": f"{memory['total']} of {figures['capacity'] / 1e9:.1f} GB"
+        f"{'' if figures['fits'] else ': DOES NOT FIT'}",
         "made up of": parts,
-        "checkpointing": f"{'' if found['checkpointing'] else 'not '}needed: {found['memory_plain'] / 1e9:.3g} GB "
-        f"without, {found['memory_checkpointing'] / 1e9:.3g} GB with it",
-        "images a second": f"{found['images_a_second']:,.4g} ({found['speed']})",
-        "whole training": f"{found['max_steps']:,} steps in {found['days']:,.4g} days: "
-        f"{found['device_days']:,.4g} device-days",
+        "checkpointing": f"{'' if figures['checkpointing'] else 'not '}needed: {figures['memory_plain'] / 1e9:.3g} GB "
+        f"without, {figures['memory_checkpointing'] / 1e9:.3g} GB with it",
+        "images a second": f"{figures['images_a_second']:,.4g} ({figures['speed']})",
+        "whole training": f"{figures['max_steps']:,} steps in {figures['days']:,.4g} days: "
+        f"{figures['device_days']:,.4g} device-days",
     }
-    if "matmul_rate" in found:
-        rates = (f"{found[name] / 1e9:,.0f}" for name in ("matmul_rate", "convolution_rate"))
+    if "matmul_rate" in figures:
+        rates = (f"{figures[name] / 1e9:,.0f}" for name in ("matmul_rate", "convolution_rate"))
         rows["GFLOP/s here"] = "matrix product {}, 3x3 convolution {}".format(*rates)
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console = whole_console()
     console.print(table)
-    console.print(escape(found["command"] or "no micro-batch fits: another device, or fewer images per pass"))
+    console.print(escape(figures["command"] or "no micro-batch fits: another device, or fewer images per pass"))

@@ -1,4 +1,4 @@
-"""A stage's recipe as `cdm fit` would read it from its configurations, the stage built without memory."""
+"""The training recipe of a stage, read from its configuration files as `cdm fit` reads them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ EXPERIMENTS = Path("experiments")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training is to be: the stage's class and arguments, the batch over all devices, its length and numbers."""
+    """A training's settings: the stage's class and arguments, the batch over all devices, steps and precision.
+
+    average: whether an EMA of the weights is kept. checkpointing: whether the recipe recomputes activations.
+    """
 
     model: dict[str, Any]
     batch: int
@@ -34,13 +37,13 @@ class Recipe:
     checkpointing: bool
 
     def stage(self, device: str) -> DiffusionStage:
-        """The stage, untrained and without checkpointing. device: meta takes no memory."""
+        """The stage, untrained and without checkpointing. On the meta device it takes no memory."""
         with torch.device(device):
             return instantiate_class((), self.model)
 
 
 def configurations(stage: str, experiment: str) -> list[Path]:
-    """The files that `make train-stage` gives to `cdm fit`, from what all runs share to what the stage says."""
+    """The configuration files that `make train-stage` passes to `cdm fit`, from general to specific."""
     folder = EXPERIMENTS / experiment
     if not folder.is_dir():
         known = sorted(path.parent.name for path in EXPERIMENTS.glob("*/defaults.yaml"))
@@ -52,7 +55,7 @@ def configurations(stage: str, experiment: str) -> list[Path]:
 
 
 def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
-    """Parse configurations, each of which wins over the one before, and arguments after them, as `cdm fit` does."""
+    """Parse configuration files and then arguments as `cdm fit` does: later ones override earlier ones."""
     for path in configs:
         if not path.is_file():
             raise InputError(f"configuration {path} does not exist")
@@ -64,14 +67,14 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
     parser.add_lightning_class_args(DiffusionStage, "model", subclass_mode=True)
     parser.add_lightning_class_args(ShardDataModule, "data")
     for name, kind in (("seed_everything", bool | int), ("ckpt_path", str | None), ("weights_only", bool | None)):
-        parser.add_argument(f"--{name}", type=kind)  # a fit's own, which take no part in a plan
+        parser.add_argument(f"--{name}", type=kind)  # options of `cdm fit` that a plan does not use
     words = [word for path in configs for word in ("--config", str(path))]
     read = parser.parse_args([*words, *shlex.split(arguments)])
     if read.model is None:
         raise InputError(f"{', '.join(map(str, configs))} name no model")
     model = read.model.as_dict()
     arguments_of_stage = dict(model.get("init_args", {}))
-    checkpointing = bool(arguments_of_stage.pop("checkpointing", False))  # a plan decides on it by itself
+    checkpointing = bool(arguments_of_stage.pop("checkpointing", False))  # the plan decides about it
     steps = read.trainer.max_steps
     if steps < 1:
         raise InputError(f"max_steps {steps} says no length of the training: a plan needs at least 1")

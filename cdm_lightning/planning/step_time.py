@@ -1,4 +1,4 @@
-"""The time of a real training step: forward, backward, and the update of weights and averages."""
+"""The measured time of a training step: forward, backward, and the update of the weights and their EMA."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from cdm_lightning.planning.memory import AUTOCAST, recomputing
+from cdm_lightning.planning.memory import AUTOCAST, checkpointing_set_to
 from cdm_lightning.stages import DiffusionStage
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one micro-batch's forward and backward, and of an update; medians."""
+    """Median seconds of the forward and backward pass of a micro-batch of `batch` images, and of an update."""
 
     batch: int
-    passes: float
+    forward_backward: float
     update: float
 
     def images_a_second(self, batch: int, accumulate: int) -> float:
-        """Of one device, at another micro-batch: passes take as long per image, and `accumulate` of them one update."""
-        return batch * accumulate / (accumulate * batch * self.passes / self.batch + self.update)
+        """Images per second of a device, at micro-batches of `batch` images and an update per `accumulate` of them."""
+        return batch * accumulate / (accumulate * batch * self.forward_backward / self.batch + self.update)
 
 
-def measured_step(
+def measure_step(
     stage: DiffusionStage,
     batch: int,
     precision: str,
@@ -37,12 +37,12 @@ def measured_step(
     checkpointing: bool = False,
     seconds: float = 4.0,
 ) -> StepTime:
-    """Train on random images for about `seconds`, three steps at least, after two that are not counted.
+    """Time training steps on random images for about `seconds`, at least three, after two that are not counted.
 
-    stage: with weights, on any device; it is trained. Reading images is no part of it.
+    stage: with weights, on any device; this trains it. Reading images from disk is not included.
     """
     stage = stage.to(device).train()
-    stage.setup("fit")  # compiles, where the recipe says so
+    stage.setup("fit")  # compiles the network if the recipe says so
     averaged: list[torch.Tensor] = list(copy.deepcopy(stage.unet).parameters()) if average else []
     weights: list[torch.Tensor] = list(stage.unet.parameters())
     optimizer = torch.optim.Adam(weights, lr=stage.lr, fused=not precision.startswith("16"))
@@ -51,14 +51,14 @@ def measured_step(
     label = torch.arange(batch, device=device) % (stage.num_classes or 1)
     data, dtype = (image, label, torch.arange(batch, device=device)), AUTOCAST.get(precision)
 
-    def passes() -> None:
+    def forward_backward() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             loss = stage.training_step(data, 0)
         loss.backward()
 
     def update() -> None:
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        if bool(norm.isfinite()):  # FiniteSteps asks, and waits for the device, too
+        if bool(norm.isfinite()):  # as FiniteSteps does; this waits for the device
             optimizer.step()
         optimizer.zero_grad()
         if averaged:
@@ -66,19 +66,19 @@ def measured_step(
                 torch._foreach_lerp_(averaged, weights, 0.001)
 
     times: list[tuple[float, float]] = []
-    with recomputing(stage, checkpointing), tqdm(desc="training steps", unit=" steps") as bar:
+    with checkpointing_set_to(stage, checkpointing), tqdm(desc="training steps", unit=" steps") as bar:
         start = 0.0
         while len(times) < 5 or time.perf_counter() - start < seconds:
-            if len(times) == 2:  # with what compiles behind it
+            if len(times) == 2:  # compilation is done by now
                 start = time.perf_counter()
-            times.append((clocked(passes, device), clocked(update, device)))
+            times.append((seconds_of(forward_backward, device), seconds_of(update, device)))
             bar.update()
     counted = times[2:]
     return StepTime(batch, *(statistics.median(part) for part in zip(*counted, strict=True)))
 
 
-def clocked(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds until the device is done."""
+def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds until the device has finished the work."""
     start = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""`cdm sweep`: the runs of a W&B sweep file, on W&B's server or one after the other here, and one table of them all."""
+"""`cdm sweep`: run a W&B sweep file, on W&B's server or offline on this machine, and print one table of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.planning.sweep_report import Trial, report
 
-# wandb is imported where it is used: once imported it may settle its mode, which `cdm fit` still has to choose.
+# wandb is imported where it is used: on import it may fix its mode, which `cdm fit` has to choose first.
 
 
 def sweep(
@@ -26,14 +26,14 @@ def sweep(
 ) -> dict[str, Any]:
     """Run every combination of a W&B sweep file, and print them as one table, best first.
 
-    Writes results.json and sweep.png, and a folder for each run. Offline, combinations that are finished are not run
-    again, and one that was stopped goes on; online, W&B makes a new sweep each time.
+    Writes results.json and sweep.png, and a folder for each run. Offline, finished combinations are not run again, and
+    a stopped one continues. Online, each call makes a new W&B sweep.
 
     Args:
         file: A W&B sweep file, such as experiments/sweeps/level.yaml.
-        offline: Run the grid here, one process and one offline W&B run after the other, instead of by W&B's agent.
+        offline: Run the grid on this machine, one offline W&B run after another, instead of by W&B's agent.
         out: Folder for the results and the runs; null for runs/sweeps/<name of the file>.
-        count: Runs to make at most in this call; null for all.
+        count: Maximum number of runs in this call; null for all.
         arguments: Further arguments for every run, as in --arguments="--trainer.max_steps 100" (with the equals sign).
     """
     if count is not None and count < 1:
@@ -41,7 +41,7 @@ def sweep(
     config = read_sweep(file)
     config["command"] = [*config["command"], *shlex.split(arguments)]
     folder = (Path("runs/sweeps") / Path(file).stem if out is None else Path(out)).absolute()
-    trials = run_here(file, config, folder, count) if offline else run_on_server(config, folder, count)
+    trials = run_offline(file, config, folder, count) if offline else run_on_server(config, folder, count)
     metric, goal = config["metric"]["name"], config["metric"]["goal"]
     results = report(folder, {"sweep": str(file), "command": config["command"]}, metric, goal, trials)
     if failed := [trial for trial in trials if trial.failed]:
@@ -51,7 +51,7 @@ def sweep(
 
 
 def read_sweep(file: Path) -> dict[str, Any]:
-    """A sweep file as W&B reads it, with `goal` filled in; refuses what no sweep of ours can do without."""
+    """A sweep file as W&B reads it, with the default of `goal`. Refuses one without metric, parameters or command."""
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
     if not Path(file).is_file():
@@ -69,12 +69,12 @@ def read_sweep(file: Path) -> dict[str, Any]:
     if not isinstance(parameters, dict) or not all(isinstance(p, dict) for p in parameters.values()) or not parameters:
         raise InputError(f"{file} has no parameters to sweep: `parameters: {{model.lr: {{values: [...]}}}}` is missing")
     if not isinstance(command, list) or "${args}" not in command:
-        raise InputError(f"{file} has no command with ${{args}} in it, in whose place the parameters go")
+        raise InputError(f"{file} has no command with ${{args}} in it, which the parameters replace")
     return config
 
 
 def grid(file: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the parameters' values, the last parameter running fastest."""
+    """Every combination of the parameters' values; the last parameter varies fastest."""
     if (method := config.get("method")) != "grid":
         raise InputError(f"{file} asks for method {method!r}, which W&B's server carries out: offline takes grid alone")
     for name, parameter in config["parameters"].items():
@@ -85,35 +85,35 @@ def grid(file: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(config["parameters"], values, strict=True)) for values in itertools.product(*options)]
 
 
-def command_of(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
-    """The words that W&B's agent would run for these parameters, with this interpreter."""
+def trial_command(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+    """The command, as a list of words, that W&B's agent would run for these parameters, with this interpreter."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    words = create_sweep_command(list(config["command"]))  # which changes the list that it is given
+    words = create_sweep_command(list(config["command"]))  # a copy: the function changes its argument
     macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
     macros |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [config.get("program")]}
     expanded = (macros.get(w[2:-1], []) if w.startswith("${") and w.endswith("}") else [w] for w in map(str, words))
     return [str(word) for part in expanded for word in part]
 
 
-def identify(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """A run id that changes with the parameters, the command, and the configuration files and bundle that it names.
+def trial_id(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+    """The run id: a hash of the parameters, the command, and the content of the files that the command names.
 
-    So an edited configuration is another run, rather than a finished one. What those files name in turn takes no part.
+    After a change of a configuration, its runs are therefore new ones. Files that those files name are not hashed.
     """
     named = [Path(str(word).rpartition("=")[2]) for word in config["command"]]
     files = [path / "bundle.json" if path.is_dir() else path for path in named]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
-    about = [config.get("program"), config["command"], content, parameters]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    hashed = [config.get("program"), config["command"], content, parameters]
+    return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:8]
 
 
-def run_here(file: Path, config: Mapping[str, Any], folder: Path, count: int | None) -> list[Trial]:
-    """The grid's trials, of which the unfinished are run first, `count` at most; a failure stops no other run."""
+def run_offline(file: Path, config: Mapping[str, Any], folder: Path, count: int | None) -> list[Trial]:
+    """The trials of the grid. Runs at most `count` unfinished ones; a failed run does not stop the others."""
     trials: list[Trial] = []
     combinations = grid(file, config)
     for number, parameters in enumerate(combinations, 1):
-        trial = Trial(parameters, identify(config, parameters))
+        trial = Trial(parameters, trial_id(config, parameters))
         finished = folder / trial.run / "finished.json"
         if not finished.is_file() and count == 0:
             trials.append(trial.ended(note="not run yet"))
@@ -124,16 +124,16 @@ def run_here(file: Path, config: Mapping[str, Any], folder: Path, count: int | N
             if note := run_one(config, trial, folder):
                 trials.append(trial.ended(note=note, failed=True))
                 continue
-            about = {"parameters": parameters, "command": config["command"]}
-            write_atomically(finished, (json.dumps(about, indent=1) + "\n").encode())
+            record = {"parameters": parameters, "command": config["command"]}
+            write_atomically(finished, (json.dumps(record, indent=1) + "\n").encode())
         trials.append(trial.ended(last_metrics(folder / trial.run), config["metric"]["name"]))
     return trials
 
 
 def run_one(config: Mapping[str, Any], trial: Trial, folder: Path) -> str:
-    """Run one combination as W&B's agent would, but offline; gives the reason of a failure, else an empty string.
+    """Run one combination as W&B's agent would, but offline. Returns the reason of a failure, or an empty string.
 
-    Its progress stays on the terminal. What it says on stderr goes to stderr.txt in its folder, for the reason.
+    stdout stays on the terminal. stderr goes to stderr.txt in the run's folder, where the reason is read.
     """
     from wandb.sdk.lib.config_util import save_config_file_from_dict
 
@@ -142,16 +142,16 @@ def run_one(config: Mapping[str, Any], trial: Trial, folder: Path) -> str:
     save_config_file_from_dict(str(run / "sweep.yaml"), {k: {"value": v} for k, v in trial.parameters.items()})
     environment = {
         **os.environ,
-        "CDM_SWEEP_FOLDER": str(folder),  # which experiments/sweeps/defaults.yaml reads
+        "CDM_SWEEP_FOLDER": str(folder),  # read by experiments/sweeps/defaults.yaml
         "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",  # else its farewell is the last line of every failure
+        "WANDB_SILENT": "true",  # else W&B's closing lines would hide the error
         "WANDB_RUN_ID": trial.run,
         "WANDB_NAME": trial.name,
         "WANDB_RUN_GROUP": folder.name,
-        "WANDB_SWEEP_PARAM_PATH": str(run / "sweep.yaml"),  # gives the run's config the parameters, as the agent does
+        "WANDB_SWEEP_PARAM_PATH": str(run / "sweep.yaml"),  # adds the parameters to the run's config, as the agent does
     }
-    with (run / "stderr.txt").open("w") as said:
-        code = subprocess.run(command_of(config, trial.parameters), env=environment, stderr=said).returncode
+    with (run / "stderr.txt").open("w") as stderr:
+        code = subprocess.run(trial_command(config, trial.parameters), env=environment, stderr=stderr).returncode
     if not code:
         return ""
     lines = [line.strip() for line in (run / "stderr.txt").read_text(errors="replace").splitlines() if line.strip()]
@@ -161,10 +161,9 @@ def run_one(config: Mapping[str, Any], trial: Trial, folder: Path) -> str:
 
 
 def last_metrics(run: Path) -> dict[str, float]:
-    """The last value of every metric in the CSV logs of a run, over all its starts.
+    """The last value of every metric in the CSV logs of a run, over all times it was started.
 
-    The CSV logger's file, because it is complete and plain once the process has ended well; W&B's offline file is a
-    binary one for its server, and what is printed is for people.
+    W&B's own offline file is not read: it is binary, in a format for its server.
     """
     metrics: dict[str, float] = {}
     for file in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1])):
@@ -175,16 +174,16 @@ def last_metrics(run: Path) -> dict[str, float]:
 
 
 def run_on_server(config: dict[str, Any], folder: Path, count: int | None) -> list[Trial]:
-    """Make the sweep on W&B's server, be its agent, and read back what its runs logged."""
+    """Create the sweep on W&B's server, run its agent, and read the metrics of the runs back."""
     import wandb
 
     if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
         raise InputError(
             f"WANDB_MODE is {mode}, so that no run would reach W&B's server: give `--offline true`, or unset it"
         )
-    os.environ["CDM_SWEEP_FOLDER"] = str(folder)  # the agent hands on this environment
+    os.environ["CDM_SWEEP_FOLDER"] = str(folder)  # the agent passes this environment on
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # its `python`
-    os.environ.setdefault("WANDB_AGENT_DISABLE_FLAPPING", "true")  # a failing run stops no other
+    os.environ.setdefault("WANDB_AGENT_DISABLE_FLAPPING", "true")  # a failed run does not stop the others
     metric, trials = config["metric"]["name"], []
     try:
         sweep_id = wandb.sweep(config)

@@ -1,4 +1,4 @@
-"""`cdm sample`: many images of a cascade as shards, in blocks that any number of processes share out.
+"""`cdm sample`: images of a cascade, written as shards in blocks, on any number of processes.
 
-What else runs over many images on several processes, as measuring does, shares its work out by shared_work.py too.
+shared_work.py splits work over processes; the evaluation uses it too.
 """

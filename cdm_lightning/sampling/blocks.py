@@ -1,4 +1,4 @@
-"""The blocks of a sampling run: which images they hold, what they are drawn from, and their way into shards."""
+"""The blocks of a sampling run: loading their inputs, and writing their images as shards."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from cdm_lightning.data.shards import open_images, read_manifest, write_shard
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import as_drawn, encode_png
+from cdm_lightning.foundation.images import encode_png, stored_to_tensor
 from cdm_lightning.sampling.manifest import SampleManifest, shard_name
 
 LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
 
 
 class BlockWriter(BasePredictionWriter):
-    """Writes a block's images as one shard per resolution; a block is done when all of its shards are there.
+    """Writes the images of a block as one shard per resolution. A block is finished when all its shards exist.
 
-    The first process shows what all processes have done: a bar on a terminal, a line every half minute elsewhere.
+    The first process shows the progress of all: as a bar on a terminal, and otherwise as a line every half minute.
     """
 
     def __init__(self, folders: Sequence[Path], manifest: SampleManifest) -> None:
@@ -43,12 +43,12 @@ class BlockWriter(BasePredictionWriter):
             )
 
     def done(self) -> int:
-        """How many images are stored at the last resolution, which each block writes last."""
+        """How many images are stored at the last resolution, which is written last."""
         numbers = [int(path.stem) for path in self.folders[-1].glob("*.tar") if path.stem.isdecimal()]
         return sum(self.manifest.size(number) for number in numbers if number < self.manifest.blocks)
 
     def close(self) -> None:
-        """The bar's last word, when all processes are done or this one has failed."""
+        """Bring the bar up to date and close it, when all processes are done or this one has failed."""
         if self.bar is not None:
             self.bar.update(self.done() - self.bar.n)
             self.bar.close()
@@ -56,7 +56,7 @@ class BlockWriter(BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: Any, prediction: Any, batch_indices: Any, batch: Any, *rest: int
     ) -> None:
-        """Write one block: the images of every resolution kept, without the padding of the last block."""
+        """Write one block: its images at every resolution that is kept, without the padding of the last block."""
         number = int(batch["number"])
         images = prediction[-len(self.folders) :]
         for folder, block in zip(self.folders, images, strict=True):
@@ -66,11 +66,11 @@ class BlockWriter(BasePredictionWriter):
             samples = [(k, encode_png(a), c) for k, a, c in zip(keys, arrays, labels, strict=False)]
             write_shard(folder / shard_name(number), samples)
         if self.bar is not None and time.time() - self.bar.last_print_t >= self.bar.mininterval:
-            self.bar.update(self.done() - self.bar.n)  # reads the folder: not at every block of many
+            self.bar.update(self.done() - self.bar.n)  # not at every block, as this reads the folder
 
 
-class BlockData(Dataset):
-    """The blocks still to do, with the stored images they go on from where there are some."""
+class BlockDataset(Dataset):
+    """The blocks that remain to be drawn, with the stored images that they start from, if any."""
 
     def __init__(self, manifest: SampleManifest, numbers: list[int], start: Path | None) -> None:
         self.manifest, self.numbers, self.start = manifest, numbers, start
@@ -89,20 +89,22 @@ class BlockData(Dataset):
         for index, label, stored in zip(block["index"].tolist(), block["label"].tolist(), images.label, strict=True):
             if stored != label:
                 raise InputError(f"image {index} of {self.start} has class {stored}, and sample {index} has {label}")
-        return {**block, "image": as_drawn(images.image)}
+        return {**block, "image": stored_to_tensor(images.image)}
 
 
-class Blocks(L.LightningDataModule):
-    """The blocks that are still to do by the first process's reckoning, every n-th one for each process."""
+class BlockDataModule(L.LightningDataModule):
+    """The blocks that remain to be drawn, as the first process lists them; each of n processes takes every n-th."""
 
     trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
 
     def __init__(self, manifest: SampleManifest, todo: list[int], start: Path | None = None) -> None:
         super().__init__()
         self.manifest, self.todo, self.start = manifest, todo, start
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer blocks to do than processes
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer blocks than processes
 
     def predict_dataloader(self) -> DataLoader:
-        todo = self.trainer.strategy.broadcast(self.todo)  # another run's leftovers may write while processes start
-        own = todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(BlockData(self.manifest, own, self.start), batch_size=None)
+        todo = self.trainer.strategy.broadcast(
+            self.todo
+        )  # processes that start at different times could list different blocks
+        numbers = todo[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(BlockDataset(self.manifest, numbers, self.start), batch_size=None)

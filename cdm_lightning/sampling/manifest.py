@@ -1,4 +1,4 @@
-"""What samples a run draws: which images of which classes, by which settings, in which blocks."""
+"""The sample manifest: which images of which classes a run draws, with which settings, in which blocks."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from cdm_lightning.data.shards import digest_of, read_manifest
+from cdm_lightning.data.shards import read_manifest, shards_digest
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.network import Compile
+from cdm_lightning.network import CompileMode
 
 if TYPE_CHECKING:
     from cdm_lightning.cascade import CascadeModule
 
-NO_CLASSES = ["0"]  # as shards name the one class of samples of a cascade without classes
+NO_CLASSES = ["0"]  # the class names of samples from a cascade without class conditioning
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass(frozen=True)
 class SampleManifest:
-    """What `count` samples are: image i has class classes[i mod len(classes)] and is drawn from (seed, i).
+    """Defines `count` samples: image i has class classes[i mod len(classes)] and is drawn with seed (seed, i).
 
-    The network runs on blocks of block_size indices, the last one padded, so that no image depends on how blocks are
-    shared out. A folder begun with one manifest is continued with no other.
+    The networks run on blocks of block_size images, the last one padded, so that no image depends on the number of
+    processes. A folder of samples can only be continued with the manifest that it was begun with.
     """
 
-    bundle: str  # SHA-256 of the stages of the bundle
+    bundle: str  # SHA-256 of the stages in the bundle
     count: int
     classes: list[int]
     seed: int
@@ -37,36 +37,41 @@ class SampleManifest:
     truncated: bool
     samplers: list[str]
     sampling_steps: list[int]
-    precision: str = "32-true"  # of the networks, in Lightning's words
-    start: str | None = None  # of the stored images the cascade went on from: one hash over all shards
-    compile: str | None = None  # how torch compiled the networks
-    batch_sizes: list[int] | None = None  # images of a block that each stage's network works on at a time; None: all
+    precision: str = "32-true"  # of the networks: a name that Lightning takes
+    start: str | None = None  # shards_digest of the stored images that the cascade continues from
+    compile: str | None = None  # the torch.compile mode of the networks
+    batch_sizes: list[int] | None = None  # images per network call of each stage; None: a whole block
 
     def block(self, number: int) -> dict[str, torch.Tensor]:
-        """The padded indices and labels of one block, and its number."""
+        """One block: `index` and `label`, int64 (block_size,), and `number`. The last block repeats its last image."""
         first = number * self.block_size
         index = torch.arange(first, first + self.block_size).clamp(max=self.count - 1)
         return {"index": index, "label": self.label(index), "number": torch.tensor(number)}
 
     def label(self, index: torch.Tensor) -> torch.Tensor:
+        """The classes of the images of these indices."""
         return torch.tensor(self.classes)[index % len(self.classes)]
 
     def labels(self) -> torch.Tensor:
+        """The classes of all images, int64 (count,)."""
         return self.label(torch.arange(self.count))
 
     def size(self, number: int) -> int:
+        """How many images block `number` has, without padding."""
         return min(self.block_size, self.count - number * self.block_size)
 
     @property
     def blocks(self) -> int:
+        """The number of blocks."""
         return -(-self.count // self.block_size)
 
 
 def shard_name(number: int) -> str:
+    """File name of the shard of one block."""
     return f"{number:06d}.tar"
 
 
-def plan(
+def make_sample_manifest(
     cascade: CascadeModule,
     bundle: str,
     count: int,
@@ -74,9 +79,9 @@ def plan(
     block_size: int = 64,
     start: Path | None = None,
     precision: Precision = "32-true",
-    compile: Compile | None = None,
+    compile: CompileMode | None = None,
 ) -> SampleManifest:
-    """The manifest of `count` samples of a cascade as it is set; refuses what makes no sense."""
+    """The manifest of `count` samples of a cascade with its current settings. Refuses arguments out of range."""
     chosen = list(range(cascade.num_classes or 1)) if classes is None else list(classes)
     if not chosen:
         raise InputError("classes [] names no class")
@@ -90,7 +95,7 @@ def plan(
     manifest = SampleManifest(
         bundle, count, chosen, cascade.seed, block_size, cascade.levels, cascade.truncated,
         [d.sampler for d in diffusions], [d.sampling_steps or d.timesteps for d in diffusions],
-        precision, digest_of(read_manifest(start).shards) if start is not None else None, compile,
+        precision, shards_digest(read_manifest(start).shards) if start is not None else None, compile,
         cascade.batch_sizes,
     )  # fmt: skip
     if start is not None:
@@ -99,7 +104,7 @@ def plan(
 
 
 def check_start(cascade: CascadeModule, manifest: SampleManifest, start: Path) -> None:
-    """Refuse stored images that the cascade cannot go on from."""
+    """Refuse stored images that the cascade cannot continue from: resolution, channels, or too few."""
     given, resolutions = read_manifest(start), [stage.resolution for stage in cascade.stages]
     if given.resolution not in resolutions[:-1]:
         raise InputError(f"{start} holds images of {given.resolution}: the cascade goes on from {resolutions[:-1]}")

@@ -1,4 +1,4 @@
-"""`cdm sample`: images of a trained cascade, as shards that training reads, and a picture to look at."""
+"""`cdm sample`: draw images from a trained cascade, as shards that training can read, and an overview picture."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 
-from cdm_lightning.data.shards import digest_of, read_manifest, read_shard
+from cdm_lightning.data.shards import read_manifest, read_shard, shards_digest
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, save_grid
 from cdm_lightning.foundation.process_group import first_process
-from cdm_lightning.network import Compile
-from cdm_lightning.sampling.manifest import Precision, SampleManifest, plan, shard_name
+from cdm_lightning.network import CompileMode
+from cdm_lightning.sampling.manifest import Precision, SampleManifest, make_sample_manifest, shard_name
 
 
 def sample(
@@ -34,61 +34,63 @@ def sample(
     block_size: int = 64,
     batch_sizes: list[int] | None = None,
     precision: Precision = "32-true",
-    compile: Compile | None = None,
+    compile: CompileMode | None = None,
     devices: PositiveInt = 1,
     accelerator: str = "auto",
 ) -> None:
     """Draw images from a trained cascade: shards of samples that training can read, and a picture to look at.
 
-    Stopped and called again with the same options, it goes on where it was. The images do not depend on the number of
-    processes.
+    If it is stopped, the same command continues. The images do not depend on the number of processes.
 
     Args:
         bundle: A folder written by `cdm bundle`, such as data/fashion-cascade.
-        out: Folder for the samples: out/train/<resolution>/ holds shards, out/samples.png a picture.
-        count: Images in all, spread evenly over the classes.
-        per_class: Instead of count: images of each class.
+        out: Folder for the samples: shards in out/train/<resolution>/, and a picture, out/samples.png.
+        count: Total number of images, spread evenly over the classes.
+        per_class: Number of images of each class, instead of count.
         classes: Class numbers, such as [1,7]; null for all.
-        seed: Another seed, other images.
+        seed: Seed of the images.
         levels: The level s of each super-resolution stage, such as [501,0]; null for the bundle's choice.
-        truncated: Stop each reverse process at s, not finish it and add noise; null for the bundle's choice.
+        truncated: true stops each reverse process at s; false runs it to the end and adds noise up to s; null for the
+            bundle's choice.
         sampler: ddpm, ddim or dpm++; null for each stage's own.
         sampling_steps: Network calls of each stage, such as [50,50,25]; null for each stage's own.
-        start: Stored images to go on from, a finished folder of a lower resolution such as OUT/train/32 of another call
-            with the same classes; null to start from noise.
-        block_size: Images that a process draws at a time, a shard; another size, other images within a grey level.
-        batch_sizes: Of a block, how many each stage works on at a time, such as [256,64,16]; null for all of it.
-        precision: Of the networks: 32-true, or bf16-mixed or 16-mixed, which are faster and other images.
-        compile: Compile the networks, which takes minutes and makes other images within float error: default, or
-            reduce-overhead (CUDA graphs, on a GPU); null for not.
-        devices: Processes to share the work.
+        start: Stored images to continue from: a finished folder of a lower resolution, such as OUT/train/32 of another
+            call with the same classes; null to start from noise.
+        block_size: Images per shard, drawn together by one process. Another size changes pixels by one grey level at
+            most.
+        batch_sizes: Images per network call of each stage, such as [256,64,16]; null for a whole block.
+        precision: Of the networks: 32-true, bf16-mixed or 16-mixed. The mixed ones are faster, and change the images.
+        compile: torch.compile mode of the networks: default, or reduce-overhead (CUDA graphs, on a GPU). It takes
+            minutes, and changes the images by float error. null does not compile.
+        devices: Number of processes.
         accelerator: cpu, gpu or auto.
     """
     if (count is None) == (per_class is None):
         raise InputError("give one of count and per_class: how many images to draw")
     from cdm_lightning.cascade import CascadeModule
-    from cdm_lightning.cascade.bundle import origin, read_about
+    from cdm_lightning.cascade.bundle import origin, read_bundle_metadata
     from cdm_lightning.sampling.draw import draw
 
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
     cascade.set_batch_sizes(batch_sizes)
-    about = read_about(bundle)
-    each = len(classes) if classes is not None else cascade.num_classes or 1
-    total = count if count is not None else each * (per_class or 0)
-    manifest = plan(cascade, about["stages_sha256"], total, classes, block_size, start, precision, compile)
+    metadata = read_bundle_metadata(bundle)
+    class_count = len(classes) if classes is not None else cascade.num_classes or 1
+    total = count if count is not None else class_count * (per_class or 0)
+    manifest = make_sample_manifest(
+        cascade, metadata["stages_sha256"], total, classes, block_size, start, precision, compile
+    )
     if compile is not None:
         cascade.compile_networks(compile)
-    folders = draw(cascade, manifest, out, start, devices, accelerator, origin(about))
+    folders = draw(cascade, manifest, out, start, devices, accelerator, origin(metadata))
     if first_process():
-        say(folders, manifest, Path(out) / "samples.png")
+        print_result(folders, manifest, Path(out) / "samples.png")
 
 
-def say(folders: Sequence[Path], manifest: SampleManifest, picture: Path) -> None:
-    """Print what was made and draw it."""
+def print_result(folders: Sequence[Path], manifest: SampleManifest, picture: Path) -> None:
+    """Print the folders of samples and their hashes, and save the picture."""
     for folder in folders:
-        print(
-            f"{folder}: {manifest.count} images, SHA-256 of all shards {digest_of(read_manifest(folder).shards)[:16]}"
-        )
+        digest = shards_digest(read_manifest(folder).shards)
+        print(f"{folder}: {manifest.count} images, SHA-256 of all shards {digest[:16]}")
     draw_picture(folders, manifest, picture)
     print(f"{picture}: classes by rows, resolutions {[int(f.name) for f in folders]} side by side")
 
@@ -96,11 +98,11 @@ def say(folders: Sequence[Path], manifest: SampleManifest, picture: Path) -> Non
 def draw_picture(
     folders: Sequence[Path], manifest: SampleManifest, path: Path, rows: int = 20, columns: int = 4
 ) -> None:
-    """A row per class with its first samples, each at every resolution kept."""
+    """Save a picture with a row per class: its first samples, each at every stored resolution."""
     shown = manifest.classes[:rows]
     per_class = min(columns, -(-manifest.count // len(manifest.classes)))
     pictures: list[list[torch.Tensor]] = [[] for _ in shown]
-    streams = [stream(folder, manifest.blocks) for folder in folders]
+    streams = [read_samples(folder, manifest.blocks) for folder in folders]
     together = islice(zip(*streams, strict=True), per_class * len(manifest.classes))
     for index, samples in enumerate(together):
         row = index % len(manifest.classes)
@@ -109,7 +111,7 @@ def draw_picture(
     save_grid([row for row in pictures if row], path, cell=max(64, int(folders[-1].name)))
 
 
-def stream(folder: Path, blocks: int) -> Any:
-    """The samples of a folder, one after another."""
+def read_samples(folder: Path, blocks: int) -> Any:
+    """The samples of a folder, in order."""
     for number in range(blocks):
         yield from read_shard(folder / shard_name(number))

@@ -1,4 +1,4 @@
-"""Processes that share out work and exchange nothing but the news that they are done."""
+"""Splitting work over processes that do not communicate, except to wait for each other at the end."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-FIRST = "CDM_FIRST_PROCESS"  # the process id of the one that others are started by, in their environment
-PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for this process when the one that started it ends
-PATIENCE = timedelta(days=30)  # torch's own 30 minutes end a run whose processes are unevenly slow; see shared_out()
+FIRST_PROCESS = "CDM_FIRST_PROCESS"  # environment variable: process id of the process that started the others
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: send this process a signal when its parent ends
+TIMEOUT = timedelta(days=30)  # torch's default, 30 minutes, would end a run with one slow process
 
 
-def shared_out(devices: int, accelerator: str) -> dict[str, Any]:
-    """The Trainer's arguments for `devices` processes on this machine, or on each of those that torchrun was told of.
+def trainer_options(devices: int, accelerator: str) -> dict[str, Any]:
+    """The Trainer's arguments for `devices` processes on this machine, or on each machine of a torchrun job.
 
-    The fastest process waits for the slowest, however long that takes. Over gloo on every device: a process that waits
-    there hears at once that another one died, since the connection closes, and needs no time-out for that. NCCL would
-    notice by its time-out alone. There are no gradients to exchange.
+    The processes connect through gloo, on GPUs too, as no gradients are exchanged. With gloo, a waiting process notices
+    at once that another one died, because the connection closes; with NCCL it would notice only after the time-out.
+    The time-out is therefore long: fast processes wait for the slowest.
     """
-    end_with_the_first()
+    end_with_first_process()
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if under_torchrun() else 1
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if devices * machines > 1 else "auto"
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT) if devices * machines > 1 else "auto"
     return {"accelerator": accelerator, "devices": devices, "num_nodes": machines, "strategy": strategy}
 
 
-def end_with_the_first() -> None:
-    """Have the system send SIGTERM to a process that Lightning started when the first one ends, however it ends.
+def end_with_first_process() -> None:
+    """Ask Linux to send SIGTERM to a process that Lightning started when the first process ends for any reason.
 
-    On Linux alone: elsewhere the others draw their share, and end when they wait for the first. Under torchrun or SLURM
-    nobody here started another.
+    On other systems these processes finish their share of the work, and end when they wait for the first one. Under
+    torchrun or SLURM this does nothing: there, Lightning does not start the processes.
     """
     if sys.platform != "linux" or under_torchrun():
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0" or FIRST not in os.environ:
-        os.environ[FIRST] = str(os.getpid())
+    if os.environ.get("LOCAL_RANK", "0") == "0" or FIRST_PROCESS not in os.environ:
+        os.environ[FIRST_PROCESS] = str(os.getpid())
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != int(os.environ[FIRST]):  # it has ended already
+    if os.getppid() != int(os.environ[FIRST_PROCESS]):  # the first process has ended already
         raise SystemExit(128 + signal.SIGTERM)
 
 
 class EndOnSigterm(L.Callback):
-    """SIGTERM ends a prediction at once, with exit code 143; the processes that this one started end with it.
+    """Ends a prediction at SIGTERM, with exit code 143; the processes that this one started end too.
 
-    Lightning only takes note of it, which a prediction never looks at. What was stored stays.
+    Lightning itself only sets a flag at SIGTERM, which a prediction does not check. Stored results are kept.
     """
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,14 +61,14 @@ class EndOnSigterm(L.Callback):
             raise SystemExit(128 + number)
 
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, end)  # Lightning restores what was there before it at the end
+            signal.signal(signal.SIGTERM, end)  # Lightning restores the previous handler at the end
 
 
 def under_torchrun() -> bool:
     return torch.distributed.is_torchelastic_launched()
 
 
-def join() -> None:
-    """Meet the other processes, where torchrun started them together: before a Trainer brings them together."""
+def join_processes() -> None:
+    """Connect the processes that torchrun started, so that they can wait for each other before a Trainer exists."""
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)

@@ -1,7 +1,7 @@
-"""Conditioning augmentation: what is done to the low-resolution image before a super-resolution stage sees it.
+"""Conditioning augmentation: Gaussian noise or blur on the low-resolution input of a super-resolution stage.
 
-Each kind has a strength per image: the level s of the Gaussian kind, the sigma of the blur. Strength 0 is the identity.
-Training draws a strength per image; sampling chooses s, and leaves the blur out.
+Every kind has a strength per image: the level s of the Gaussian noise, the sigma of the blur. Strength 0 is the
+identity. Training draws a random strength for each image. Sampling sets s, and does not blur.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from cdm_lightning.foundation.randomness import rand, randn
 
 
 class Augmentation(Protocol):
-    """Corrupts clean low-resolution images (B, C, h, w) in [-1, 1] with a strength (B,) per image."""
+    """Corrupts clean low-resolution images (B, C, h, w) in [-1, 1] with one strength per image, (B,).
 
-    takes_level: bool  # whether the network is told the strength
+    `draw` returns random strengths for training, float32 (B,), one from each generator.
+    """
+
+    takes_level: bool  # whether the network is conditioned on the strength
 
     def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor: ...
 
@@ -30,7 +33,7 @@ class Augmentation(Protocol):
 
 
 class NoAugmentation:
-    """z, as it is."""
+    """The identity: the low-resolution image is not changed."""
 
     takes_level = False
 
@@ -44,11 +47,11 @@ class NoAugmentation:
 
 
 class GaussianAugmentation:
-    """z_s ~ q(z_s|z_0) = N(sqrt(abar_s) z_0, (1 - abar_s) I) at low resolution, on the low-resolution model's clock.
+    """z_s ~ q(z_s|z_0) = N(sqrt(abar_s) z_0, (1 - abar_s) I), with the noise schedule of the low-resolution model.
 
-    The level s is uniform on 0 ... max_level (None: all of T), drawn independently of t and per image, and enters the
-    network as a second time embedding, so that s can be chosen after training (CDM's amortised
-    Gaussian augmentation).
+    Training draws s for each image, uniformly from 0 ... max_level (None: T) and independently of t. The network gets s
+    as a second time embedding, so that s can be chosen after training (CDM's amortised Gaussian augmentation).
+    timesteps, schedule: T and the noise schedule of the low-resolution model.
     """
 
     takes_level = True
@@ -60,6 +63,7 @@ class GaussianAugmentation:
         self.diffusion = Diffusion(timesteps, schedule)
 
     def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        """s ~ U{0, ..., max_level}, float32 (B,)."""
         return (rand(generator) * (self.max_level + 1)).floor().float()
 
     def __call__(
@@ -69,10 +73,9 @@ class GaussianAugmentation:
 
 
 class BlurAugmentation:
-    """A Gaussian blur of 3x3 pixels with sigma ~ U(sigma) on a share `probability` of the images (CDM's augmentation
-    of its high-resolution stages).
+    """A 3x3 Gaussian blur, sigma ~ U(sigma[0], sigma[1]), applied with `probability` (CDM's high-resolution stages).
 
-    Sigma and the decision are drawn per image; the network is not told.
+    Both sigma and the decision to blur are drawn for each image. The network is not conditioned on them.
     """
 
     takes_level = False
@@ -85,6 +88,7 @@ class BlurAugmentation:
         self.sigma, self.probability = tuple(sigma), probability
 
     def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        """Sigma in pixels, or 0 for no blur, float32 (B,)."""
         lowest, highest = self.sigma
         blurred = rand(generator) < self.probability
         return (blurred * (lowest + (highest - lowest) * rand(generator))).float()
@@ -92,7 +96,7 @@ class BlurAugmentation:
     def __call__(
         self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> torch.Tensor:
-        side = torch.exp(-0.5 / strength.square()).view(-1, 1, 1, 1)  # exp(-inf) = 0: sigma 0 leaves every bit alone
+        side = torch.exp(-0.5 / strength.square()).view(-1, 1, 1, 1)  # exp(-inf) = 0: sigma 0 changes no bit
         centre = 1 / (1 + 2 * side)
         side = side * centre
         padded = F.pad(low_res, (1, 1, 0, 0), mode="reflect")

@@ -1,4 +1,4 @@
-"""What every stage of a cascade shares: a LightningModule of a diffusion and a U-Net, trained alone."""
+"""The base class of all stages: a LightningModule of one diffusion process and one U-Net, trained on its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cdm_lightning.diffusion import Diffusion, Predict, Prediction, Sampler, Sch
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.foundation.randomness import generators, key, rand, randn
-from cdm_lightning.network import Compile, UNet
+from cdm_lightning.network import CompileMode, UNet
 from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
 from cdm_lightning.stages.meter import Meter, TrainingLog, quarters
 
@@ -20,42 +20,42 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in
 
 
 class DiffusionStage(L.LightningModule):
-    """One diffusion model at one resolution: E ||eps - eps_theta(x_t, t, ...)||^2, and its sampler.
+    """One diffusion model at one resolution: trains E ||eps - eps_theta(x_t, t, ...)||^2, and samples.
 
-    Every random number of a training example is keyed by (seed, index), where index is the example's place in the whole
-    run's sequence of images; neither the rank nor the batch size takes part.
+    Every random number of a training example is seeded by (seed, index), where index is the position of the example in
+    the run's sequence of images. It depends neither on the rank nor on the batch size.
 
     Args:
-        resolution: Width and height of the images this stage makes.
+        resolution: Width and height of the images.
         image_channels: 3 for colour, 1 for grey.
         num_classes: Size of the class embedding; null for a stage that ignores the class.
         channels: Base width of the U-Net.
-        channel_mult: Width of each level, as a multiple of `channels`; each level after the first halves the size.
-        num_res_blocks: Residual blocks per level.
+        channel_mult: Width of each resolution level, as a multiple of `channels`; each after the first halves the size.
+        num_res_blocks: Residual blocks per resolution level.
         attention_resolutions: Sizes of feature maps that get self-attention (the middle always has it).
         num_heads: Attention heads.
-        dropout: Probability inside the residual blocks.
+        dropout: Dropout probability inside the residual blocks.
         norm_groups: Groups of the group norms; must divide every width.
-        timesteps: T of training.
+        timesteps: Number of training time steps, T.
         schedule: Noise schedule, cosine or linear.
         variance: learned (hybrid loss), fixed_small or fixed_large (simple loss).
-        prediction: What the network predicts.
-        continuous: Draw t between the grid's points too, so that the sampling schedule is free afterwards.
+        prediction: What the network predicts: epsilon (the noise), sample (x_0) or v_prediction.
+        continuous: Train on real t in (0, T], so that the sampling schedule can be chosen after training.
         sampler: ddpm (the paper's ancestral sampler), ddim or dpm++.
-        sampling_steps: Network calls per image in sampling; null for all T.
-        sampling_schedule: Another noise schedule for sampling, in continuous time; null for the one of training.
+        sampling_steps: Network calls per image in sampling; null for T.
+        sampling_schedule: Another noise schedule for sampling, with `continuous` only; null for the training schedule.
         lr: Adam's learning rate.
         warmup_steps: Optimizer steps over which the learning rate rises linearly from 0.
-        decay_fraction: Last part of the run over which the learning rate falls linearly to 0.
-        checkpointing: Compute activations again in the backward pass: less memory, a step a third longer.
-        compile: Compile the network for training, which takes minutes at its start: default, or reduce-overhead (CUDA
-            graphs); null for not.
-        seed: Keys every random draw.
+        decay_fraction: Fraction of the run, at its end, over which the learning rate falls linearly to 0.
+        checkpointing: Recompute activations in the backward pass: less memory, but a step takes a third longer.
+        compile: torch.compile mode for training: default, or reduce-overhead (CUDA graphs). Compiling takes minutes at
+            the start of a run. null does not compile.
+        seed: Seeds every random draw.
     """
 
     is_super_resolution = False
     augmentation: Augmentation = NoAugmentation()
-    trained: dict[str, Any] = {}  # noqa: RUF012, replaced and never changed: how the weights came about
+    trained: dict[str, Any] = {}  # noqa: RUF012, replaced, never mutated: how the weights were trained
 
     def __init__(
         self,
@@ -81,14 +81,14 @@ class DiffusionStage(L.LightningModule):
         warmup_steps: int = 0,
         decay_fraction: float = 0.0,
         checkpointing: bool = False,
-        compile: Compile | None = None,
+        compile: CompileMode | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
         self.lr, self.warmup_steps, self.decay_fraction, self.seed = lr, warmup_steps, decay_fraction, seed
-        self.compiled_as, self.meter = compile, Meter()
+        self.compile_mode, self.meter = compile, Meter()
         self.diffusion = Diffusion(
             timesteps, schedule, variance, prediction, continuous, sampler, sampling_steps, sampling_schedule
         )
@@ -110,38 +110,42 @@ class DiffusionStage(L.LightningModule):
 
     @property
     def name(self) -> str:
+        """base<resolution> or sr<resolution>."""
         return f"{'sr' if self.is_super_resolution else 'base'}{self.resolution}"
 
     def losses(self, batch: Batch, purpose: str, by_quarters: bool = False) -> dict[str, torch.Tensor]:
-        """The loss and its parts per image, (B,) each; s and t of an image are drawn independently (CDM, Algorithm 1).
+        """The loss and its terms for each image, (B,) each; t and s are drawn independently (CDM, Algorithm 1).
 
-        by_quarters: also the loss by quarters of t, and of s where there is one, NaN for an image of another quarter.
+        purpose: keeps the random draws of training and validation apart. by_quarters: also return the loss by quarters
+        of t, and of s where the stage has one; an entry is NaN where the image is in another quarter.
         """
         image, label, index = batch
         self.check_batch(image)
         generator = generators(index.tolist(), image.device, self.seed, purpose)
         t = self.diffusion.time_from_uniform(rand(generator))
-        predict, places = self.training_predictor(image, label, generator)  # draws s and z_s ~ q(z_s|z_0)
+        predict, shares = self.training_predictor(image, label, generator)  # draws s and z_s ~ q(z_s|z_0)
         eps = randn(image.shape[1:], generator)
         losses = self.diffusion.loss(predict, image, t, eps)
-        for name, place in {"t": t / self.diffusion.timesteps, **places}.items() if by_quarters else ():
-            losses |= quarters(f"loss_{name}", losses["loss"].detach(), place)
+        if by_quarters:
+            for name, share in {"t": t / self.diffusion.timesteps, **shares}.items():
+                losses |= quarters(f"loss_{name}", losses["loss"].detach(), share)
         return losses
 
     def training_predictor(
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> tuple[Predict, dict[str, torch.Tensor]]:
-        """The network with its conditioning bound; if there is an s, its place in its range too, (0, 1] per image."""
+        """The network with its conditioning bound, and {"s": s as a share of its range, (0, 1], (B,)} or {}."""
         return self.predictor(label), {}
 
     def predictor(
         self, label: torch.Tensor, low_res: torch.Tensor | None = None, level: torch.Tensor | None = None
     ) -> Predict:
-        """The network with its conditioning bound, of which everything that no t changes is computed here, once."""
+        """The network as a function of (x, t). The embeddings of label and level do not depend on t: computed once."""
         conditioning = self.unet.condition(label, level)
         return lambda x, t: self.unet(x, t, low_res=low_res, conditioning=conditioning)
 
     def check_batch(self, image: torch.Tensor) -> None:
+        """Refuse images whose shape is not (B, C, R, R) of this stage."""
         expected = (self.image_channels, self.resolution, self.resolution)
         if tuple(image.shape[1:]) != expected:
             raise InputError(
@@ -149,6 +153,7 @@ class DiffusionStage(L.LightningModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """The mean loss of a batch; adds the losses of its images to the training log."""
         torch.manual_seed(key(self.seed, "dropout", self.global_rank, self.global_step, batch_idx))
         losses = self.losses(batch, "train", by_quarters=True)
         self.meter.add({**losses, "nonfinite_images": (~losses["loss"].isfinite()).double()})
@@ -163,50 +168,51 @@ class DiffusionStage(L.LightningModule):
         self.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=len(batch[0]))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """uint8 (B, C, R, R): samples of the batch's classes, in super-resolution from the true low resolution."""
+        """uint8 (B, C, R, R): samples of the batch's classes, super-resolved from the real low-resolution images."""
         return to_uint8(self.sample_like(batch, generators(batch[2].tolist(), self.device, self.seed, "predict")))
 
     def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
-        """Samples conditioned as the images of a batch are."""
-        raise TypeError(f"{type(self).__name__} is no kind of stage")
+        """Samples with the conditioning of a batch: its labels, and its low-resolution images in super-resolution."""
+        raise TypeError(f"{type(self).__name__} does not say how it samples")
 
     def configure_callbacks(self) -> list[Any]:
         return [TrainingLog()]
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.compiled_as is not None:
-            self.unet.compile(mode=self.compiled_as)
+        if stage == "fit" and self.compile_mode is not None:
+            self.unet.compile(mode=self.compile_mode)
 
     def configure_optimizers(self) -> Any:
-        return adam(self, self.lr, self.warmup_steps, self.decay_fraction)
+        return configure_adam(self, self.lr, self.warmup_steps, self.decay_fraction)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        clip(self.unet.parameters(), gradient_clip_val, gradient_clip_algorithm)
+        clip_gradients(self.unet.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another stage, or of this one on another target, before anything is loaded."""
-        check_fits(type(self).__name__, self.name, dict(self.hparams), checkpoint)
-        if self._trainer is not None:  # a training that goes on, in its own precision
+        """Refuse a checkpoint of another stage, network or training target before anything is loaded."""
+        check_same_stage(type(self).__name__, self.name, dict(self.hparams), checkpoint)
+        if self._trainer is not None:  # resumed training: Adam must suit the precision of this run
             for state in checkpoint.get("optimizer_states", []):
                 for group in state["param_groups"]:
-                    group["fused"] = fuses(self)
+                    group["fused"] = uses_fused_adam(self)
 
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+        """x_T, standard normal, float32 (B, C, R, R)."""
         return randn((self.image_channels, self.resolution, self.resolution), generator)
 
 
-def adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: float) -> dict[str, Any]:
-    """Adam for a stage's network; its rate rises over warmup_steps and falls over the last decay_fraction of the run.
+def configure_adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: float) -> dict[str, Any]:
+    """Adam for a stage's network. The rate rises over warmup_steps and falls over the last decay_fraction of the run.
 
-    The fused form reads and writes every number once. Beside a gradient scaler (16-mixed) it would take the unscaling
-    upon itself, after the clipping.
+    Fused Adam reads and writes every number once. It is not used with a gradient scaler (16-mixed): it would then
+    unscale the gradients itself, after they were clipped.
     """
-    optimizer = torch.optim.Adam(stage.unet.parameters(), lr=lr, fused=fuses(stage))
+    optimizer = torch.optim.Adam(stage.unet.parameters(), lr=lr, fused=uses_fused_adam(stage))
     total = stage.trainer.estimated_stepping_batches
     decay = max(1.0, decay_fraction * total)
 
@@ -218,15 +224,15 @@ def adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: float) -> dic
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def fuses(stage: Any) -> bool:
-    """Whether Adam is fused in this training."""
+def uses_fused_adam(stage: Any) -> bool:
+    """Whether this training uses fused Adam: in every precision but 16-mixed, which scales gradients."""
     return not str(stage.trainer.precision).startswith("16")
 
 
-def clip(parameters: Iterable[torch.nn.Parameter], limit: float | None, algorithm: str | None) -> None:
-    """Scale gradients to a total norm of `limit` at most, or clamp each of them (algorithm "value"); None and 0 do not.
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float | None, algorithm: str | None) -> None:
+    """Scale gradients to a total norm of at most `limit`, or clamp each of them (algorithm "value"); None, 0: neither.
 
-    Lightning's own clipping refuses a fused optimizer under bf16-mixed, where nothing is scaled.
+    Lightning's own clipping refuses a fused optimizer under bf16-mixed, although nothing is scaled there.
     """
     if not limit:
         return
@@ -236,19 +242,19 @@ def clip(parameters: Iterable[torch.nn.Parameter], limit: float | None, algorith
         torch.nn.utils.clip_grad_norm_(parameters, limit)
 
 
-# What may differ between a checkpoint and the configuration that goes on from it: it leaves network and target alone.
-FREE = {
+# Arguments that may change when a run is resumed: they alter neither the network nor the training target.
+RESUMABLE_CHANGES = {
     *("sampler", "sampling_steps", "sampling_schedule", "lr", "warmup_steps", "decay_fraction", "seed", "dropout"),
     *("max_level", "blur_sigma", "blur_probability", "checkpointing", "compile"),
 }
 
 
-def check_fits(kind: str, name: str, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> None:
-    """Refuse the checkpoint of another kind of stage than `kind`, or of one that was built with other arguments."""
-    theirs = {"kind": checkpoint.get("stage"), **checkpoint.get("hyper_parameters", {})}
+def check_same_stage(kind: str, name: str, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another kind of stage than `kind`, or of one built with other arguments."""
+    stored = {"kind": checkpoint.get("stage"), **checkpoint.get("hyper_parameters", {})}
     for argument, value in {"kind": kind, **arguments}.items():
-        if argument not in FREE and theirs.get(argument) != value:
+        if argument not in RESUMABLE_CHANGES and stored.get(argument) != value:
             raise InputError(
                 f"the checkpoint does not fit {kind} {name}: "
-                f"its {argument} is {theirs.get(argument)!r}, and the configuration says {value!r}"
+                f"its {argument} is {stored.get(argument)!r}, and the configuration says {value!r}"
             )

@@ -1,4 +1,4 @@
-"""The stages of a cascade: a base model and super-resolution models, each with its own conditioning."""
+"""The two kinds of stage: the base model and super-resolution models, each with its own conditioning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BaseStage(DiffusionStage):
     """p(z_0|c): the class-conditional model at the lowest resolution."""
 
     def sample(self, label: torch.Tensor, stop_at: int = 0, generator: Sequence[torch.Generator] = ()) -> torch.Tensor:
-        """z_s for s = stop_at, float32 (B, C, H, W). label: int64 (B,). generator: one per image."""
+        """z_s at s = stop_at, the image at s = 0: float32 (B, C, H, W). label: int64 (B,). generator: one per image."""
         return self.diffusion.sample(self.predictor(label), self.noise(generator), stop_at, generator)
 
     def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
@@ -27,18 +27,18 @@ class BaseStage(DiffusionStage):
 
 
 class SuperResolutionStage(DiffusionStage):
-    """p(x_0|z, c): from low_resolution to resolution, trained on pairs of true images with conditioning augmentation.
+    """p(x_0|z, c): from low_resolution to resolution, trained on real image pairs with conditioning augmentation.
 
     Args:
-        low_resolution: Width and height of the images it starts from.
+        low_resolution: Width and height of the low-resolution input.
         augmentation: gaussian (amortised level s), blur or none.
-        low_res_timesteps: T of the stage before, on whose clock s runs (gaussian only).
+        low_res_timesteps: T of the stage before; s is one of its time steps (gaussian only).
         low_res_schedule: Noise schedule of the stage before (gaussian only).
         max_level: Largest s in training; null for all of low_res_timesteps.
         blur_sigma: Range of the blur's sigma in pixels.
         blur_probability: Share of the training images that are blurred.
-        upsampling: How the low-resolution image reaches the network's resolution.
-        kwargs: What every stage takes.
+        upsampling: Interpolation of the low-resolution image to `resolution`.
+        kwargs: The arguments that every stage takes.
     """
 
     is_super_resolution = True
@@ -55,41 +55,47 @@ class SuperResolutionStage(DiffusionStage):
         upsampling: Literal["bilinear", "bicubic"] = "bilinear",
         **kwargs: Any,
     ) -> None:
-        own = {k: v for k, v in locals().items() if k not in ("self", "__class__", "kwargs")}
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__", "kwargs")}
         check_power_of_two(kwargs["resolution"], low_resolution)
         if augmentation == "gaussian":
             if low_res_timesteps is None or low_res_schedule is None:
                 raise InputError("augmentation gaussian needs low_res_timesteps and low_res_schedule: the clock of s")
-            corrupt: Augmentation = GaussianAugmentation(low_res_timesteps, low_res_schedule, max_level)
+            chosen: Augmentation = GaussianAugmentation(low_res_timesteps, low_res_schedule, max_level)
         else:
-            corrupt = BlurAugmentation(blur_sigma, blur_probability) if augmentation == "blur" else NoAugmentation()
-        self.augmentation = corrupt  # before the network is built, which asks it whether there is a level to embed
+            chosen = BlurAugmentation(blur_sigma, blur_probability) if augmentation == "blur" else NoAugmentation()
+        self.augmentation = chosen  # set before the network is built: it decides on the level embedding
         super().__init__(**kwargs)
-        self.save_hyperparameters(own)
+        self.save_hyperparameters(arguments)
         self.low_resolution, self.upsampling = low_resolution, upsampling
 
     def training_predictor(
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> tuple[Predict, dict[str, torch.Tensor]]:
-        strength, kind = self.augmentation.draw(generator), self.augmentation
-        predict = self.conditioned(label, self.augment(self.low_res_of(image), strength, generator), strength)
-        return predict, {"s": (strength + 1) / (kind.max_level + 1)} if isinstance(kind, GaussianAugmentation) else {}
+        strength = self.augmentation.draw(generator)  # (B,)
+        low_res = self.augment(self.low_res_of(image), strength, generator)  # (B, C, h, w)
+        predict = self.conditioned_predictor(label, low_res, strength)
+        if not isinstance(self.augmentation, GaussianAugmentation):
+            return predict, {}
+        return predict, {"s": (strength + 1) / (self.augmentation.max_level + 1)}
 
     def augment(
         self, low_res: torch.Tensor, strength: torch.Tensor | float, generator: Sequence[torch.Generator]
     ) -> torch.Tensor:
-        """The augmented low-resolution image, at its own resolution: in training and sampling alike.
+        """The augmented low-resolution images, still at low resolution. Training and sampling share this.
 
-        strength: of each image, (B,), or one for all.
+        strength: one per image, (B,), or one number for all.
         """
         strength = torch.as_tensor(strength, dtype=torch.float32, device=low_res.device).expand(len(low_res))
         return self.augmentation(low_res, strength, generator)
 
-    def conditioned(self, label: torch.Tensor, low_res: torch.Tensor, strength: torch.Tensor) -> Predict:
-        """The network given label, low_res, which is augmented already and is brought to size here, and its level."""
+    def conditioned_predictor(self, label: torch.Tensor, low_res: torch.Tensor, strength: torch.Tensor) -> Predict:
+        """The network conditioned on label, low_res and its strength.
+
+        low_res: (B, C, h, w), already augmented; it is upsampled here.
+        """
         size = (self.resolution, self.resolution)
-        large = F.interpolate(low_res, size, mode=self.upsampling, align_corners=False)
-        return self.predictor(label, large, strength if self.augmentation.takes_level else None)
+        upsampled = F.interpolate(low_res, size, mode=self.upsampling, align_corners=False)  # (B, C, H, W)
+        return self.predictor(label, upsampled, strength if self.augmentation.takes_level else None)
 
     def sample(
         self,
@@ -99,14 +105,17 @@ class SuperResolutionStage(DiffusionStage):
         stop_at: int = 0,
         generator: Sequence[torch.Generator] = (),
     ) -> torch.Tensor:
-        """x_s for s = stop_at, float32 (B, C, H, W), given low_res of level `level` at low_resolution."""
+        """x_s at s = stop_at, the image at s = 0: float32 (B, C, H, W).
+
+        low_res: (B, C, h, w), already augmented to `level`. generator: one per image.
+        """
         strength = torch.full((len(label),), float(level), device=low_res.device)
-        predict = self.conditioned(label, low_res, strength)
+        predict = self.conditioned_predictor(label, low_res, strength)
         return self.diffusion.sample(predict, self.noise(generator), stop_at, generator)
 
     def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
         return self.sample(batch[1], self.low_res_of(batch[0]), 0, 0, generator)
 
     def low_res_of(self, image: torch.Tensor) -> torch.Tensor:
-        """The true low-resolution image, as the stage before would store it."""
+        """The real low-resolution images (B, C, h, w), rounded to 8 bits like the stored samples of a stage."""
         return to_float(downscale(to_uint8(image), self.low_resolution))

@@ -83,7 +83,7 @@ class CommandLine(LightningCLI):
         if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
             number = self.trainer.accumulate_grad_batches
             raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
-        mode, number = getattr(self.model, "compiled_as", None), self.trainer.accumulate_grad_batches
+        mode, number = getattr(self.model, "compile_mode", None), self.trainer.accumulate_grad_batches
         if mode is not None and mode != "default" and number > 1:
             raise InputError(
                 f"compile {mode} and accumulate_grad_batches {number} exclude each other: CUDA graphs reuse memory"

@@ -58,7 +58,7 @@ def cascades(count: int, batch: int, rounds: int, device: torch.device) -> dict[
         stage = SuperResolutionStage(resolution=side, low_resolution=side // 2, augmentation="none", **small, **fixed)
         awaken(stage.unet)
         stages.append(stage.eval().requires_grad_(False))
-    cascade = CascadeModule.of(stages).to(device)
+    cascade = CascadeModule.from_stages(stages).to(device)
     index = torch.arange(batch, device=device)
     work = sum(4 * batch * forward_flops(stage.unet) for stage in stages)
     return {"x": count, "work": work, "seconds": timed(lambda: cascade.sample(index % 10, index), rounds, device)}
@@ -66,7 +66,7 @@ def cascades(count: int, batch: int, rounds: int, device: torch.device) -> dict[
 
 def images(count: int, block: int, rounds: int, device: torch.device) -> dict[str, float]:
     """Images of one stage, drawn in blocks."""
-    cascade = CascadeModule.of([stage_of(Size(8, 32, 1), 4)]).to(device)
+    cascade = CascadeModule.from_stages([stage_of(Size(8, 32, 1), 4)]).to(device)
 
     def draw() -> None:
         for first in range(0, count, block):

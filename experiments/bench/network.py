@@ -22,7 +22,7 @@ from torch import nn
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.network import UNet
-from cdm_lightning.planning.devices import measured_rates
+from cdm_lightning.planning.devices import measure_rates
 from cdm_lightning.planning.flops import forward_flops
 
 CLASSES = 10
@@ -130,7 +130,7 @@ def run(
     precisions = {"bf16": torch.bfloat16} if device.type == "cuda" else {"fp32": None}
     found = {}
     for precision, dtype in precisions.items():
-        rates = measured_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
+        rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
         times = compete(contestants, inputs(size, device), dtype, rounds, device)
         found[precision] = {
             "matmul": rates.matmul, "convolution": rates.convolution,

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.network import Compile
-from cdm_lightning.planning.devices import at_hand, measured_rates
+from cdm_lightning.network import CompileMode
+from cdm_lightning.planning.devices import current_device, measure_rates
 from cdm_lightning.planning.flops import training_flops
-from cdm_lightning.planning.memory import AUTOCAST, StepOnPaper
+from cdm_lightning.planning.memory import AUTOCAST, SimulatedStep
 from cdm_lightning.planning.recipe import configurations, read_recipe
-from cdm_lightning.planning.step_time import measured_step
+from cdm_lightning.planning.step_time import measure_step
 
 
 def run(quick: bool = False, compile: bool = False) -> dict[str, Any]:
     """On a GPU the paper's stages, each at growing micro-batches until memory ends; on a CPU the demo's."""
-    device = at_hand()
+    device = current_device()
     large = device.type == "cuda" and not quick
     experiment, names = ("imagenet", ("base32", "sr64", "sr256")) if large else ("fashion", ("base8", "sr16", "sr32"))
-    modes: list[Compile | None] = [None, "default"] if compile else [None]
+    modes: list[CompileMode | None] = [None, "default"] if compile else [None]
     precision = "bf16-mixed" if device.type == "cuda" else "32-true"
-    rates = measured_rates(device, AUTOCAST.get(precision, torch.float32), 0.1 if quick else 1.0)
+    rates = measure_rates(device, AUTOCAST.get(precision, torch.float32), 0.1 if quick else 1.0)
     found: dict[str, Any] = {"matmul": rates.matmul, "convolution": rates.convolution, "precision": precision}
     for name in names[: 1 if quick else None]:
         sizes = [2**power for power in range(10)] if large else [8] if quick else [64]
@@ -31,11 +31,11 @@ def run(quick: bool = False, compile: bool = False) -> dict[str, Any]:
 
 
 def climb(
-    name: str, experiment: str, precision: str, sizes: list[int], mode: Compile | None, device: torch.device
+    name: str, experiment: str, precision: str, sizes: list[int], mode: CompileMode | None, device: torch.device
 ) -> list[dict[str, float]]:
     """A row per micro-batch that fits."""
     recipe, rows = read_recipe(configurations(name, experiment)), []
-    paper = StepOnPaper(recipe.stage("meta"), precision, recipe.average)
+    paper = SimulatedStep(recipe.stage("meta"), precision, recipe.average)
     for batch in sizes:
         gc.collect()
         if device.type == "cuda":
@@ -45,7 +45,7 @@ def climb(
             stage = recipe.stage("cpu")
             if mode is not None:
                 stage.unet.compile(mode=mode)
-            took = measured_step(stage, batch, precision, device, recipe.average, seconds=2.0)
+            took = measure_step(stage, batch, precision, device, recipe.average, seconds=2.0)
         except torch.OutOfMemoryError:
             break
         rate = took.images_a_second(batch, 1)

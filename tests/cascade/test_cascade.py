@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL, awaken, record
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.cascade.bundle import digest, origin, read_about, read_bundle, write_bundle
+from cdm_lightning.cascade.bundle import digest, origin, read_bundle, read_bundle_metadata, write_bundle
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_uint8
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
@@ -16,7 +16,7 @@ LABEL, INDEX = torch.tensor([0, 3, 9]), torch.tensor([0, 1, 2])
 
 
 def test_the_papers_clocks_build_and_sample_both_ways(stages):
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     assert [s.diffusion.timesteps for s in stages] == [4000, 4000, 2000]
     for levels, truncated in (([0, 0], False), ([501, 0], False), ([501, 0], True), ([1001, 0], True)):
         cascade.set_levels(levels, truncated)
@@ -28,14 +28,14 @@ def test_the_papers_clocks_build_and_sample_both_ways(stages):
 
 
 def test_at_s_0_both_ways_are_the_same_bits(stages):
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     first = cascade.sample(LABEL, INDEX)
     cascade.set_levels([0, 0], True)
     assert all(torch.equal(a, b) for a, b in zip(first, cascade.sample(LABEL, INDEX), strict=True))
 
 
 def test_the_chosen_s_reaches_corruption_and_embedding_alike(stages):
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     seen = record(stages[1])
     cascade.set_levels([501, 0], False)
     z_0 = cascade.sample(LABEL, INDEX)[0]
@@ -50,7 +50,7 @@ def test_the_chosen_s_reaches_corruption_and_embedding_alike(stages):
 
 
 def test_going_on_from_stored_images_is_the_run_in_one_go(stages):
-    cascade = CascadeModule.of(stages, seed=3)
+    cascade = CascadeModule.from_stages(stages, seed=3)
     cascade.set_levels([251, 0], False)
     whole = cascade.sample(LABEL, INDEX)
     assert torch.equal(cascade.sample(LABEL, INDEX, image=whole[0])[-1], whole[-1])
@@ -59,7 +59,7 @@ def test_going_on_from_stored_images_is_the_run_in_one_go(stages):
 
 
 def test_an_image_depends_on_seed_index_and_class_alone(stages):
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     whole = cascade.sample(LABEL, INDEX)[-1]
     alone = cascade.sample(LABEL[1:2], INDEX[1:2])[-1]
     assert int((to_uint8(whole[1]).int() - to_uint8(alone[0]).int()).abs().max()) <= 1
@@ -70,7 +70,7 @@ def test_an_image_depends_on_seed_index_and_class_alone(stages):
 
 @pytest.mark.parametrize("levels, truncated", [([251, 0], False), ([251, 0], True)])
 def test_every_stage_works_on_its_own_number_of_images(stages, levels, truncated):
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     cascade.set_levels(levels, truncated)
     whole = cascade.sample(LABEL, INDEX)
     cascade.set_batch_sizes([5, 2, 1])
@@ -90,15 +90,20 @@ def test_every_stage_works_on_its_own_number_of_images(stages, levels, truncated
 @pytest.mark.parametrize("sizes", [[4, 4], [4, 0, 4]])
 def test_batch_sizes_that_are_not_one_a_stage_are_refused(stages, sizes):
     with pytest.raises(InputError, match="must have 3 entries, one a stage, of at least 1"):
-        CascadeModule.of(stages).set_batch_sizes(sizes)
+        CascadeModule.from_stages(stages).set_batch_sizes(sizes)
 
 
 def test_any_number_of_stages(stages):
-    assert [i.shape[-1] for i in CascadeModule.of(stages[:1]).sample(LABEL, INDEX)] == [8]
+    assert [i.shape[-1] for i in CascadeModule.from_stages(stages[:1]).sample(LABEL, INDEX)] == [8]
     again = SuperResolutionStage(
         resolution=64, low_resolution=32, augmentation="none", **{**SMALL, "num_classes": None}
     )
-    assert [i.shape[-1] for i in CascadeModule.of([*stages, awaken(again)]).sample(LABEL, INDEX)] == [8, 16, 32, 64]
+    assert [i.shape[-1] for i in CascadeModule.from_stages([*stages, awaken(again)]).sample(LABEL, INDEX)] == [
+        8,
+        16,
+        32,
+        64,
+    ]
 
 
 def test_two_gaussian_stages_each_stop_at_their_own_level():
@@ -110,7 +115,7 @@ def test_two_gaussian_stages_each_stop_at_their_own_level():
         awaken(SuperResolutionStage(resolution=32, low_resolution=16, **clock, **SMALL)),
     ]
     calls = [record(stage) for stage in chain]
-    cascade = CascadeModule.of(chain)
+    cascade = CascadeModule.from_stages(chain)
     cascade.set_levels([1001, 251], True)
     z, y, x = cascade.sample(LABEL, INDEX)
     lowest = [float(seen[-1].t[0]) for seen in calls]
@@ -123,7 +128,7 @@ def test_two_gaussian_stages_each_stop_at_their_own_level():
 
 
 def test_samplers_and_steps_are_set_for_all_stages(stages):
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     for sampler, steps in (("ddim", [5, 10, 4]), ("dpm++", [6, 3, 5]), ("ddpm", [2, 2, 2])):
         cascade.set_sampler(sampler, steps)
         assert torch.isfinite(cascade.sample(LABEL, INDEX)[-1]).all()
@@ -136,7 +141,7 @@ def test_samplers_and_steps_are_set_for_all_stages(stages):
 
 def test_truncated_sampling_adds_noise_to_the_clean_images_that_it_goes_on_from(stages):
     """Given z_0 there is no reverse process to stop at s: z_s is drawn from q(z_s|z_0), as without truncation."""
-    cascade = CascadeModule.of(stages)
+    cascade = CascadeModule.from_stages(stages)
     z = quantize(torch.rand(3, 1, 8, 8) * 2 - 1)
     calls = record(stages[1])
     for truncated in (True, False):
@@ -155,7 +160,7 @@ def test_a_bundle_comes_back_to_the_bit(stages, tmp_path):
     write_bundle(tmp_path / "b", stages, {"levels": [501, 0], "truncated": True, "classes": list("abcdefghij")})
     cascade = CascadeModule(bundle=tmp_path / "b")
     assert cascade.levels == [501, 0] and cascade.truncated
-    direct = CascadeModule.of(stages)
+    direct = CascadeModule.from_stages(stages)
     direct.set_levels([501, 0], True)
     for a, b in zip(cascade.stages, stages, strict=True):
         assert type(a) is type(b) and dict(a.hparams) == dict(b.hparams)
@@ -170,14 +175,14 @@ def test_a_bundle_comes_back_to_the_bit(stages, tmp_path):
 def test_a_cascade_knows_what_images_it_was_trained_on(stages, tmp_path):
     unknown = {"classes": None, "crop": None, "filter": None}
     write_bundle(tmp_path / "b", stages, {})
-    assert CascadeModule(tmp_path / "b").origin == CascadeModule.of(stages).origin == unknown
+    assert CascadeModule(tmp_path / "b").origin == CascadeModule.from_stages(stages).origin == unknown
     stages[1].trained = {"classes": list("abcdefghij"), "crop": "adm", "filter": None}
     write_bundle(tmp_path / "b", stages, {})
     known = {"classes": list("abcdefghij"), "crop": "adm", "filter": None}
-    assert CascadeModule(tmp_path / "b").origin == CascadeModule.of(stages).origin == known
+    assert CascadeModule(tmp_path / "b").origin == CascadeModule.from_stages(stages).origin == known
     write_bundle(tmp_path / "b", stages, {"classes": list("klmnopqrst")})
     assert CascadeModule(tmp_path / "b").origin == known | {"classes": list("klmnopqrst")}
-    about = read_about(tmp_path / "b")
+    about = read_bundle_metadata(tmp_path / "b")
     for stage in about["stages"]:
         stage["arguments"]["num_classes"] = None
     assert origin(about) == known | {"classes": None}  # names of what no image of it has
@@ -259,7 +264,7 @@ def test_stages_that_do_not_fit_are_refused(stages):
         ([colour, sr16], "starts from image_channels 1, and base8 makes 3"),
     ):
         with pytest.raises(InputError, match=sentence):
-            CascadeModule.of(chain)
+            CascadeModule.from_stages(chain)
 
 
 @pytest.mark.parametrize(
@@ -274,10 +279,10 @@ def test_stages_that_do_not_fit_are_refused(stages):
 )
 def test_levels_that_no_stage_takes_are_refused(stages, levels, sentence):
     with pytest.raises(InputError, match=sentence):
-        CascadeModule.of(stages).set_levels(levels, False)
+        CascadeModule.from_stages(stages).set_levels(levels, False)
 
 
 @pytest.mark.parametrize("wrong", [10, -1])
 def test_classes_beyond_the_models_are_refused(stages, wrong):
     with pytest.raises(InputError, match=f"class {wrong} lies outside 0 ... 9"):
-        CascadeModule.of(stages).sample(torch.tensor([wrong]), torch.tensor([0]))
+        CascadeModule.from_stages(stages).sample(torch.tensor([wrong]), torch.tensor([0]))

@@ -104,7 +104,7 @@ def test_damage_is_left_out_in_its_place_and_the_rest_is_as_ever(tmp_path, case,
 
 def deal_damaged(folder, world_size, workers, **options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("test_datamodule.read_manifest", lambda folder: read_manifest(folder, whole=False))
+        patch.setattr("test_datamodule.read_manifest", lambda folder: read_manifest(folder, check_files=False))
         return deal(folder, world_size, workers, on_damage="skip", **{"end": 106, **options})
 
 

@@ -34,7 +34,7 @@ from cdm_lightning.data.preparation.raw_images import decode as decode_raw
 from cdm_lightning.data.preparation.raw_images import list_train_archive, list_val_archive
 from cdm_lightning.data.shards import Manifest, Shard, read_manifest, read_shard
 from cdm_lightning.data.shards.reading import decode_sample
-from cdm_lightning.data.shards.tar import LARGEST
+from cdm_lightning.data.shards.tar import MAX_FILE_BYTES
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.evaluation.detectors import load_detector, load_head
 from cdm_lightning.evaluation.detectors.loading import FOLDER
@@ -266,7 +266,7 @@ FACTS = Facts(
 
 def card_bytes(facts):
     features = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    moments = Moments.of([features])
+    moments = Moments.from_features([features])
     tensors = {"total": moments.total, "outer": moments.outer, "features": features, "places": torch.arange(20)}
     return save(tensors, {"card": json.dumps(facts)})
 
@@ -554,21 +554,21 @@ def test_archives_that_claim_or_unpack_to_more_than_they_should(tmp_path):
     info = tarfile.TarInfo("0.png")
     info.size = 10**12
     path.write_bytes(gzip.compress(info.tobuf() + bytes(10240)))
-    refuses(lambda: list(read_shard(path)), f"'0.png' of {10**12} bytes: more than {LARGEST} is no image")
-    info.size = LARGEST
-    many = info.tobuf() + bytes(LARGEST)
+    refuses(lambda: list(read_shard(path)), f"'0.png' of {10**12} bytes: more than {MAX_FILE_BYTES} is no image")
+    info.size = MAX_FILE_BYTES
+    many = info.tobuf() + bytes(MAX_FILE_BYTES)
     with gzip.open(path, "wb", compresslevel=1) as file:  # 256 MB of zeros
         for _ in range(4):
             file.write(many)
     refuses(lambda: [len(s) for s in read_shard(path)], "it unpacks to far more than its size")
     longname = tarfile.TarInfo("././@LongLink")
-    longname.type, longname.size = tarfile.GNUTYPE_LONGNAME, 4 * LARGEST
+    longname.type, longname.size = tarfile.GNUTYPE_LONGNAME, 4 * MAX_FILE_BYTES
     with gzip.open(path, "wb", compresslevel=1) as file:  # a name of 256 MB
         file.write(longname.tobuf())
         for _ in range(4):
-            file.write(bytes(LARGEST))
+            file.write(bytes(MAX_FILE_BYTES))
     refuses(lambda: list(read_shard(path)), "it unpacks to far more than its size")
-    assert memory() - before < 6 * LARGEST
+    assert memory() - before < 6 * MAX_FILE_BYTES
 
 
 YAML = {
@@ -615,7 +615,7 @@ def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
     work.mkdir()
     for text in ("{", "[1]", "\xff", ""):
         (work / "about.json").write_text(text)
-        assert f"{work}/about.json is torn or another's" in refused(capsys, card)
+        assert f"{work}/about.json is damaged or foreign" in refused(capsys, card)
     (work / "about.json").unlink()
     main(card)
     made = read_card(tmp_path / "c.safetensors")
@@ -626,7 +626,7 @@ def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
         path.write_bytes(data)
         assert not finished(path, 60)
         main(card)
-        assert f"{path} is torn or another's, and is made again" in capsys.readouterr().out
+        assert f"{path} is damaged or foreign, and is made again" in capsys.readouterr().out
         again = read_card(tmp_path / "c.safetensors")
         assert torch.equal(again.moments.outer, made.moments.outer) and torch.equal(again.features, made.features)
         (tmp_path / "c.safetensors").unlink()

@@ -22,13 +22,13 @@ from test_shards import make_folder, refuses
 
 from cdm_lightning.data.preparation.prepare import prepare_folder
 from cdm_lightning.data.shards import open_images, packed, read_manifest, write_manifest, write_packed
-from cdm_lightning.data.shards.packed import HEADER, PackedShard, npy_header
+from cdm_lightning.data.shards.packed import NPY_HEADER_BYTES, PackedShard, npy_header
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.evaluation.real_images import read_images, write_subset
 from cdm_lightning.evaluation.report.stored_samples import first_of_each, pictures
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_photo
-from cdm_lightning.sampling.blocks import BlockData
+from cdm_lightning.sampling.blocks import BlockDataset
 from cdm_lightning.sampling.manifest import SampleManifest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -142,7 +142,7 @@ def test_every_reader_takes_both_forms(tmp_path):
         [[(image, label)], [(other, its)]] = subsets
         assert torch.equal(image, other) and torch.equal(label, its) and label.bincount().tolist() == [1] * 10
     plan = SampleManifest("", 20, [3 * i % 10 for i in range(10)], 0, 8, [], False, [], [])
-    blocks = [BlockData(plan, [0, 2], folder)[1] for folder in forms]
+    blocks = [BlockDataset(plan, [0, 2], folder)[1] for folder in forms]
     assert torch.equal(blocks[0]["image"], blocks[1]["image"]) and blocks[0]["image"].shape == (8, 3, 8, 8)
 
 
@@ -184,8 +184,11 @@ DAMAGE = {  # what happens to 002.tar, images 18 ... 22, and which are lost
         ),
         {18, 19},
     ),
-    "a label": (lambda p, m: write_at(p, 512 + HEADER, b"\x07"), set(range(18, 23))),
-    "a checksum": (lambda p, m: write_at(p, 512 + HEADER + 40 + 344 + 512 + HEADER, b"\xff\xff"), set(range(18, 23))),
+    "a label": (lambda p, m: write_at(p, 512 + NPY_HEADER_BYTES, b"\x07"), set(range(18, 23))),
+    "a checksum": (
+        lambda p, m: write_at(p, 512 + NPY_HEADER_BYTES + 40 + 344 + 512 + NPY_HEADER_BYTES, b"\xff\xff"),
+        set(range(18, 23)),
+    ),
     "cut": (lambda p, m: p.write_bytes(p.read_bytes()[:-1500]), set(range(18, 23))),
     "empty": (lambda p, m: p.write_bytes(b""), set(range(18, 23))),
     "missing": (lambda p, m: p.unlink(), set(range(18, 23))),
@@ -290,9 +293,12 @@ HOSTILE = {
     ),
     "pickled objects": (lambda h: member_of("0.labels.npy", OBJECTS) + h[1024:], "labels.npy is not of type <i8"),
     "another type": (lambda h: h.replace(b"'<i8'", b"'>i8'"), "labels.npy is not of type <i8 and shape (5,)"),
-    "in Fortran's order": (lambda h: h[:-HEADER] + h[-HEADER:].replace(b"False", b"True "), "its images.npy is not"),
+    "in Fortran's order": (
+        lambda h: h[:-NPY_HEADER_BYTES] + h[-NPY_HEADER_BYTES:].replace(b"False", b"True "),
+        "its images.npy is not",
+    ),
     "another order": (swapped, "it holds '000.crc.npy', not its labels.npy"),
-    "no pixels": (lambda h: h[: -512 - HEADER], "it holds '', not its images.npy"),
+    "no pixels": (lambda h: h[: -512 - NPY_HEADER_BYTES], "it holds '', not its images.npy"),
     "more before the pixels": (lambda h: h + bytes(512), "its pixels begin at byte"),
     "a member of 8 GB": (lambda h: h[:124] + b"77777777777\0" + h[136:], "cannot be read: ReadError"),
     "zeros": (lambda h: bytes(len(h)), "is no packed shard: it holds '', not its labels.npy"),
@@ -315,7 +321,8 @@ def test_a_head_that_a_manifest_vouches_for_is_not_believed(tmp_path, case):
 def test_a_label_that_is_no_class_is_one_damaged_image(tmp_path, capsys):
     _, folder = both(tmp_path, [5], channels=3)
     path, manifest = vouched(
-        folder, lambda h: h[: 512 + HEADER + 16] + (10).to_bytes(8, "little") + h[512 + HEADER + 24 :]
+        folder,
+        lambda h: h[: 512 + NPY_HEADER_BYTES + 16] + (10).to_bytes(8, "little") + h[512 + NPY_HEADER_BYTES + 24 :],
     )
     batches = list(ShardStream(folder, manifest, 8, 5, shuffle=False, end=5, on_damage="skip"))
     assert batches[0][2].tolist() == [0, 1, ~2, 3, 4] and len(batches[0][0]) == 4
@@ -409,4 +416,4 @@ def test_the_benchmark_runs():
     assert set(results["rates"][64]) == {"packed", "png", "jpeg", "copy"}
     assert all(rate > 0 for ways in results["rates"].values() for rates in ways.values() for rate in rates)
     assert set(results["loader"][32]) == {f"{form}, {n} workers" for form in ("packed", "png") for n in (0, 1)}
-    assert "64x64" in bench.table(results) and packed.HEADER == 128
+    assert "64x64" in bench.table(results) and packed.NPY_HEADER_BYTES == 128

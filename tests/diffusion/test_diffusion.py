@@ -240,7 +240,7 @@ def test_time_goes_through_alpha_bar_and_back(schedule, timesteps):
     diffusion = Diffusion(timesteps, schedule, "fixed_small", continuous=True)
     t = torch.rand(5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * (timesteps - 1)
     t = torch.cat([t, torch.arange(timesteps, dtype=torch.float64)])
-    assert float((diffusion.time_of(diffusion.alpha_bar(t)) - t).abs().max()) < 1e-9
+    assert float((diffusion.time_from_alpha_bar(diffusion.alpha_bar(t)) - t).abs().max()) < 1e-9
 
 
 def test_continuous_time_follows_another_schedule_by_mapping_its_noise():
@@ -354,7 +354,7 @@ def test_every_prediction_trains_and_samples_to_the_same_law(prediction):
     target = {"epsilon": eps, "sample": x, "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * x}[prediction]
     assert float(diffusion.loss(lambda *_: target, x, t, eps)["loss"].max()) < 1e-12
     x_t = diffusion.diffuse(x, t, eps)
-    torch.testing.assert_close(diffusion.eps_of(target, x_t, t), eps, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(diffusion.epsilon_from_prediction(target, x_t, t), eps, rtol=1e-3, atol=1e-4)
     denoise = optimal_eps(diffusion)
 
     def predict(x, t):

@@ -15,14 +15,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cdm_lightning.__main__ import main
-from cdm_lightning.data.shards import digest_of, read_manifest, read_shard, write_manifest, write_shard
+from cdm_lightning.data.shards import read_manifest, read_shard, shards_digest, write_manifest, write_shard
 from cdm_lightning.evaluation.detectors import Detector, Inception, load_detector
 from cdm_lightning.evaluation.metrics import features
 from cdm_lightning.evaluation.metrics.distance import frechet_distance
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references import adm
 from cdm_lightning.evaluation.references.adm import npz
-from cdm_lightning.evaluation.references.cards import Facts, about_all, bias_note, check_card, names_of, read_card
+from cdm_lightning.evaluation.references.cards import (
+    Facts,
+    bias_note,
+    card_names,
+    card_summaries,
+    check_card,
+    read_card,
+)
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, downscale
@@ -78,7 +85,7 @@ def test_a_card_holds_numpys_mean_and_covariance(few, card):
     assert (card.source, card.split, card.resolution, card.channels) == ("Fashion", "val", 16, 1)
     assert (card.crop, card.filter, card.classes) == ("adm", "none", manifest.classes)
     assert (card.detector, card.detector_sha256, card.canonical) == (CNN, detector.sha256, False)
-    assert card.shards_sha256 == digest_of(manifest.shards) and card.made["stored_resolution"] == 32
+    assert card.shards_sha256 == shards_digest(manifest.shards) and card.made["stored_resolution"] == 32
     assert card.made["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [p.name for p in card.path.parent.iterdir()] == ["few.safetensors"]  # nothing else is left
 
@@ -91,7 +98,7 @@ def test_a_part_is_exactly_the_first_images(few, tmp_path, capsys):
     f = card.features.double().numpy()
     np.testing.assert_allclose(card.moments.covariance.numpy(), np.cov(f, rowvar=False), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(card.features[120:150], load_detector(CNN)(image[120:150]), rtol=1e-4, atol=1e-4)
-    assert card.shards_sha256 == digest_of(read_manifest(few / "val" / "32").shards[:2])
+    assert card.shards_sha256 == shards_digest(read_manifest(few / "val" / "32").shards[:2])
     assert "note: n = 150 is less than 50,000" in capsys.readouterr().out
     reference(few, tmp_path / "none.safetensors", 16, "val", CNN, keep=0, count=2, accelerator="cpu")
     bare = read_card(tmp_path / "none.safetensors")
@@ -383,7 +390,7 @@ def test_a_card_is_compared_with_its_like_alone(card):
 )
 def test_every_card_has_a_name_of_its_own(card, cards, names):
     made = [replace(card, split=split, path=Path(f"{file}.safetensors")) for split, file in cards]
-    assert names_of(made) == names and [about["name"] for about in about_all(made)] == names
+    assert card_names(made) == names and [about["name"] for about in card_summaries(made)] == names
 
 
 def test_the_bias_is_said_of_small_sets_alone():

@@ -21,7 +21,7 @@ from cdm_lightning.data.shards import read_manifest, write_images
 from cdm_lightning.evaluation.cas import classifier as module
 from cdm_lightning.evaluation.cas.cas import cas
 from cdm_lightning.evaluation.cas.classifier import Classifier
-from cdm_lightning.evaluation.cas.plan import Recipe, share
+from cdm_lightning.evaluation.cas.plan import Recipe, proportional_counts
 from cdm_lightning.evaluation.cas.report import plot_classes, summarise
 from cdm_lightning.evaluation.real_images import read_images, write_subset
 from cdm_lightning.foundation.images import downscale
@@ -118,9 +118,13 @@ def test_a_count_takes_a_share_of_each_class(toy, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cas(toy / "samples", tmp_path, toy / "real", QUICK, count=100, **CPU)
     for kind in ("generated", "real"):
-        assert read_manifest(tmp_path / kind / "train/8").counts == share(100, COUNTS)
-    assert share(100, COUNTS) == [11, 9, 10, 10, 10, 10, 10, 10, 10, 10]  # of 10.17 and 8.47
-    assert share(5, [2, 2, 2]) == [2, 2, 1] and share(7, [1, 5, 3]) == [1, 4, 2] and share(3, [3, 0]) == [3, 0]
+        assert read_manifest(tmp_path / kind / "train/8").counts == proportional_counts(100, COUNTS)
+    assert proportional_counts(100, COUNTS) == [11, 9, 10, 10, 10, 10, 10, 10, 10, 10]  # of 10.17 and 8.47
+    assert (
+        proportional_counts(5, [2, 2, 2]) == [2, 2, 1]
+        and proportional_counts(7, [1, 5, 3]) == [1, 4, 2]
+        and proportional_counts(3, [3, 0]) == [3, 0]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- going on

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import FASHION
 
-from cdm_lightning.data.shards import digest_of, read_manifest
+from cdm_lightning.data.shards import read_manifest, shards_digest
 from cdm_lightning.evaluation.detectors import Detector, features_of, inception, load_detector
 from cdm_lightning.evaluation.detectors import loading as detectors
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
@@ -116,11 +116,11 @@ def test_inception_is_known_by_two_names(name, monkeypatch):
 def test_the_shipped_cards_are_of_the_shipped_images(split, kept, total):
     card = read_card(FASHION.parent / "references" / f"fashion-{split}-32.safetensors")
     manifest = read_manifest(FASHION / split / "32")
-    assert card.shards_sha256 == digest_of(manifest.shards)
+    assert card.shards_sha256 == shards_digest(manifest.shards)
     assert (card.split, card.resolution, card.count, len(card.features)) == (split, 32, total, kept)
     assert (card.classes, card.counts, card.crop) == (manifest.classes, manifest.counts, manifest.crop)
     assert (card.detector, card.detector_sha256) == ("fashion-cnn-64", detectors.PINNED["fashion-cnn-64"])
     image = next(read_images(FASHION, split, 32, 100))[0]
     np.testing.assert_allclose(card.features[:100], load_detector(card.detector)(image), rtol=1e-3, atol=1e-4)
     if kept == total:  # the sums are those of the features beside them
-        assert frechet_distance(card.moments, Moments.of([card.features])) == pytest.approx(0, abs=1e-8)
+        assert frechet_distance(card.moments, Moments.from_features([card.features])) == pytest.approx(0, abs=1e-8)

@@ -6,7 +6,13 @@ import torch
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from cdm_lightning.evaluation.metrics.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
+from cdm_lightning.evaluation.metrics.distance import (
+    FrechetDistanceTo,
+    Moments,
+    feature_passthrough,
+    frechet_distance,
+    kernel_distance,
+)
 from cdm_lightning.foundation.errors import InputError
 
 
@@ -25,36 +31,36 @@ def reference(a, b):
 @pytest.mark.parametrize("n, m, d", [(500, 400, 64), (100, 90, 256)])  # the second has singular covariances
 def test_both_forms_agree_with_float64_and_with_torchmetrics(n, m, d):
     a, b = gaussian(n, d, 0), gaussian(m, d, 1, 1.3, 0.2)
-    real, generated = Moments.of(a.split(70)), Moments.of(b.split(33))
-    metric = FrechetInceptionDistance(feature=handed_over(d))
+    real, generated = Moments.from_features(a.split(70)), Moments.from_features(b.split(33))
+    metric = FrechetInceptionDistance(feature=feature_passthrough(d))
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
     expected = reference(a, b)
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(real, generated) == pytest.approx(float(metric.compute()), rel=1e-9)
-    assert FrechetTo(real)(generated) == pytest.approx(expected, rel=1e-6)
+    assert FrechetDistanceTo(real)(generated) == pytest.approx(expected, rel=1e-6)
 
 
 def test_identical_sets_have_no_distance():
-    moments = Moments.of([gaussian(300, 32, 0)])
+    moments = Moments.from_features([gaussian(300, 32, 0)])
     assert frechet_distance(moments, moments) == pytest.approx(0, abs=1e-9)
-    assert FrechetTo(moments)(moments) == pytest.approx(0, abs=1e-9)
+    assert FrechetDistanceTo(moments)(moments) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_shift_and_a_scale_of_a_gaussian_have_the_known_distance():
     """||shift||^2 + Tr S (1 - a)^2, exactly, for the same draws."""
     a = gaussian(400, 16, 0)
     b = 1.5 * a + 0.25
-    real, generated = Moments.of([a]), Moments.of([b])
+    real, generated = Moments.from_features([a]), Moments.from_features([b])
     shift = (b.double().mean(0) - a.double().mean(0)).square().sum()
     expected = float(shift + real.covariance.trace() * 0.5**2)
     assert frechet_distance(real, generated) == pytest.approx(expected, rel=1e-6)
-    assert FrechetTo(real)(generated) == pytest.approx(expected, rel=1e-6)
+    assert FrechetDistanceTo(real)(generated) == pytest.approx(expected, rel=1e-6)
 
 
 def test_moments_are_means_and_unbiased_covariances():
     a = gaussian(101, 8, 3, 2.0, 5.0)
-    moments = Moments.of(a.split(10))
+    moments = Moments.from_features(a.split(10))
     np.testing.assert_allclose(moments.mean, a.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(moments.covariance, np.cov(a.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
     again = Moments.from_covariance(moments.n, moments.mean, moments.covariance)
@@ -95,10 +101,17 @@ def test_the_kernel_distance_leaves_the_global_stream_alone():
     "call, sentence",
     [
         (
-            lambda: frechet_distance(Moments.of([gaussian(1, 4, 0)]), Moments.of([gaussian(9, 4, 0)])),
+            lambda: frechet_distance(
+                Moments.from_features([gaussian(1, 4, 0)]), Moments.from_features([gaussian(9, 4, 0)])
+            ),
             "not 1 real and 9",
         ),
-        (lambda: frechet_distance(Moments.of([gaussian(9, 4, 0)]), Moments.of([gaussian(9, 5, 0)])), "4 and 5 numbers"),
+        (
+            lambda: frechet_distance(
+                Moments.from_features([gaussian(9, 4, 0)]), Moments.from_features([gaussian(9, 5, 0)])
+            ),
+            "4 and 5 numbers",
+        ),
         (lambda: kernel_distance(gaussian(9, 4, 0), gaussian(3, 4, 0), 0), "takes 4 images or more, not 9 real and 3"),
     ],
 )

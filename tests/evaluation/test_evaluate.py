@@ -16,7 +16,7 @@ from conftest import tiny
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.data.shards import digest_of, read_manifest, write_images
+from cdm_lightning.data.shards import read_manifest, shards_digest, write_images
 from cdm_lightning.evaluation.detectors import features_of, load_detector
 from cdm_lightning.evaluation.detectors.loading import FOLDER
 from cdm_lightning.evaluation.evaluate import evaluate
@@ -151,7 +151,7 @@ def test_pictures_of_a_folder_in_any_order(tmp_path):
 def test_a_score_of_the_same_samples_stands_beside_the_figures(toy, tmp_path):
     one = {"mean": 0.625, "sd": None}
     kind = {"top1": one, "top5": one}
-    digest = digest_of(read_manifest(toy.samples[0] / "train" / "16").shards)
+    digest = shards_digest(read_manifest(toy.samples[0] / "train" / "16").shards)
     score = {"generated": kind, "real": kind, "recipe": {"architecture": "resnet8"}, "seeds": [0], "conclusion": "So."}
     (tmp_path / "score.json").write_text(json.dumps(score | {"n": N, "sha256": {"samples": digest}}))
     evaluate(toy.samples[:1], toy.cards, tmp_path / "out", cas=tmp_path / "score.json", **CPU)

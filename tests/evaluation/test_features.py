@@ -9,8 +9,8 @@ from test_detectors import Broken
 
 from cdm_lightning.data.shards import read_manifest, read_shard
 from cdm_lightning.evaluation.detectors import load_detector
-from cdm_lightning.evaluation.metrics.features import extract, feature_file, read_features
-from cdm_lightning.evaluation.real_images import read_images, real_images_of
+from cdm_lightning.evaluation.metrics.features import extract_features, feature_file, read_features
+from cdm_lightning.evaluation.real_images import read_images, real_images_for_labels
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, downscale
 
@@ -27,7 +27,7 @@ def detector():
 def extracted(few_real, detector, tmp_path_factory):
     """Features of the 60 training images, reduced to 16x16, 25 at a time: two files."""
     out = tmp_path_factory.mktemp("features")
-    return out, extract(few_real, "train", 16, detector, out, batch_size=25, **CPU)
+    return out, extract_features(few_real, "train", 16, detector, out, batch_size=25, **CPU)
 
 
 def test_features_are_those_of_the_detector_itself(few_real, detector, extracted):
@@ -47,7 +47,7 @@ def test_it_goes_on_with_the_shards_that_are_missing(few_real, detector, extract
     first, second = sorted(out.glob("*.safetensors"))
     written, kept = second.read_bytes(), first.stat().st_mtime_ns
     second.unlink()
-    extract(few_real, "train", 16, detector, out, batch_size=25, **CPU)
+    extract_features(few_real, "train", 16, detector, out, batch_size=25, **CPU)
     assert second.read_bytes() == written and first.stat().st_mtime_ns == kept
     assert not list(out.glob("*.partial"))
 
@@ -55,10 +55,10 @@ def test_it_goes_on_with_the_shards_that_are_missing(few_real, detector, extract
 def test_another_batch_size_goes_on_with_the_same_features(few_real, detector, extracted, tmp_path):
     """Whatever the batch size is of what is done and of what is still to do."""
     whole, manifest = extracted
-    extract(few_real, "train", 16, detector, tmp_path, batch_size=40, **CPU)
+    extract_features(few_real, "train", 16, detector, tmp_path, batch_size=40, **CPU)
     feature_file(tmp_path, 1).unlink()
     done = feature_file(tmp_path, 0).stat().st_mtime_ns
-    extract(few_real, "train", 16, detector, tmp_path, batch_size=3, **CPU)
+    extract_features(few_real, "train", 16, detector, tmp_path, batch_size=3, **CPU)
     assert feature_file(tmp_path, 0).stat().st_mtime_ns == done
     for ours, theirs in zip(read_features(tmp_path, manifest), read_features(whole, manifest), strict=True):
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
@@ -66,7 +66,7 @@ def test_another_batch_size_goes_on_with_the_same_features(few_real, detector, e
 
 
 def test_a_part_is_the_first_shards(few_real, detector, tmp_path):
-    manifest = extract(few_real, "val", 16, detector, tmp_path, shards=2, **CPU)
+    manifest = extract_features(few_real, "val", 16, detector, tmp_path, shards=2, **CPU)
     assert [shard.count for shard in manifest.shards] == [120, 60] and len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
@@ -75,14 +75,14 @@ def test_features_of_other_images_are_not_gone_on_with(few_real, detector, extra
     other = Broken()  # another SHA-256
     for split, resolution, judge in (("val", 16, detector), ("train", 32, detector), ("train", 16, other)):
         with pytest.raises(InputError, match="holds features of other images or of another detector: give another"):
-            extract(few_real, split, resolution, judge, out, **CPU)
+            extract_features(few_real, split, resolution, judge, out, **CPU)
     assert json.loads((out / "about.json").read_text())["resolution"] == 16
 
 
 def test_features_that_are_not_finite_are_not_written(few_real, tmp_path, monkeypatch):
     monkeypatch.setattr(Broken, "forward", lambda self, image: torch.full((len(image), 2), torch.nan))
     with pytest.raises(InputError, match="detector broken makes features of image 0 of a batch that are not finite"):
-        extract(few_real, "train", 16, Broken(), tmp_path, **CPU)
+        extract_features(few_real, "train", 16, Broken(), tmp_path, **CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
 
 
@@ -92,8 +92,8 @@ def test_features_that_are_not_finite_are_not_written(few_real, tmp_path, monkey
 def test_real_images_follow_the_labels(few_real):
     image, label = (torch.cat(part) for part in zip(*read_images(FASHION, "val", 32, 500), strict=True))
     wanted = torch.arange(30) % 10
-    found = real_images_of(wanted, FASHION, "val", 8)
+    found = real_images_for_labels(wanted, FASHION, "val", 8)
     for c in range(10):
         assert torch.equal(found[wanted == c], downscale(image[label == c][:3], 8))
     with pytest.raises(InputError, match=r"n = 600 asks for 60 real images of class \d, and .*/val has [12]\d"):
-        real_images_of(torch.arange(600) % 10, few_real, "val", 8)
+        real_images_for_labels(torch.arange(600) % 10, few_real, "val", 8)

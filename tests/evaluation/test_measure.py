@@ -38,7 +38,7 @@ def gaussian(seed, n=N, d=8, shift=0.0):
 def card_of(real, kept=KEPT, **facts):
     about = dict.fromkeys(ReferenceCard.__dataclass_fields__) | {"split": "val", "count": len(real), "path": Path("c")}
     tensors = {"features": real[:kept], "places": torch.arange(kept)} if kept else {}
-    return ReferenceCard(**about | {"moments": Moments.of([real])} | tensors | facts)
+    return ReferenceCard(**about | {"moments": Moments.from_features([real])} | tensors | facts)
 
 
 CARD = card_of(gaussian(0, 50))
@@ -49,7 +49,7 @@ SETS = [gaussian(seed, shift=0.3) for seed in (1, 2, 3)]
 def test_the_figures_are_those_of_independent_calls(count):
     sets = SETS[:count]
     found = {figure.key: figure for figure in measure(sets, CARD, SMALL, SEED)}
-    distances = [frechet_distance(CARD.moments, Moments.of([features])) for features in sets]
+    distances = [frechet_distance(CARD.moments, Moments.from_features([features])) for features in sets]
     kernel = [kernel_distance(CARD.features, features, SEED) for features in sets]
     pairs = [precision_recall(CARD.features, features) for features in sets]
     expected = {"fd": distances, "kd": [k[0] for k in kernel], "precision": [p for p, _ in pairs],

@@ -12,7 +12,14 @@ from test_cli import refused
 from test_evaluate import CNN, CPU, N, prepare
 from test_shards import refuses
 
-from cdm_lightning.data.shards import digest_of, read_manifest, read_shard, write_images, write_manifest, write_shard
+from cdm_lightning.data.shards import (
+    read_manifest,
+    read_shard,
+    shards_digest,
+    write_images,
+    write_manifest,
+    write_shard,
+)
 from cdm_lightning.evaluation.detectors import SmallCNN
 from cdm_lightning.evaluation.detectors.loading import FOLDER
 from cdm_lightning.evaluation.evaluate import evaluate
@@ -169,7 +176,10 @@ def test_the_inception_score_is_refused_before_anything_is_spent(toy, tmp_path, 
 
 
 def test_a_score_of_other_samples_is_not_shown_beside_these(toy, tmp_path):
-    score, digests = tmp_path / "score.json", [digest_of(read_manifest(f / "train" / "16").shards) for f in toy.samples]
+    score, digests = (
+        tmp_path / "score.json",
+        [shards_digest(read_manifest(f / "train" / "16").shards) for f in toy.samples],
+    )
     about = dict.fromkeys(("generated", "real", "recipe", "seeds", "conclusion"))
     score.write_text(json.dumps(about))
     assert not check(toy, tmp_path, "is not the results.json of `cdm cas`: 'sha256'", cas=score)

@@ -11,10 +11,10 @@ import torch
 from conftest import tiny
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.cascade.bundle import read_about, read_bundle, write_bundle
+from cdm_lightning.cascade.bundle import read_bundle, read_bundle_metadata, write_bundle
 from cdm_lightning.evaluation.detectors import features_of, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
-from cdm_lightning.evaluation.real_images import read_images, real_images_of
+from cdm_lightning.evaluation.real_images import read_images, real_images_for_labels
 from cdm_lightning.evaluation.search import level_search as points
 from cdm_lightning.evaluation.search.search import search
 from cdm_lightning.foundation.errors import InputError
@@ -27,7 +27,9 @@ def distance(root, resolution, generated):
     """From the real validation images, computed apart from the search."""
     judge = load_detector("fashion-cnn-64")
     real = torch.cat([image for image, _ in read_images(root, "val", resolution, 64)])
-    return frechet_distance(Moments.of([features_of(judge, real)]), Moments.of([features_of(judge, generated)]))
+    return frechet_distance(
+        Moments.from_features([features_of(judge, real)]), Moments.from_features([features_of(judge, generated)])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,9 @@ def test_a_row_is_the_distance_of_the_cascade_it_names(found, few_real, kind):
     root, results = found
     row = next(r for r in results["rows"] if (r["stage"], r["s"], r["kind"]) == ("sr16", 9, kind))
     label, index = torch.arange(N) % 10, torch.arange(N)
-    part = CascadeModule.of(read_bundle(root / "bundle")[0][:2], seed=3)
+    part = CascadeModule.from_stages(read_bundle(root / "bundle")[0][:2], seed=3)
     part.set_levels([9], kind == "truncated")
-    image = to_float(real_images_of(label, few_real, "train", 8)) if kind == "real low-res" else None
+    image = to_float(real_images_for_labels(label, few_real, "train", 8)) if kind == "real low-res" else None
     expected = distance(few_real, 16, to_uint8(part.sample(label, index, image)[-1]))
     assert row["figures"][0]["value"] == pytest.approx(expected, rel=1e-3)
 
@@ -72,7 +74,7 @@ def test_the_choice_is_the_least_on_generated_input_and_is_stored_and_used(found
     assert results["levels"][1] == 0 and results["chosen"]["kind"] in (best["kind"], "generated")
     if kind != "generated":
         assert results["levels"][0] == best["s"]
-    about = read_about(root / "bundle")
+    about = read_bundle_metadata(root / "bundle")
     assert (about["levels"], about["truncated"], about["name"]) == (results["levels"], results["truncated"], "tiny")
     stored = about["search"]
     assert (stored["n"], stored["seeds"], stored["detector"]["name"]) == (N, [3], "fashion-cnn-64") and stored["date"]

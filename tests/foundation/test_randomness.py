@@ -90,7 +90,7 @@ def test_neighbouring_images_are_independent(draws, lag):
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 4), (3, 6, 6), (1, 1, 5)])  # in sixteens, and not
 def test_noise_drawn_ahead_is_that_of_plain_generators_step_by_step(shape, monkeypatch):
-    monkeypatch.setattr(randomness, "AHEAD", 3 * np.prod(shape) + 1)  # three steps at once, the last alone
+    monkeypatch.setattr(randomness, "NUMBERS_PER_DRAW", 3 * np.prod(shape) + 1)  # three steps at once, the last alone
     ahead, plain = (generators([4, 9, 70], "cpu", 0, "sample", 1) for _ in range(2))
     drawn = list(randn_ahead((3, *shape), 7, torch.device("cpu"), ahead))
     assert len(drawn) == 7

@@ -11,7 +11,7 @@ from cdm_lightning.network.layers import ModulatedNorm
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
-    monkeypatch.setattr(normalisation, "SMALL", 0)
+    monkeypatch.setattr(normalisation, "FUSED_MIN_SIZE", 0)
 
 
 EXACT = 1e-5  # of float32 beside float64, relative to the largest value
@@ -104,7 +104,7 @@ def test_groups_that_do_not_divide_are_refused():
 
 
 def test_small_inputs_take_the_plain_form(monkeypatch):
-    monkeypatch.setattr(normalisation, "SMALL", 3 * 64 * 6 * 4 + 1)
+    monkeypatch.setattr(normalisation, "FUSED_MIN_SIZE", 3 * 64 * 6 * 4 + 1)
     norm, parts, modulation, _ = given((64,), True, True)
     assert torch.equal(norm(*parts, modulation=modulation), norm.plain(*parts, modulation=modulation))
     assert norm(parts[0].repeat(2, 1, 1, 1)).grad_fn.name() == "_ModulatedNormBackward"

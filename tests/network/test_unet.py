@@ -90,7 +90,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("small", [0, 2**17])  # by the fused norm, and by the plain one that small inputs get
 def test_parity_with_diffusers_forward_and_backward(small, monkeypatch):
-    monkeypatch.setattr(normalisation, "SMALL", small)
+    monkeypatch.setattr(normalisation, "FUSED_MIN_SIZE", small)
     theirs, mine = oracle(), ours(num_classes=10, level_embedding=True)
     randomise(theirs)
     transfer(mine, theirs)

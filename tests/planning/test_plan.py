@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.network import UNet
-from cdm_lightning.planning.devices import DATA_SHEETS, measured_rates
-from cdm_lightning.planning.estimate import Search
+from cdm_lightning.planning.devices import DATA_SHEETS, measure_rates
+from cdm_lightning.planning.estimate import MicroBatchSearch
 from cdm_lightning.planning.flops import forward_flops, training_flops
-from cdm_lightning.planning.memory import StepOnPaper
+from cdm_lightning.planning.memory import SimulatedStep
 from cdm_lightning.planning.recipe import configurations, read_recipe
-from cdm_lightning.planning.step_time import StepTime, measured_step
+from cdm_lightning.planning.step_time import StepTime, measure_step
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
 from cdm_lightning.stages.meter import TrainingLog
 
@@ -59,10 +59,10 @@ def test_the_papers_networks_have_these_sizes(name, parameters, gflop):
     assert forward_flops(unet) / 1e9 == pytest.approx(gflop, abs=1e-3)
 
 
-def on_paper(options, precision="32-true", average=True) -> StepOnPaper:
+def on_paper(options, precision="32-true", average=True) -> SimulatedStep:
     with torch.device("meta"):
         stage = BaseStage(**options)
-    return StepOnPaper(stage, precision, average)
+    return SimulatedStep(stage, precision, average)
 
 
 MEASURE = """
@@ -114,10 +114,10 @@ def test_memory_on_paper_is_that_of_a_real_step():
 def test_memory_on_paper_is_that_of_a_real_step_on_a_gpu(precision):
     options, batch, device = {"resolution": 64, **BASE, "channels": 64}, 64, torch.device("cuda")
     memory = on_paper(options, precision).memory(batch)
-    measured_step(BaseStage(**options), 1, precision, device, seconds=0)
+    measure_step(BaseStage(**options), 1, precision, device, seconds=0)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    measured_step(BaseStage(**options), batch, precision, device, seconds=0)
+    measure_step(BaseStage(**options), batch, precision, device, seconds=0)
     assert memory.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
 
 
@@ -216,7 +216,7 @@ def test_the_rate_of_a_timed_step_is_that_of_fit(name, tmp_path, monkeypatch):
     monkeypatch.setattr("cdm_lightning.planning.step_time.time.perf_counter", time.process_time)
     monkeypatch.setattr(TrainingLog, "on_train_batch_end", lambda *arguments: ends.append(time.process_time()))
     recipe = read_recipe(configurations(name, "fashion"))
-    took = measured_step(recipe.stage("cpu"), recipe.batch, recipe.precision, torch.device("cpu"), recipe.average)
+    took = measure_step(recipe.stage("cpu"), recipe.batch, recipe.precision, torch.device("cpu"), recipe.average)
     configs = [word for path in configurations(name, "fashion") for word in ("--config", str(path))]
     short = ["--trainer.max_steps=20", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
     main(["fit", *configs, *short, f"--trainer.default_root_dir={tmp_path}"])
@@ -226,22 +226,24 @@ def test_the_rate_of_a_timed_step_is_that_of_fit(name, tmp_path, monkeypatch):
 
 
 def test_images_a_second_count_one_update_for_all_accumulated_batches():
-    took = StepTime(batch=4, passes=2.0, update=1.0)
+    took = StepTime(batch=4, forward_backward=2.0, update=1.0)
     assert took.images_a_second(4, 1) == 4 / 3 and took.images_a_second(8, 2) == 16 / 9
 
 
 def test_the_largest_micro_batch_that_fits_is_a_divisor():
     with torch.device("meta"):
         stage = SuperResolutionStage(resolution=16, low_resolution=8, augmentation="blur", **BASE)
-    paper = StepOnPaper(stage, "32-true")
-    whole = Search(paper, 24, 1, 1e12)
+    paper = SimulatedStep(stage, "32-true")
+    whole = MicroBatchSearch(paper, 24, 1, 1e12)
     assert whole.largest(False) == 24
-    assert Search(paper, 24, 1, whole.memory(12, False).total + paper.size).largest(False) == 12
-    assert Search(paper, 24, 1, 1).largest(False) == 1 and not Search(paper, 24, 1, 1).fits(1, False)
+    assert MicroBatchSearch(paper, 24, 1, whole.memory(12, False).total + paper.size).largest(False) == 12
+    assert MicroBatchSearch(paper, 24, 1, 1).largest(False) == 1 and not MicroBatchSearch(paper, 24, 1, 1).fits(
+        1, False
+    )
 
 
 def test_measured_rates_are_those_of_this_machine():
-    rates = measured_rates(torch.device("cpu"), torch.float32, seconds=0.05)
+    rates = measure_rates(torch.device("cpu"), torch.float32, seconds=0.05)
     assert all(1e8 < rate < 1e14 for rate in asdict(rates).values())
 
 

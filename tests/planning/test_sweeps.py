@@ -21,7 +21,7 @@ from wandb import wandb_agent
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.planning.sweep import command_of, grid, identify, read_sweep, sweep
+from cdm_lightning.planning.sweep import grid, read_sweep, sweep, trial_command, trial_id
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = {"level": 10, "augmentation": 5, "blur": 9, "lr": 5}  # and how many combinations each has
@@ -82,9 +82,9 @@ def test_every_combination_reaches_the_configuration(name, capsys, monkeypatch):
     file, folders = FOLDER / f"{name}.yaml", set()
     config = read_sweep(file)
     for parameters in grid(file, config):
-        run = identify(config, parameters)
+        run = trial_id(config, parameters)
         monkeypatch.setenv("WANDB_RUN_ID", run)
-        words = command_of(config, parameters)
+        words = trial_command(config, parameters)
         assert words[:4] == ["/usr/bin/env", sys.executable, "-m", "cdm_lightning"]
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -129,7 +129,7 @@ def test_the_command_is_that_of_wandbs_agent(monkeypatch, tmp_path):
         agent._sweep_command = list(config["command"])
         args = {key: {"value": value} for key, value in parameters.items()}
         agent._command_run({"run_id": "abc", "program": config["program"], "args": args})
-        ours = command_of(config, parameters)
+        ours = trial_command(config, parameters)
         assert started["command"] == ["python" if word == sys.executable else word for word in ours]
         assert started["env"]["WANDB_RUN_ID"] == "abc"
 
@@ -208,15 +208,15 @@ def test_a_changed_configuration_or_bundle_is_another_run(tmp_path):
         "program": "p",
         "command": ["--config", str(tmp_path / "a.yaml"), f"--model.bundle={tmp_path}", "${args}"],
     }
-    names = [identify(config, {"x": 1}), identify(config, {"x": 2})]
+    names = [trial_id(config, {"x": 1}), trial_id(config, {"x": 2})]
     (tmp_path / "a.yaml").write_text("2")
-    names.append(identify(config, {"x": 1}))
+    names.append(trial_id(config, {"x": 1}))
     (tmp_path / "bundle.json").write_text("{}")
-    names += [identify(config, {"x": 1}), identify({**config, "command": [*config["command"], "--y=1"]}, {"x": 1})]
+    names += [trial_id(config, {"x": 1}), trial_id({**config, "command": [*config["command"], "--y=1"]}, {"x": 1})]
     assert len(set(names)) == 5
     (tmp_path / "a.yaml").write_text("1")
     (tmp_path / "bundle.json").unlink()
-    assert identify(config, {"x": 1}) == names[0]
+    assert trial_id(config, {"x": 1}) == names[0]
 
 
 @pytest.mark.parametrize(

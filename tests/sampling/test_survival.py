@@ -19,7 +19,7 @@ from conftest import tiny
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.sampling.sample import sample
-from cdm_lightning.sampling.shared_work import end_with_the_first
+from cdm_lightning.sampling.shared_work import end_with_first_process
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 BEFORE = """
@@ -182,10 +182,10 @@ def test_a_process_whose_first_has_ended_does_not_begin(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(prctl=lambda *arguments: 0))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("CDM_FIRST_PROCESS", str(os.getppid()))
-    end_with_the_first()
+    end_with_first_process()
     monkeypatch.setenv("CDM_FIRST_PROCESS", "1234567")
     with pytest.raises(SystemExit, match="143"):
-        end_with_the_first()
+        end_with_first_process()
 
 
 @pytest.mark.long

@@ -35,7 +35,7 @@ def test_conditioning_is_the_same_bits_in_training_and_in_sampling(stages):
         strength = stage.augmentation.draw(generator)
         low_res = to_float(downscale(to_uint8(image), stage.low_resolution))
         augmented = stage.augment(low_res, strength, generator)
-        stage.conditioned(label, augmented, strength)(x, t)
+        stage.conditioned_predictor(label, augmented, strength)(x, t)
         assert torch.equal(calls[1].low_res, seen)
         takes = stage.augmentation.takes_level
         assert torch.equal(calls[1].level, level) if takes else calls[1].level is level is None

@@ -1,4 +1,4 @@
-"""`cdm prepare`: raw images -> <out>/<split>/<resolution>/ of shards, each image decoded once for all resolutions."""
+"""`cdm prepare`: raw images to shards in <out>/<split>/<resolution>/, each image decoded once for all resolutions."""
 
 from __future__ import annotations
 
@@ -46,25 +46,26 @@ def prepare_imagenet(
 ) -> None:
     """Make shards from the ImageNet archives as downloaded, without unpacking them.
 
-    Killed or stopped, the same command goes on where it was. The result is the same to the byte for any number of
-    workers. A class index is the rank of its WNID (n01440764 is 0).
+    If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
+    class index is the rank of its WNID (n01440764 is 0).
 
     Args:
         source: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or a folder of WNID/*.JPEG.
-        out: folder to make; the shards go to OUT/SPLIT/RESOLUTION.
-        split: which part of the data set the source is.
-        resolutions: widths to store. The largest is cut from the raw image, each lower one is the mean over 2x2 pixels
-            of the one above, so two widths must differ by a power of two.
-        devkit: ILSVRC2012_devkit_t12.tar.gz, which labels the validation archive. Default: beside the source.
-        crop: how a raw image becomes the largest square. adm: scale by box halvings and bicubic, then cut the centre,
-            as guided-diffusion does. area: cut the centre square, then take the mean over each pixel's area.
-        seed: of the random order in which all images are dealt out to the shards.
+        out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
+        split: which part of the data set the source is: train or val.
+        resolutions: widths to store. The largest is cropped from the raw image; each lower one is the mean over 2x2
+            pixels of the next larger, so the ratio of two widths must be a power of two.
+        devkit: ILSVRC2012_devkit_t12.tar.gz, which labels the validation archive. Default: in the source's folder.
+        crop: how a raw image becomes a square. adm: resize by box halvings and bicubic, then crop the centre, as
+            guided-diffusion does. area: crop the centre square, then take the mean over each pixel's area.
+        seed: seed of the random order of all images over the shards.
         images_per_shard: images in one tar file.
-        workers: processes to use, each with about 0.7 GB of memory at 256 pixels. Default: one per core.
+        workers: number of processes, each with about 0.7 GB of memory at 256 pixels. Default: one per core.
         max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
-        limit: take only this many images, drawn at random.
-        packed: the largest width that is stored packed, as bare pixels in one array per shard, which are read many
-            times faster; larger ones are PNGs, and with 0 all are. At 64x64 an image takes 12 KB, as a PNG 11.
+        limit: use only this many images, chosen at random.
+        packed: the largest width that is stored packed: as bare pixels in one array per shard, which are read many
+            times faster. Larger widths are stored as PNG; 0 stores all as PNG. At 64x64 an image takes 12 KB packed,
+            and 11 KB as PNG.
     """
     find = partial(list_imagenet, source, split, devkit)
     prepare(
@@ -88,25 +89,26 @@ def prepare_folder(
 ) -> None:
     """Make shards from a folder of images with one subfolder per class.
 
-    Killed or stopped, the same command goes on where it was. The result is the same to the byte for any number of
-    workers. A class index is the rank of the subfolder's name.
+    If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
+    class index is the rank of the subfolder's name.
 
     Args:
         source: folder with one subfolder per class, images inside (jpg, png, bmp, gif, webp, tif).
-        out: folder to make; the shards go to OUT/SPLIT/RESOLUTION.
-        split: which part of the data set the source is.
-        resolutions: widths to store. The largest is cut from the raw image, each lower one is the mean over 2x2 pixels
-            of the one above, so two widths must differ by a power of two.
+        out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
+        split: which part of the data set the source is: train or val.
+        resolutions: widths to store. The largest is cropped from the raw image; each lower one is the mean over 2x2
+            pixels of the next larger, so the ratio of two widths must be a power of two.
         grey: store one grey channel instead of red, green and blue.
-        crop: how a raw image becomes the largest square. adm: scale by box halvings and bicubic, then cut the centre,
-            as guided-diffusion does. area: cut the centre square, then take the mean over each pixel's area.
-        seed: of the random order in which all images are dealt out to the shards.
+        crop: how a raw image becomes a square. adm: resize by box halvings and bicubic, then crop the centre, as
+            guided-diffusion does. area: crop the centre square, then take the mean over each pixel's area.
+        seed: seed of the random order of all images over the shards.
         images_per_shard: images in one tar file.
-        workers: processes to use, each with about 0.7 GB of memory at 256 pixels. Default: one per core.
+        workers: number of processes, each with about 0.7 GB of memory at 256 pixels. Default: one per core.
         max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
-        limit: take only this many images, drawn at random.
-        packed: the largest width that is stored packed, as bare pixels in one array per shard, which are read many
-            times faster; larger ones are PNGs, and with 0 all are. At 64x64 an image takes 12 KB, as a PNG 11.
+        limit: use only this many images, chosen at random.
+        packed: the largest width that is stored packed: as bare pixels in one array per shard, which are read many
+            times faster. Larger widths are stored as PNG; 0 stores all as PNG. At 64x64 an image takes 12 KB packed,
+            and 11 KB as PNG.
     """
     find = partial(list_folder, source)
     prepare(
@@ -129,7 +131,10 @@ def prepare(
     limit: int | None,
     packed: int,
 ) -> None:
-    """Deal all images out in one random order, make the shards that are not there yet, write the manifests last."""
+    """Put all images into one random order, make the missing shards, and write the manifests last.
+
+    find: lists the classes and images of the source.
+    """
     workers = os.cpu_count() or 1 if workers is None else workers
     check_arguments(resolutions, crop, images_per_shard, workers, max_corrupt, limit, packed)
     resolutions, folder = sorted(resolutions, reverse=True), Path(out) / split
@@ -141,14 +146,14 @@ def prepare(
         raise InputError(f"{source} holds no images")
     check_classes(Path(out), split, classes)
     lines = sorted(os.fsencode(f"{image.name} {image.label} {image.size}\n") for image in images)
-    arguments = {  # all that the bytes depend on
+    arguments = {  # everything that the bytes of the shards depend on
         "seed": seed, "resolutions": resolutions, "crop": crop, "grey": grey, "images_per_shard": images_per_shard,
         "limit": limit, "images": len(images), "listing": hashlib.sha256(b"".join(lines)).hexdigest()[:16],
         "pillow": PIL.__version__, "packed": in_arrays, "png": f"averages, zlib {zlib.ZLIB_RUNTIME_VERSION}",
     }  # fmt: skip
     images = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(f"{seed}/{image.name}")).digest())[:limit]
 
-    if not already_made(folder, arguments):
+    if not is_finished(folder, arguments):
         tasks = [
             Task(number, start, images[start : start + images_per_shard], folder, resolutions, crop, grey, in_arrays)
             for number, start in enumerate(range(0, len(images), images_per_shard))
@@ -164,7 +169,7 @@ def prepare(
                 {"arguments": arguments, "skipped": skipped},
             )  # fmt: skip
             write_manifest(folder / str(resolution), manifest)
-        (folder / PROGRESS / "arguments.json").unlink()  # from here on the manifests say what was made
+        (folder / PROGRESS / "arguments.json").unlink()  # from here on the manifests record the arguments
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     print_summary(folder, resolutions)
 
@@ -178,7 +183,7 @@ def check_arguments(
     limit: int | None,
     packed: int,
 ) -> None:
-    """Refuse what no preparation can use, before hours are spent on it."""
+    """Refuse arguments out of range, before hours are spent."""
     if crop not in FILTERS:
         raise InputError(f"crop is {crop}: it must be one of {', '.join(FILTERS)}")
     if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
@@ -195,7 +200,7 @@ def check_arguments(
 
 
 def check_classes(out: Path, split: str, classes: list[str]) -> None:
-    """Refuse classes that differ from another split's: the same label would mean two things."""
+    """Refuse classes that differ from those of another split, as a label would then mean two classes."""
     for path in sorted(out.glob("*/*/manifest.json")):
         other = path.parent.parent.name
         if other != split and (known := read_manifest(path.parent).classes) != classes:
@@ -206,8 +211,8 @@ def check_classes(out: Path, split: str, classes: list[str]) -> None:
             )
 
 
-def already_made(folder: Path, arguments: dict[str, Any]) -> bool:
-    """Whether `folder` is finished; if not, it is left ready to go on. Work of other arguments is refused."""
+def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
+    """Whether `folder` is finished. Records the arguments of a new folder; refuses one made with others."""
     started, manifests = folder / PROGRESS / "arguments.json", sorted(folder.glob("*/manifest.json"))
     earlier: dict[str, Any] = {}
     if started.is_file():
@@ -226,7 +231,7 @@ def already_made(folder: Path, arguments: dict[str, Any]) -> bool:
 
 
 def print_summary(folder: Path, resolutions: list[int]) -> None:
-    """State what lies in `folder` now."""
+    """Print what `folder` holds."""
     for resolution in resolutions:
         manifest = read_manifest(folder / str(resolution))
         print(

@@ -1,4 +1,4 @@
-"""Raw images: find every one of a source without unpacking it, decode one, cut it to a square."""
+"""Raw images: list those of a folder or archive without unpacking it, decode them, and crop them to squares."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from cdm_lightning.data.shards.tar import check_member, files_of
+from cdm_lightning.data.shards.tar import check_member, tar_files
 from cdm_lightning.foundation.errors import InputError
 
-FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"]  # of Pillow's others, one hands the file to a program
+FORMATS = [
+    "JPEG",
+    "PNG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+]  # no others: Pillow opens one of its formats with an external program
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 Split = Literal["train", "val"]
@@ -28,7 +35,7 @@ FILTERS: dict[Crop, str] = {"adm": "box halvings, then bicubic", "area": "box"}
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """One encoded image: `size` bytes at `offset` of `file`; `name` is class/file, in an archive as in a folder."""
+    """One encoded image: `size` bytes at `offset` of `file`. `name` is CLASS/FILE, in archives and folders alike."""
 
     name: str
     label: int
@@ -37,6 +44,7 @@ class RawImage:
     size: int
 
     def read(self) -> bytes:
+        """The encoded bytes."""
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -79,7 +87,7 @@ def list_folder(source: Path) -> Listing:
 
 def list_train_archive(source: Path) -> Listing:
     """Images of ILSVRC2012_img_train.tar, a tar of one tar per WNID. Only headers are read, nothing is unpacked."""
-    found: dict[str, list[tuple[str, int, int]]] = {}
+    files_of_class: dict[str, list[tuple[str, int, int]]] = {}
     with open_tar(source) as outer:
         for member in tqdm(members(outer), desc="reading headers", unit="class"):
             wnid, suffix = PurePosixPath(member.name).stem, PurePosixPath(member.name).suffix
@@ -88,16 +96,16 @@ def list_train_archive(source: Path) -> Listing:
                     f"{source} is not the training archive: it holds {member.name} where nXXXXXXXX.tar is expected"
                 )
             with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                found[wnid] = [
+                files_of_class[wnid] = [
                     (PurePosixPath(m.name).name, member.offset_data + m.offset_data, m.size) for m in members(inner)
                 ]
-            if not found[wnid]:
+            if not files_of_class[wnid]:
                 raise InputError(f"{source} holds no images in {member.name}: every class needs at least one")
-    classes = sorted(found)
+    classes = sorted(files_of_class)
     return classes, [
         RawImage(f"{wnid}/{name}", label, str(source), offset, size)
         for label, wnid in enumerate(classes)
-        for name, offset, size in found[wnid]
+        for name, offset, size in files_of_class[wnid]
     ]
 
 
@@ -132,7 +140,7 @@ def read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
         raise InputError(f"{devkit} does not exist: without {DEVKIT} the validation archive has no labels")
     try:
         with open(devkit, "rb") as stream:
-            contents = {PurePosixPath(file["fname"]).name: file["data"] for file in files_of(stream, str(devkit))}
+            contents = {PurePosixPath(file["fname"]).name: file["data"] for file in tar_files(stream, str(devkit))}
         synsets = scipy.io.loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True)["synsets"]
         wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in np.atleast_1d(synsets) if s["num_children"] == 0}
         truth = [int(line) for line in contents["ILSVRC2012_validation_ground_truth.txt"].split()]
@@ -151,7 +159,7 @@ def is_wnid(name: str) -> bool:
 
 @contextmanager
 def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar; whatever is wrong with it becomes one sentence."""
+    """Open an uncompressed tar. Raises InputError if it cannot be read."""
     try:
         with tarfile.open(path, mode="r:") as tar:
             yield tar
@@ -160,7 +168,7 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar. tarfile stops without a word at a broken header, so the zero block of the end is checked."""
+    """The files of a tar. tarfile stops silently at a broken header, so the zero block at the end is checked here."""
     for member in tar:
         check_member(member, str(tar.name))
         if member.isfile():
@@ -175,22 +183,22 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def decode(data: bytes, grey: bool = False) -> Image.Image:
-    """The picture of an encoded image, RGB or grey. Raises ValueError with the reason where it is not complete."""
-    with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken EXIF beside good pixels
+    """Decode an image to RGB or grey. Raises ValueError with the reason if it is damaged."""
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken EXIF data although the pixels are good
         try:
             image: Any = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            return as_shown(image).convert("L" if grey else "RGB")
+            return as_displayed(image).convert("L" if grey else "RGB")
         except MemoryError:
             raise
         except UnidentifiedImageError as error:
-            raise ValueError("no known image format") from error  # Pillow's own sentence holds a memory address
+            raise ValueError("no known image format") from error  # Pillow's own message holds a memory address
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
             raise ValueError(str(error) or type(error).__name__) from error
 
 
-def as_shown(image: Any) -> Any:
-    """The image as a viewer shows it: upright by its EXIF tag, of 8 bits, on white where it is transparent."""
+def as_displayed(image: Any) -> Any:
+    """The image as a viewer displays it: rotated by its EXIF tag, 8 bits, transparency on white."""
     with suppress(Exception):  # the EXIF block may be broken
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255
@@ -205,8 +213,8 @@ def as_shown(image: Any) -> Any:
 def cut_square(image: Image.Image, size: int, crop: Crop) -> np.ndarray:
     """The centre square at size x size: uint8 (size, size, C).
 
-    adm: the whole image is scaled, then cut, with the steps and the rounding of guided-diffusion (ADM).
-    area: the square is cut, then every target pixel is the mean over its area (bicubic where it must grow).
+    adm: resizes the image, then crops, with the steps and the rounding of guided-diffusion (ADM).
+    area: crops the square, then takes the mean over the area of each target pixel (bicubic for enlarging).
     """
     if crop == "adm":
         while min(image.size) >= 2 * size:

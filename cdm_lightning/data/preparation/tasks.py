@@ -1,4 +1,4 @@
-"""The shards of a preparation: one task each, made in parallel, recorded when finished, so that a kill loses little."""
+"""Making the shards in parallel: one task per shard, recorded when finished, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import downscale, encode_photo
 
-PROGRESS = ".progress"  # in the folder of a split, from the start of a preparation to its end
-CHUNK = 8  # images that are reduced together: their numbers stay in the cache
+PROGRESS = ".progress"  # a subfolder of the split while the preparation runs
+CHUNK = 8  # images reduced together: few enough to stay in the cache
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to make, in every resolution: consecutive images of the global order, the first at `start`."""
+    """One shard to make, at every resolution: consecutive images of the global order, the first at `start`."""
 
     number: int
     start: int
@@ -42,52 +42,52 @@ class Task:
     resolutions: list[int]
     crop: Crop
     grey: bool
-    packed: list[int]  # those of the resolutions that are stored packed
+    packed: list[int]  # the resolutions that are stored packed
 
     @property
     def record(self) -> Path:
-        """Written after the shard's tars, so that where it lies the shard is finished."""
+        """The file that records this task as finished; it is written after the shard's tars."""
         return self.folder / PROGRESS / f"{self.number:06d}.json"
 
     def finished(self) -> dict[str, Any] | None:
-        """The record of an earlier run, if all its tars are still there."""
+        """The record of an earlier run, or None if there is none or one of its tars is missing."""
         if not self.record.is_file():
             return None
         try:
             record = read_table(self.record, "number", "labels", "skipped")
             tars = {self.folder / r / s["name"]: s["bytes"] for r, s in record["shards"].items()}
         except (InputError, KeyError, TypeError, AttributeError):
-            return None  # torn: the shard is made again
+            return None  # a damaged record: the shard is made again
         if len(tars) < len(self.resolutions) or any(not t.is_file() or t.stat().st_size != n for t, n in tars.items()):
             return None
         return record
 
 
 def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dict[str, Any]]:
-    """Records of all shards in order: those found finished and those made now."""
-    found = [task.finished() for task in tasks]
-    todo = [task for task, record in zip(tasks, found, strict=True) if record is None]
-    records = {record["number"]: record for record in found if record is not None}
+    """Make the missing shards. Returns the records of all shards, in order."""
+    earlier = [task.finished() for task in tasks]
+    todo = [task for task, record in zip(tasks, earlier, strict=True) if record is None]
+    records = {record["number"]: record for record in earlier if record is not None}
     total, count = sum(len(task.images) for task in tasks), sum(len(task.images) for task in todo)
     check_skipped(records, total, max_corrupt)
-    begun = time.monotonic()
+    started = time.monotonic()
     with (
         tqdm(total=total, initial=total - count, desc="preparing", unit="image") as bar,
-        closing(run(todo, workers)) as made,
+        closing(run_tasks(todo, workers)) as finished,
     ):
-        for record in made:
+        for record in finished:
             records[record["number"]] = record
             bar.update(len(tasks[record["number"]].images))
             for entry in record["skipped"]:
                 bar.write(f"skipped {entry['name']}: {entry['reason']}", file=sys.stderr)
             check_skipped(records, total, max_corrupt)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     print(f"{count:,} images read in {seconds:.0f} s by {workers} workers: {count / seconds:.0f} images/s")
     return [records[task.number] for task in tasks]
 
 
 def check_skipped(records: dict[int, dict[str, Any]], total: int, max_corrupt: float) -> None:
-    """Refuse a source of which more than the share `max_corrupt` is unreadable."""
+    """Refuse a source with a larger share of unreadable images than `max_corrupt`."""
     skipped = [entry for record in records.values() for entry in record["skipped"]]
     if len(skipped) > max_corrupt * total:
         raise InputError(
@@ -96,11 +96,11 @@ def check_skipped(records: dict[int, dict[str, Any]], total: int, max_corrupt: f
         )
 
 
-def run(tasks: list[Task], workers: int) -> Generator[dict[str, Any]]:
-    """Records of the tasks as they end, made in this process or in several."""
+def run_tasks(tasks: list[Task], workers: int) -> Generator[dict[str, Any]]:
+    """Run the tasks in this process or in several; gives their records in the order in which they finish."""
     if workers == 1 or len(tasks) < 2:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # on single images the threads cost more than they give
+        torch.set_num_threads(1)  # for single images, threads cost more time than they save
         try:
             yield from map(make_shard, tasks)
         finally:
@@ -120,7 +120,7 @@ def run(tasks: list[Task], workers: int) -> Generator[dict[str, Any]]:
 
 
 def start_worker() -> None:
-    """End with the parent, even if that was killed: a worker left alone would write beside the next run's."""
+    """End this worker with its parent, even a killed one: it must not write beside the workers of the next run."""
     torch.set_num_threads(1)
     parent = parent_process()
     assert parent is not None
@@ -133,7 +133,7 @@ def start_worker() -> None:
 
 
 def make_shard(task: Task) -> dict[str, Any]:
-    """Decode each image once, write its shard in every resolution, then the record, which is also returned."""
+    """Decode each image once, write the shard at every resolution, and then write and return the record."""
     skipped: list[dict[str, str]] = []
     keys: list[str] = []
     labels: list[int] = []
@@ -142,7 +142,7 @@ def make_shard(task: Task) -> dict[str, Any]:
     pngs: dict[int, list[bytes]] = {r: [] for r in task.resolutions if r not in task.packed}
     squares = read_squares(task, skipped)
     while chunk := list(islice(squares, CHUNK)):
-        image = torch.from_numpy(np.stack([square for *_, square in chunk])).permute(0, 3, 1, 2)
+        image = torch.from_numpy(np.stack([square for *_, square in chunk])).permute(0, 3, 1, 2)  # (N, C, R, R)
         for resolution in task.resolutions:
             image = downscale(image, resolution)
             pixels = image.permute(0, 2, 3, 1).numpy()
@@ -165,7 +165,7 @@ def make_shard(task: Task) -> dict[str, Any]:
 
 
 def read_squares(task: Task, skipped: list[dict[str, str]]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(position, label, uint8 (R, R, C)) of each image at the largest resolution; `skipped` lists the unreadable."""
+    """(position, label, uint8 (R, R, C)) of each image, R the largest resolution; `skipped` gets unreadable ones."""
     for position, raw in enumerate(task.images, task.start):
         try:
             picture = decode(raw.read(), task.grey)

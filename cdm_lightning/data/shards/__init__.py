@@ -1,11 +1,11 @@
-"""Folders of shards: their manifest, the form of PNGs in tars, the packed form, and reading either by place."""
+"""Shards: manifest.py, PNGs in tars (tar.py), packed arrays (packed.py), and reading either form (reading.py)."""
 
 from cdm_lightning.data.shards.manifest import (
     Manifest,
     Shard,
-    digest_of,
     find_folder,
     read_manifest,
+    shards_digest,
     write_manifest,
 )
 from cdm_lightning.data.shards.packed import write_packed
@@ -17,12 +17,12 @@ __all__ = [
     "Manifest",
     "OpenedImages",
     "Shard",
-    "digest_of",
     "find_folder",
     "in_batches",
     "open_images",
     "read_manifest",
     "read_shard",
+    "shards_digest",
     "write_images",
     "write_manifest",
     "write_packed",

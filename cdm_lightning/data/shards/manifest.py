@@ -1,6 +1,6 @@
 """The manifest of a folder of shards: `<root>/<split>/<resolution>/` holds tars and a manifest.json.
 
-A tar holds a (png, cls) for each image (tar.py), or, packed, all images of the shard in one array (packed.py).
+A tar holds a (png, cls) pair for each image (tar.py) or, if packed, all its images in one array (packed.py).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 
-MOST = 10_000_000  # images in a shard
-HEAD, HEAD_EACH = 8192, 80  # bytes before the pixels of a packed shard are fewer than these, and these of each image
+MAX_IMAGES = 10_000_000  # in one shard
+MAX_HEAD, MAX_HEAD_PER_IMAGE = 8192, 80  # bytes before the pixels of a packed shard
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar: its file name, how many images it holds, its size in bytes and its SHA-256.
 
-    head, head_sha256: of a packed shard alone, how many bytes lie before its first pixel, and their SHA-256.
+    head, head_sha256: for a packed shard, the number of bytes before its first pixel, and their SHA-256.
     """
 
     name: str
@@ -45,20 +45,21 @@ class Manifest:
     classes: list[str]
     counts: list[int]
     shards: list[Shard]
-    seed: int | None = None  # of the one global random order
+    seed: int | None = None  # of the random order of all images
     crop: str = "none"  # how the raw image became square
-    filter: str = "none"  # how it reached the largest resolution prepared with it
+    filter: str = "none"  # how it was resized to the largest resolution
     source: str = ""
     skipped: int = 0  # images of the source that could not be read
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
+        """Number of images in all shards."""
         return sum(shard.count for shard in self.shards)
 
     @property
     def packed(self) -> bool:
-        """Whether the shards are of the packed form: all are, or none."""
+        """Whether the shards are packed: either all are, or none."""
         return any(shard.head for shard in self.shards)
 
     @property
@@ -68,18 +69,18 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json, the last file of a finished folder."""
+    """Write manifest.json. It must be the last file of a folder: it marks the folder as finished."""
     fields = asdict(manifest)
     for shard in fields["shards"]:
-        if not shard["head"]:  # of PNGs: as ever
+        if not shard["head"]:  # a shard of PNGs
             del shard["head"], shard["head_sha256"]
     write_atomically(folder / "manifest.json", (json.dumps(fields, indent=1) + "\n").encode())
 
 
-def read_manifest(folder: Path, whole: bool = True) -> Manifest:
-    """Read manifest.json and refuse a folder that is missing or unfinished.
+def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
+    """Read manifest.json. Refuses a folder that is missing or unfinished.
 
-    whole: also one whose shards are missing or differ in size from it.
+    check_files: also refuse a folder with a missing shard, or one whose size is not that in the manifest.
     """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
@@ -96,7 +97,7 @@ def read_manifest(folder: Path, whole: bool = True) -> Manifest:
         file = Path(folder) / shard.name
         if Path(shard.name).name != shard.name:
             raise InputError(f"{path} lists a shard {shard.name!r}: it must be the name of a file in its own folder")
-        if not whole:
+        if not check_files:
             continue
         if not file.is_file():
             raise InputError(f"{file} is missing: the manifest lists it with {shard.count} images")
@@ -105,13 +106,13 @@ def read_manifest(folder: Path, whole: bool = True) -> Manifest:
     return manifest
 
 
-def digest_of(shards: Sequence[Shard]) -> str:
-    """One hash that says whether two folders of shards hold the same."""
+def shards_digest(shards: Sequence[Shard]) -> str:
+    """One SHA-256 over the hashes of all shards: it is equal for folders with equal shards."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 def check_types(manifest: Manifest) -> None:
-    """Raise ValueError where a field that others compute with is of another type, which JSON lets pass."""
+    """Raise ValueError for a field of the wrong type or out of range; JSON itself does not check."""
     lists = {"classes": manifest.classes, "counts": manifest.counts}
     texts = {"split": manifest.split, "crop": manifest.crop, "filter": manifest.filter, "source": manifest.source}
     numbers = {"resolution": manifest.resolution, "channels": manifest.channels, "skipped": manifest.skipped}
@@ -129,11 +130,13 @@ def check_types(manifest: Manifest) -> None:
         if type(number) is not int or number < 0:
             raise ValueError(f"{name} is {number!r}, not a natural number")
     for shard in manifest.shards:
-        if shard.count > min(shard.bytes, MOST):  # else a line of JSON could ask for any amount of memory
+        if shard.count > min(
+            shard.bytes, MAX_IMAGES
+        ):  # else a line of JSON could make us allocate any amount of memory
             raise ValueError(f"{shard.name} of {shard.bytes} bytes cannot hold {shard.count} images")
         if manifest.packed and not 0 < shard.head <= shard.bytes - shard.count * math.prod(manifest.shape):
             raise ValueError(f"{shard.name} of {shard.bytes} bytes cannot hold {shard.count} images after its head")
-        if shard.head > HEAD + HEAD_EACH * shard.count:
+        if shard.head > MAX_HEAD + MAX_HEAD_PER_IMAGE * shard.count:
             raise ValueError(f"{shard.name} has a head of {shard.head} bytes, too many for {shard.count} images")
     for name, text in texts.items():
         if not isinstance(text, str) or not text.isprintable():
@@ -145,7 +148,7 @@ def check_types(manifest: Manifest) -> None:
 
 
 def find_folder(root: Path, split: str, resolution: int) -> Path:
-    """The folder of `split` stored at `resolution`, else at the smallest larger one from which halving reaches it."""
+    """The folder of `split` at `resolution`, or else at the smallest larger resolution that halving reduces to it."""
     if resolution < 1:
         raise InputError(f"resolution {resolution} is less than 1")
     if not (Path(root) / split).is_dir():

@@ -1,4 +1,4 @@
-"""Images of shards, of either form, by their places: the one way in for all that reads images."""
+"""Reading the images of shards by their places, whether stored as PNG or packed. All readers of images use this."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Report = Callable[[InputError], None]
 
 
 class Images(NamedTuple):
-    """Some images as stored, uint8 (n, H, W, C), their labels, int64 (n,), and which of those asked for they are.
+    """Intact images as stored, uint8 (n, H, W, C), and their labels, int64 (n,), out of N that were requested.
 
-    intact: bool (N,), of the N asked for; n of them are intact.
+    intact: bool (N,), which of the requested images are intact; n of them are.
     """
 
     image: np.ndarray
@@ -29,83 +29,84 @@ class Images(NamedTuple):
 
 
 class OpenedImages:
-    """Images at some places, whose shards have been opened and checked. An item counts the places, from 0."""
+    """The images at a list of places, whose shards are opened and checked. `item` is an index into that list."""
 
     def __init__(self, manifest: Manifest, report: Report | None) -> None:
         self.manifest, self.report = manifest, report
 
     def key(self, item: int) -> str:
-        """The key of an image whose shard is whole."""
+        """The key of an image. Its shard must not be damaged."""
         raise NotImplementedError
 
     def label(self, item: int) -> int:
-        """The label of an image whose shard is whole. Raises InputError where it is no class of the manifest."""
+        """The label of an image. Its shard must not be damaged. Raises InputError if the manifest has no such class."""
         raise NotImplementedError
 
     def load(self, item: int) -> tuple[np.ndarray, int]:
-        """uint8 image (H, W, C) as stored, and label, checked. Raises InputError where it is damaged."""
+        """uint8 image (H, W, C) as stored, and its label. Raises InputError if the image is damaged."""
         raise NotImplementedError
 
     def lost(self, item: int) -> bool:
-        """Whether the shard of an image is damaged, which has been reported."""
+        """Whether the shard of an image is damaged; it has been reported then."""
         raise NotImplementedError
 
     def png(self, item: int) -> bytes:
-        """An image as PNG. Raises InputError where it is damaged."""
+        """An image as PNG. Raises InputError if it is damaged."""
         return encode_png(self.load(item)[0])
 
     def close(self) -> None:
-        """Let go of files and memory."""
+        """Close the files and free the memory."""
 
     def read(self, items: Sequence[int]) -> Images:
-        """The images, checked against the manifest. A damaged one is reported, or else raises InputError."""
-        found, intact = [], np.zeros(len(items), bool)
+        """The images, checked against the manifest. Reports damaged ones, or raises InputError without `report`."""
+        loaded, intact = [], np.zeros(len(items), bool)
         for position, item in enumerate(items):
             if self.lost(item):
                 continue
             try:
-                found.append(self.load(item))
+                loaded.append(self.load(item))
             except InputError as error:
                 if self.report is None:
                     raise
                 self.report(error)
                 continue
             intact[position] = True
-        image = np.stack([image for image, _ in found]) if found else np.empty((0, *self.manifest.shape), np.uint8)
-        return Images(image, np.array([label for _, label in found], np.int64), intact)
+        image = np.stack([image for image, _ in loaded]) if loaded else np.empty((0, *self.manifest.shape), np.uint8)
+        return Images(image, np.array([label for _, label in loaded], np.int64), intact)
 
 
 def open_images(
     folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None = None
 ) -> OpenedImages:
-    """Open the images at places `wanted` of the concatenated shards, some of `manifest`'s, whatever their form.
+    """Open the images at the places `wanted` of the concatenated `shards`, which are some of the manifest's.
 
-    report: is told what is wrong with a damaged shard or image, where else InputError would be raised.
+    report: called with the error of each damaged shard or image; without it, the error is raised.
     """
     return (PackedImages if manifest.packed else PngImages)(folder, manifest, shards, wanted, report)
 
 
 def in_batches(windows: Iterable[tuple[np.ndarray, OpenedImages]], size: int) -> Iterator[tuple[np.ndarray, Images]]:
-    """(places, images) in batches of `size` places, the last one smaller, from windows of places, closed after use."""
+    """Batches (places, images) of `size` places, the last one smaller, from windows of places. Closes each window."""
     parts: list[tuple[np.ndarray, Images]] = []
-    held = 0
+    collected = 0
     for places, opened in windows:
         try:
             start = 0
             while start < len(places):
-                stop = min(len(places), start + size - held)
+                stop = min(len(places), start + size - collected)
                 parts.append((places[start:stop], opened.read(range(start, stop))))
-                held, start = held + stop - start, stop
-                if held == size:
-                    yield joined(parts)
-                    parts, held = [], 0
+                collected, start = collected + stop - start, stop
+                if collected == size:
+                    yield concatenate(parts)
+                    parts, collected = [], 0
         finally:
             opened.close()
     if parts:
-        yield joined(parts)
+        yield concatenate(parts)
 
 
-def joined(parts: list[tuple[np.ndarray, Images]]) -> tuple[np.ndarray, Images]:
+def concatenate(parts: list[tuple[np.ndarray, Images]]) -> tuple[np.ndarray, Images]:
+    """Several (places, images) as one."""
     if len(parts) == 1:
         return parts[0]
     places, images = zip(*parts, strict=True)
@@ -113,7 +114,7 @@ def joined(parts: list[tuple[np.ndarray, Images]]) -> tuple[np.ndarray, Images]:
 
 
 class PackedImages(OpenedImages):
-    """Images of packed shards: a shard is opened where one is wanted, an image is read when it is asked for."""
+    """Images of packed shards: opens every shard that is needed, and reads an image when it is requested."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
@@ -139,7 +140,7 @@ class PackedImages(OpenedImages):
                 raise
             self.report(error)
             return
-        self.opened[number].expect(rows)
+        self.opened[number].prefetch(rows)
 
     def lost(self, item: int) -> bool:
         return self.number[item] not in self.opened
@@ -168,7 +169,7 @@ class PackedImages(OpenedImages):
 
 
 class PngImages(OpenedImages):
-    """Images of shards of PNGs: those wanted are taken into memory at once, and decoded when they are asked for."""
+    """Images of shards of PNGs: loads all wanted files at once, and decodes an image when it is requested."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
@@ -202,30 +203,30 @@ def read_places(
     wanted: Sequence[int],
     report: Callable[[InputError], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The undecoded samples at places `wanted` of the concatenated shards; keeps no others in memory.
+    """The undecoded samples at the places `wanted` of the concatenated shards; keeps no others in memory.
 
-    report: is told what is wrong with a damaged shard, whose samples are then {}, where else it would be refused.
+    report: called with the error of a damaged shard, whose samples are then {}; without it, the error is raised.
     """
-    found: dict[int, dict[str, Any]] = {}
+    samples_at: dict[int, dict[str, Any]] = {}
     needed, first = set(wanted), 0
     for shard in shards:
         if any(first <= place < first + shard.count for place in needed):
             samples = enumerate(read_shard(folder / shard.name, shard.count, shard.sha256), first)
             try:
-                found |= {place: sample for place, sample in samples if place in needed}
+                samples_at |= {place: sample for place, sample in samples if place in needed}
             except InputError as error:
                 if report is None:
                     raise
                 report(error)
         first += shard.count
-    return [found.get(place, {}) for place in wanted]
+    return [samples_at.get(place, {}) for place in wanted]
 
 
 def decode_sample(sample: dict[str, Any], manifest: Manifest) -> tuple[np.ndarray, int]:
-    """uint8 image (H, W, C) as stored, and label, checked against the manifest."""
+    """uint8 image (H, W, C) and label of a sample, checked against the manifest. Raises InputError for damage."""
     try:
         image = decode_png(sample["png"], manifest.resolution)
-    except Exception as error:  # whatever a corrupt file makes Pillow raise
+    except Exception as error:  # Pillow raises many kinds of error for a corrupt file
         raise InputError(f"{name_of(sample)} cannot be decoded: {type(error).__name__}: {error}") from error
     if image.shape != manifest.shape:
         raise InputError(f"{name_of(sample)} has shape {image.shape} where its manifest says {manifest.shape}")
@@ -233,7 +234,7 @@ def decode_sample(sample: dict[str, Any], manifest: Manifest) -> tuple[np.ndarra
 
 
 def decode_label(sample: dict[str, Any], manifest: Manifest) -> int:
-    """The label of a sample, checked against the manifest."""
+    """The label of a sample. Raises InputError if the manifest has no such class."""
     try:
         label = int(sample["cls"])
     except Exception as error:
@@ -244,4 +245,5 @@ def decode_label(sample: dict[str, Any], manifest: Manifest) -> int:
 
 
 def name_of(sample: dict[str, Any]) -> str:
+    """How errors name a sample: its key and its shard."""
     return f"image {sample['__key__']} of {sample['__url__']}"

@@ -1,6 +1,6 @@
-"""Shards of PNGs: WebDataset tars written to the same bytes each time, and read from untrusted files within bounds.
+"""Shards of PNGs: WebDataset tars, written reproducibly, and read safely from files that are not trusted.
 
-Of a tar only plain files of ordinary names are read, and no more memory is taken than an honest one needs.
+Only plain files with safe names are read, and memory is bounded.
 """
 
 from __future__ import annotations
@@ -22,35 +22,36 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.images import encode_png
 
-LARGEST = 1 << 26  # bytes of a file in a shard: 4096x4096 pixels in colour, not compressed, have fewer
+MAX_FILE_BYTES = 1 << 26  # of one file in a shard; 4096x4096 RGB pixels, uncompressed, are smaller
 
 
-def files_of(stream: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
-    """The files in a tar, gzipped or not, as webdataset groups them; refuses what could reach outside a folder.
+def tar_files(stream: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
+    """The files in a tar, gzipped or not, as webdataset groups them; refuses paths that lead out of their folder.
 
-    Memory is bounded whatever the headers declare: no file, and no more than 50 times the archive, above LARGEST.
+    Memory is bounded whatever the headers declare. A file larger than MAX_FILE_BYTES is refused, and so is a gzipped
+    archive that unpacks to more than 50 times its size plus MAX_FILE_BYTES.
     """
     stream.seek(0)
     packed = stream.read(2) == b"\x1f\x8b"
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
-    source: Any = Bounded(gzip.GzipFile(fileobj=stream), LARGEST + 50 * size) if packed else stream
+    source: Any = SizeLimitedStream(gzip.GzipFile(fileobj=stream), MAX_FILE_BYTES + 50 * size) if packed else stream
     with tarfile.open(fileobj=source, mode="r|") as tar:
         for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # else it remembers every header
+            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header in memory
             check_member(member, name)
             if member.isdir():
                 continue
-            if member.size > LARGEST:
+            if member.size > MAX_FILE_BYTES:
                 raise InputError(
-                    f"{name} holds {member.name!r} of {member.size} bytes: more than {LARGEST} is no image"
+                    f"{name} holds {member.name!r} of {member.size} bytes: more than {MAX_FILE_BYTES} is no image"
                 )
             data = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
             yield {"fname": member.name, "data": data, "__url__": name}
 
 
 def check_member(member: tarfile.TarInfo, name: str) -> None:
-    """Refuse a member of the tar `name` that is no plain file or folder, or whose path leads out of its folder."""
+    """Refuse a member of the tar `name` that is no plain file or folder, or whose path leads out of the folder."""
     if not (member.isreg() or member.isdir()):
         raise InputError(f"{name} holds {member.name!r}, a link or a device: plain files alone are read")
     if not member.name.isprintable():
@@ -59,8 +60,8 @@ def check_member(member: tarfile.TarInfo, name: str) -> None:
         raise InputError(f"{name} holds {member.name!r}: a path that leads out of its folder is refused")
 
 
-class Bounded:
-    """A stream of which no more than `left` bytes can be read: a small archive may unpack to more than memory holds."""
+class SizeLimitedStream:
+    """A stream that raises ValueError after `left` bytes: a small archive may unpack to more than the memory."""
 
     def __init__(self, stream: Any, left: int) -> None:
         self.stream, self.left = stream, left
@@ -74,7 +75,7 @@ class Bounded:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> Shard:
-    """Write (key, png, label) samples as one tar, gzipped where the name ends in .gz; the same bytes each time."""
+    """Write (key, png, label) samples as one tar, gzipped if the name ends in .gz. Equal samples give equal bytes."""
     buffer, count = io.BytesIO(), 0
     with wds.TarWriter(buffer, encoder=False, mtime=0) as writer:
         for key, png, label in samples:
@@ -88,24 +89,24 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> Shard:
 
 
 def read_shard(path: Path, count: int | None = None, sha256: str | None = None) -> Iterator[dict[str, Any]]:
-    """The samples of one shard in order, undecoded: {"__key__": str, "png": bytes, "cls": bytes}; refuses a torn one.
+    """The samples of one shard in order, undecoded: {"__key__": str, "png": bytes, "cls": bytes}.
 
-    count, sha256: how many there must be, and the hash of the file, where they are known. A file of another hash is
-    refused before any of it is read. Nothing is extracted to disk.
+    count, sha256: the expected number of samples and hash of the file, where known. A file with another hash is refused
+    before any sample is read. Raises InputError for a damaged shard. Nothing is extracted to disk.
     """
     seen = 0
     try:
-        with open(path, "rb") as stream:  # WebDataset(path) would take some names for addresses or commands
+        with open(path, "rb") as stream:  # WebDataset(path) treats some names as URLs or shell commands
             if sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
                 raise InputError(f"{path} is not the file its manifest lists: its SHA-256 is another")
-            for sample in group_by_keys(files_of(stream, str(path))):
+            for sample in group_by_keys(tar_files(stream, str(path))):
                 seen += 1
                 if count is not None and seen > count:
                     break
                 yield sample
     except InputError:
         raise
-    except Exception as error:  # whatever a torn archive makes tarfile, gzip or webdataset raise
+    except Exception as error:  # a damaged archive makes tarfile, gzip or webdataset raise many kinds of error
         reason = getattr(error, "strerror", None) or str(error.args[0] if error.args else "")
         raise InputError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
     if count is not None and seen != count:
@@ -122,11 +123,11 @@ def write_images(
     seed: int | None,
     images_per_shard: int = 1000,
     suffix: str = ".tar",
-    **about: Any,
+    **metadata: Any,
 ) -> Manifest:
-    """Write a finished folder <split>/<resolution> of images that fit in memory, in an order of `seed`, or as they are.
+    """Write a finished folder <split>/<resolution> of images that fit in memory, shuffled by `seed` if it is not None.
 
-    images: uint8 (N, R, R, C). labels: (N,). keys: (N,), their numbers in the source. about: the other fields of the
+    images: uint8 (N, R, R, C). labels: (N,). keys: (N,), their numbers in the source. metadata: further fields of the
     manifest, such as crop and source.
     """
     order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
@@ -139,6 +140,6 @@ def write_images(
         shards.append(write_shard(folder / f"{number:03d}{suffix}", samples))
     counts = np.bincount(labels, minlength=len(classes)).tolist()
     resolution, channels = images.shape[1], images.shape[3]
-    manifest = Manifest(resolution, channels, folder.parent.name, list(classes), counts, shards, seed, **about)
+    manifest = Manifest(resolution, channels, folder.parent.name, list(classes), counts, shards, seed, **metadata)
     write_manifest(folder, manifest)
     return manifest

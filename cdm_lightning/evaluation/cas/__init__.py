@@ -1,1 +1,1 @@
-"""`cdm cas`: the classification accuracy score, a classifier trained on samples and tested on real images."""
+"""`cdm cas`: the classification accuracy score of a classifier trained on samples and tested on real images."""

@@ -1,4 +1,4 @@
-"""`cdm cas`: the classification accuracy score, a classifier trained on generated images and tested on real ones."""
+"""`cdm cas`: the classification accuracy score of a classifier trained on generated images and tested on real ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from cdm_lightning.data.shards import Manifest
-from cdm_lightning.evaluation.cas.plan import Plan, Recipe, make_plan, manifests
+from cdm_lightning.evaluation.cas.plan import Plan, Recipe, make_plan, read_manifests
 from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report.evaluation_pages import write_cas
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import begin, read_table
+from cdm_lightning.foundation.files import begin_folder, read_table
 
-SUBSET_SEED = 0  # one choice of images for all trainings: their spread is the training's alone
+SUBSET_SEED = 0  # all trainings use the same images, so that their spread comes from training only
 
 
 DEFAULT = Recipe()
@@ -35,42 +35,46 @@ def cas(
 ) -> dict[str, Any]:
     """Classification accuracy score: train a classifier on generated images alone, test it on real ones.
 
-    Beside it the control: the same training on as many real images of each class. Writes results.json and cas.png with
-    top-1, top-5 and per-class accuracy of both, their ratio and its spread over the seeds. Stopped and called again
-    with the same options, it goes on where it was; more seeds may be asked for later.
+    As a control, another classifier is trained on equally many real images of each class. Writes results.json and
+    cas.png with the top-1, top-5 and per-class accuracy of both, their ratio, and its spread over the seeds. If it is
+    stopped, the same command continues; seeds can be added later.
 
     Args:
-        samples: Folder of generated images, as `cdm sample` leaves it; the largest resolution in it is used.
-        out: Folder for results.json, cas.png and a run per training.
-        shards: Root of the real images: the control is chosen from its train split, the test is its whole val split.
+        samples: Folder of generated images, written by `cdm sample`; its largest resolution is used.
+        out: Folder for results.json, cas.png and the training runs.
+        shards: Root of the real images: the control trains on images of the train split, and all classifiers are tested
+            on the val split.
         recipe: How every classifier is trained.
-        count: Generated images to train on; null for all. The original protocol takes as many as there are real ones.
-        seeds: One training on generated and one on real images for each.
-        devices: Processes to share each training.
-        num_workers: Processes that read and decode, per training process.
+        count: Number of generated images to train on; null for all. The original protocol takes as many as there are
+            real ones.
+        seeds: Seeds; each gives one training on generated and one on real images.
+        devices: Number of processes of each training.
+        num_workers: Processes that read and decode images, for each training process.
         accelerator: cpu, gpu or auto.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {seeds} must be one number or more, each once")
-    generated, real, validation = manifests(samples, shards)
+    generated, real, validation = read_manifests(samples, shards)
     plan = make_plan(generated, real, validation, count, recipe, devices)
     from cdm_lightning.data import ShardDataModule
-    from cdm_lightning.evaluation.cas.classifier import classifier_of, train
+    from cdm_lightning.evaluation.cas.classifier import build_classifier, train
 
-    classifier_of(plan, 0)  # refuses what it cannot be built with, before the folder is begun
-    begin(out, plan)
+    build_classifier(plan, 0)  # refuses a recipe that cannot be built, before the folder is begun
+    begin_folder(out, plan)
     roots = {
-        "generated": choose(samples, generated, plan, Path(out) / "generated"),
-        "real": choose(shards, real, plan, Path(out) / "real"),
+        "generated": training_root(samples, generated, plan, Path(out) / "generated"),
+        "real": training_root(shards, real, plan, Path(out) / "real"),
     }
-    todo = [(kind, seed) for seed in seeds for kind in KINDS if not run_of(out, kind, seed, "result.json").is_file()]
+    todo = [(kind, seed) for seed in seeds for kind in KINDS if not run_path(out, kind, seed, "result.json").is_file()]
     for number, (kind, seed) in enumerate(todo, 1):
-        run = run_of(out, kind, seed)
+        run = run_path(out, kind, seed)
         data = ShardDataModule(roots[kind], plan.batch_size, num_workers, seed=seed, val_root=shards)
         reports = train(plan, data, seed, run, accelerator, f"{kind} images, seed {seed} ({number} of {len(todo)})")
     if todo and not reports:
-        return {}  # of several processes the first one goes on
-    results = found(Path(out), plan, seeds, real.count, validation.count) | {"samples": generated.extra.get("samples")}
+        return {}  # with several processes, only the first one continues
+    results = collect_results(Path(out), plan, seeds, real.count, validation.count) | {
+        "samples": generated.extra.get("samples")
+    }
     plot_classes(results, Path(out) / "cas.png")
     results = write_cas(Path(out), results)
     print_table(results)
@@ -78,10 +82,10 @@ def cas(
     return results
 
 
-def found(out: Path, plan: Plan, seeds: Sequence[int], n_real: int, n_validation: int) -> dict[str, Any]:
-    """The figures of all trainings together, and what they were trained and tested on."""
+def collect_results(out: Path, plan: Plan, seeds: Sequence[int], n_real: int, n_validation: int) -> dict[str, Any]:
+    """The figures of all trainings, summarised, with what they were trained and tested on."""
     figures = {
-        kind: [read_table(run_of(out, kind, seed, "result.json"), "top1", "top5", "per_class") for seed in seeds]
+        kind: [read_table(run_path(out, kind, seed, "result.json"), "top1", "top5", "per_class") for seed in seeds]
         for kind in KINDS
     }
     return summarise(figures, plan.classes, sum(plan.counts), n_real) | {
@@ -94,12 +98,13 @@ def found(out: Path, plan: Plan, seeds: Sequence[int], n_real: int, n_validation
     }
 
 
-def run_of(out: Path, kind: str, seed: int, *rest: str) -> Path:
+def run_path(out: Path, kind: str, seed: int, *rest: str) -> Path:
+    """The folder of one training, or a file in it."""
     return Path(out, "runs", f"{kind}-{seed}", *rest)
 
 
-def choose(root: Path, manifest: Manifest, plan: Plan, out: Path) -> Path:
-    """The root to train on: `root` itself where all of its images are asked for, else a subset written to `out`."""
+def training_root(root: Path, manifest: Manifest, plan: Plan, out: Path) -> Path:
+    """The root to train on: `root` itself if all its images are used, else a subset written to `out`."""
     if manifest.counts == plan.counts:
         return Path(root)
     write_subset(root, "train", plan.resolution, plan.counts, out, SUBSET_SEED)

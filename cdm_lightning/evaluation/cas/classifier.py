@@ -1,4 +1,4 @@
-"""The residual network behind the classification accuracy score, and its training as a LightningModule."""
+"""The classifier of the classification accuracy score: residual networks, random crops, and training."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in
 
 BLOCKS = {"resnet8": [1, 1, 1], "resnet14": [2, 2, 2], "resnet20": [3, 3, 3], "resnet50": [3, 4, 6, 3]}
 PADDING, BLACK = 4, -1.0
-AREA, ASPECT, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of random resized crops, as Inception's training drew them
-# What may not differ between a checkpoint and the configuration that goes on from it.
-FIXED = ("resolution", "image_channels", "num_classes", "architecture")
+AREA, ASPECT, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of random resized crops, as in the training of Inception
+# Arguments that must not change when a training is resumed.
+FIXED_ARGUMENTS = ("resolution", "image_channels", "num_classes", "architecture")
 
 
 def convolution(channels: int, out: int, size: int, stride: int = 1) -> list[nn.Module]:
@@ -65,8 +65,8 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Logits, float32 (B, num_classes), of images (B, C, H, W) (He et al. 2016).
 
-    resnet50: 7x7 stem of stride 2, 3x3 max-pool of stride 2, bottlenecks of widths 64, 128, 256, 512. resnet8, 14, 20:
-    the kind for images of 32x32, 6n + 2 layers: 3x3 stem, n basic blocks of each width 16, 32, 64.
+    resnet50: 7x7 stem of stride 2, 3x3 max-pool of stride 2, bottlenecks of widths 64, 128, 256, 512.
+    resnet8, 14, 20: for images of 32x32, 6n + 2 layers: 3x3 stem, n basic blocks of each width 16, 32, 64.
     """
 
     def __init__(self, image_channels: int, num_classes: int, architecture: Architecture) -> None:
@@ -90,12 +90,12 @@ class ResNet(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         features = self.features(image.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-        with torch.autocast(image.device.type, enabled=False):  # 16-bit logits would tie, and ties decide the top k
+        with torch.autocast(image.device.type, enabled=False):  # 16-bit logits can be equal, which would change top-k
             return self.last(features.to(self.last.weight.dtype))
 
 
 def pad_and_crop(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Each image shifted by -4 ... 4 pixels in y and x, black where nothing was; u: (B, 2) uniform in [0, 1)."""
+    """Each image shifted by -4 ... 4 pixels in y and x, padded with black. u: (B, 2), uniform in [0, 1)."""
     count, _, height, width = image.shape
     down, across = (u * (2 * PADDING + 1)).long().unbind(1)
     rows = down[:, None] + torch.arange(height, device=image.device)  # (B, H) of the padded image
@@ -108,8 +108,8 @@ def pad_and_crop(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 def random_box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre and half size, (B, 2) as x, y in [-1, 1], of a box in the unit square for each row of u.
 
-    u: (B, 2 TRIES + 2), uniform in [0, 1). Area uniform in AREA, aspect ratio log-uniform in ASPECT, the first of
-    TRIES boxes that fits, else the whole square; its place is uniform.
+    u: (B, 2 TRIES + 2), uniform in [0, 1). The area is uniform in AREA, the aspect ratio log-uniform in ASPECT, and the
+    position uniform. Takes the first of TRIES boxes that fits, or else the whole square.
     """
     tries = u[:, : 2 * TRIES].view(-1, TRIES, 2)
     area = AREA[0] + (AREA[1] - AREA[0]) * tries[..., 0]
@@ -122,7 +122,7 @@ def random_box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def resized_crop(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """A random box of each image, bilinear at the image's own size: it only ever enlarges, so nothing aliases."""
+    """A random box of each image, enlarged bilinearly to the size of the image. u: see `random_box`."""
     centre, half = random_box(u)
     theta = torch.cat([torch.diag_embed(half), centre[..., None]], -1)  # (B, 2, 3)
     grid = F.affine_grid(theta, list(image.shape), align_corners=False).to(image.dtype)
@@ -130,26 +130,26 @@ def resized_crop(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 class Classifier(L.LightningModule):
-    """p(c|x): a residual network trained from scratch with cross entropy by SGD with Nesterov momentum.
+    """p(c|x): a residual network, trained from scratch with cross entropy and SGD with Nesterov momentum.
 
-    Trained on generated images and tested on real ones, its accuracy is the classification accuracy score (Ravuri and
-    Vinyals 2019). Logs test/cas_top1 and test/cas_top5, and leaves the accuracy of each class in `per_class`,
-    (num_classes,). Crops and flips are keyed by (seed, index), and drawn on the CPU: the same on every device.
+    Its accuracy on real images after training on generated ones is the classification accuracy score (Ravuri and
+    Vinyals 2019). Logs test/cas_top1 and test/cas_top5, and stores the accuracy of each class in `per_class`,
+    (num_classes,). Crops and flips are seeded by (seed, index) and drawn on the CPU, so that devices do not differ.
 
     Args:
         resolution: Width and height of the images.
         image_channels: 3 for colour, 1 for grey.
-        num_classes: Classes to tell apart; with fewer than 5 of them, top-5 counts all.
+        num_classes: Number of classes; with fewer than 5, top-5 counts all predictions as right.
         architecture: resnet8, resnet14 or resnet20 for images of about 32x32, resnet50 for ImageNet.
         lr: Learning rate after the warm-up.
-        momentum: Of SGD, in Nesterov's form.
-        weight_decay: Of every parameter.
-        label_smoothing: Share of the target spread evenly over the classes.
+        momentum: Nesterov momentum of SGD.
+        weight_decay: Weight decay of all parameters.
+        label_smoothing: Share of the target that is spread evenly over the classes.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
-        schedule: cosine to 0 over the rest of the run, or steps: a tenth after each of 1/3, 2/3 and 8/9 of it.
+        schedule: cosine (to 0 at the end), or steps (divide by 10 at 1/3, 2/3 and 8/9 of the run).
         crop: pad (shift by up to 4 pixels), resized (random area and aspect ratio) or none.
         flip: Mirror half of the training images.
-        seed: Keys crops and flips.
+        seed: Seeds crops and flips.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Classifier(L.LightningModule):
         self.log_dict(dict(self.test_accuracies.items()))
 
     def on_test_epoch_end(self) -> None:
-        self.per_class = self.class_accuracy.compute().cpu()  # of all processes together
+        self.per_class = self.class_accuracy.compute().cpu()  # over all processes
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(
@@ -249,26 +249,26 @@ class Classifier(L.LightningModule):
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, gone)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another network before anything is loaded."""
-        theirs = checkpoint.get("hyper_parameters", {})
-        for name in FIXED:
-            if theirs.get(name) != self.hparams[name]:
+        """Refuse a checkpoint of another network before anything is loaded."""
+        stored = checkpoint.get("hyper_parameters", {})
+        for name in FIXED_ARGUMENTS:
+            if stored.get(name) != self.hparams[name]:
                 raise InputError(
-                    f"the checkpoint does not fit this classifier: its {name} is {theirs.get(name)!r}, "
+                    f"the checkpoint does not fit this classifier: its {name} is {stored.get(name)!r}, "
                     f"and the configuration says {self.hparams[name]!r}"
                 )
 
 
-def classifier_of(plan: Plan, seed: int) -> Classifier:
-    """An untrained classifier, its weights a function of the seed."""
+def build_classifier(plan: Plan, seed: int) -> Classifier:
+    """An untrained classifier; the seed determines its weights."""
     L.seed_everything(seed, verbose=False)
     model = {name: value for name, value in plan.recipe().items() if name not in ("steps", "batch_size", "precision")}
     return Classifier(plan.resolution, plan.channels, len(plan.classes), seed=seed, **model)
 
 
 def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: str, title: str) -> bool:
-    """Fit one classifier, test it, and leave its figures in run/result.json; whether this is the process to report."""
-    classifier = classifier_of(plan, seed)
+    """Train and test one classifier, and write run/result.json. Returns whether this is the first process."""
+    classifier = build_classifier(plan, seed)
     saver = Checkpoint(run / "checkpoints", every_n_train_steps=max(1, plan.steps // 20))
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -281,14 +281,14 @@ def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: 
         log_every_n_steps=10,
         logger=CSVLogger(run, name="logs"),
         callbacks=[saver],
-        use_distributed_sampler=False,  # the data module deals out the images itself
+        use_distributed_sampler=False,  # the data module splits the images over processes
         enable_model_summary=False,
         default_root_dir=run,
     )
     if trainer.is_global_zero:
         print(f"training on {title}")
     trainer.fit(classifier, datamodule=data, ckpt_path=newest_checkpoint([run / "checkpoints"]), weights_only=True)
-    # From the file: every process has gathered running statistics of its own, and those of the first one count.
+    # Load from the file: batch norm statistics differ between processes, and those of the first one count.
     last = newest_checkpoint([run / "checkpoints"])
     [figures] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
     if trainer.is_global_zero:

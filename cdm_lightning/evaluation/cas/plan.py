@@ -1,4 +1,4 @@
-"""What a classification accuracy score is measured with and how: the recipe, the folders, the counts; checked first."""
+"""The plan of a classification accuracy score: recipe, shards and counts, checked before any training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cdm_lightning.data.shards import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.sampling.manifest import NO_CLASSES
 
@@ -18,21 +18,21 @@ Crop = Literal["pad", "resized", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How every classifier is trained, on generated images and on real ones alike.
+    """The training recipe of all classifiers, those on generated and those on real images.
 
     Args:
         architecture: resnet8, resnet14 or resnet20 for images of about 32x32, resnet50 for ImageNet.
-        steps: Optimizer steps of a training.
+        steps: Optimizer steps per training.
         batch_size: Images per optimizer step, over all devices.
         lr: SGD's learning rate after the warm-up.
-        momentum: Of SGD, in Nesterov's form.
-        weight_decay: Of every parameter.
-        label_smoothing: Share of the target spread evenly over the classes.
+        momentum: Nesterov momentum of SGD.
+        weight_decay: Weight decay of all parameters.
+        label_smoothing: Share of the target that is spread evenly over the classes.
         warmup_steps: Optimizer steps over which the learning rate rises linearly.
-        schedule: cosine to 0, or steps: a tenth after each of 1/3, 2/3 and 8/9 of the training.
+        schedule: cosine (to 0), or steps (divide by 10 at 1/3, 2/3 and 8/9 of the training).
         crop: pad (shift by up to 4 pixels), resized (random area and aspect ratio) or none.
         flip: Mirror half of the training images.
-        precision: Lightning's name of it, such as 32-true or bf16-mixed.
+        precision: 32-true or bf16-mixed.
     """
 
     architecture: Architecture = "resnet14"
@@ -51,23 +51,24 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Recipe):
-    """What a folder of results is begun with, and continued with nothing else; counts are training images per class."""
+    """The recipe and the images of a score. A folder of results is continued only with the plan it was begun with."""
 
-    samples: str  # SHA-256 of the generated shards
-    training: str  # of the real shards that the control is chosen from
-    validation: str  # of the real shards to test on
+    samples: str  # SHA-256 of the shards of generated images
+    training: str  # SHA-256 of the real shards that the control trains on
+    validation: str  # SHA-256 of the real shards to test on
     resolution: int
     channels: int
-    devices: int  # each normalises its own part of a batch
-    counts: list[int]
+    devices: int  # part of the plan because batch norm works per device
+    counts: list[int]  # training images per class
     classes: list[str]
 
     def recipe(self) -> dict[str, Any]:
+        """The fields of the recipe, without those of the images."""
         return {field.name: getattr(self, field.name) for field in fields(Recipe)}
 
 
-def manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Manifest]:
-    """Of the generated images, the real training images and the real validation images; refuses what does not fit."""
+def read_manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Manifest]:
+    """Manifests of the generated, the real training and the real validation images. Refuses a mismatch."""
     folder = Path(samples) / "train"
     stored = [int(f.name) for f in folder.iterdir() if f.name.isdecimal()] if folder.is_dir() else []
     if not stored:
@@ -103,7 +104,7 @@ def manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Manifest
 def make_plan(
     generated: Manifest, real: Manifest, validation: Manifest, count: int | None, recipe: Recipe, devices: int
 ) -> Plan:
-    """The plan of a call; refuses a count or a recipe that cannot be trained."""
+    """The plan for these images and settings. Refuses a count or a recipe that cannot be trained."""
     n = generated.count if count is None else count
     if not len(generated.classes) <= n <= generated.count:
         raise InputError(f"count {n} must lie between one image a class and the {generated.count} generated images")
@@ -111,18 +112,18 @@ def make_plan(
         raise InputError(f"steps {recipe.steps} must be at least 1, and batch_size {recipe.batch_size} at least 2")
     if devices < 1 or recipe.batch_size % devices:
         raise InputError(f"batch_size {recipe.batch_size} cannot be shared by {devices} devices")
-    counts = share(n, generated.counts)
-    for name, asked, held in zip(real.classes, counts, real.counts, strict=True):
-        if asked > held:
+    counts = proportional_counts(n, generated.counts)
+    for name, needed, available in zip(real.classes, counts, real.counts, strict=True):
+        if needed > available:
             raise InputError(
-                f"the control takes as many real images as generated ones, {asked} of class {name}, "
-                f"and there are {held}: ask for a smaller count"
+                f"the control takes as many real images as generated ones, {needed} of class {name}, "
+                f"and there are {available}: ask for a smaller count"
             )
     return Plan(
         **asdict(recipe),
-        samples=digest_of(generated.shards),
-        training=digest_of(real.shards),
-        validation=digest_of(validation.shards),
+        samples=shards_digest(generated.shards),
+        training=shards_digest(real.shards),
+        validation=shards_digest(validation.shards),
         resolution=generated.resolution,
         channels=generated.channels,
         devices=devices,
@@ -131,8 +132,8 @@ def make_plan(
     )
 
 
-def share(n: int, counts: Sequence[int]) -> list[int]:
-    """n in proportion to counts, in whole numbers by largest remainders; ties go to the lower class."""
+def proportional_counts(n: int, counts: Sequence[int]) -> list[int]:
+    """Split n in proportion to counts into integers, by largest remainders; ties go to the lower class."""
     total = sum(counts)
     parts = [n * count // total for count in counts]
     order = sorted(range(len(counts)), key=lambda c: -(n * counts[c] % total))  # sorted is stable

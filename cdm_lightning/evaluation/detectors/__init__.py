@@ -1,4 +1,4 @@
-"""Detectors: the networks whose features distances compare. Only the canonical Inception makes them FID and KID."""
+"""Detectors: the networks whose features FID and KID compare. Only the canonical Inception gives true FID and KID."""
 
 from cdm_lightning.evaluation.detectors.detector import Detector, SmallCNN, features_of
 from cdm_lightning.evaluation.detectors.inception import Inception, load_head

@@ -1,4 +1,4 @@
-"""What a detector is, and the small one of this project: frozen networks that turn uint8 images into features."""
+"""The interface of detectors, frozen networks that turn uint8 images into features; and SmallCNN, a small one."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from cdm_lightning.foundation.images import to_float
 
 
 class Detector(nn.Module):
-    """What every detector has; its forward maps uint8 (B, C, H, W) to features, float32 (B, num_features)."""
+    """Base class of detectors. forward maps uint8 (B, C, H, W) to features, float32 (B, num_features)."""
 
     name: str
-    sha256: str  # of its weights
+    sha256: str  # of the weights file
     num_features: int
     canonical: bool = False  # whether distances on its features may be called FID, KID and Inception Score
 
 
 class SmallCNN(Detector):
-    """A classifier of small images, whose 64 numbers before the last layer, max(0, a (W h) + b), are the features.
+    """A classifier of small images. Its features are the 64 activations before the last layer, max(0, a (W h) + b).
 
-    image: uint8 (B, channels, H, W), H, W >= 8, of any size: resized bilinearly without antialiasing to the 32x32 it
-    was trained on. Another number of channels and float images are refused.
+    image: uint8 (B, channels, H, W), H, W >= 8; resized to the training size, 32x32, bilinearly without antialiasing.
+    Refuses another number of channels and float images.
 
     channels: 1 for grey images, 3 for colour. width: channels of the first convolution. num_classes: of the classifier.
     """
 
     name = "small-cnn"
-    sha256 = ""  # until weights are loaded
+    sha256 = ""  # empty until weights are loaded
     num_features, resolution = 64, 32
 
     def __init__(self, channels: int = 1, width: int = 24, num_classes: int = 10) -> None:
@@ -46,18 +46,18 @@ class SmallCNN(Detector):
         )
         self.penultimate = nn.Sequential(
             nn.Linear(4 * width * 4 * 4, self.num_features, bias=False),
-            nn.BatchNorm1d(self.num_features),  # keeps every feature alive
+            nn.BatchNorm1d(self.num_features),  # keeps features from being zero for all images
             nn.ReLU(),
         )
         self.last = nn.Linear(self.num_features, num_classes)
 
     @classmethod
-    def of(cls, state: dict[str, torch.Tensor]) -> SmallCNN:
-        """The network that these weights fit, its sizes read from their shapes; raises KeyError, RuntimeError."""
+    def from_state_dict(cls, state: dict[str, torch.Tensor]) -> SmallCNN:
+        """A network with these weights; their shapes give its sizes. Raises KeyError or RuntimeError for others."""
         width, channels = state["convolutions.0.weight"].shape[:2]
-        made = cls(channels, width, len(state["last.weight"]))
-        made.load_state_dict(state)
-        return made
+        network = cls(channels, width, len(state["last.weight"]))
+        network.load_state_dict(state)
+        return network
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Features, float32 (B, 64), of uint8 (B, C, H, W)."""
@@ -82,16 +82,18 @@ class SmallCNN(Detector):
         return F.interpolate(to_float(image), size, mode="bilinear", align_corners=False, antialias=False)
 
     def features(self, prepared: torch.Tensor) -> torch.Tensor:
+        """Features, float32 (B, 64), of prepared images (B, C, 32, 32)."""
         return self.penultimate(self.convolutions(prepared))
 
 
 def convolution(channels: int, out: int) -> list[nn.Module]:
+    """A 3x3 convolution without bias, batch norm and ReLU."""
     return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
 
 
 @torch.no_grad()
 def features_of(detector: Detector, image: torch.Tensor) -> torch.Tensor:
-    """float32 (B, d) features of uint8 (B, C, H, W), in full precision under autocast too; refuses NaN and infinity."""
+    """float32 (B, d) features of uint8 (B, C, H, W), without autocast. Refuses features that are NaN or infinite."""
     with torch.autocast(image.device.type, enabled=False):
         features = detector(image).float()
     if not features.isfinite().all():

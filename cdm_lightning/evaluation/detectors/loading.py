@@ -1,4 +1,4 @@
-"""Detectors by name or from files: the canonical Inception, the small ones of this project, others where trusted."""
+"""Loading detectors by name or from files: the canonical Inception, SmallCNNs, and trusted TorchScript."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load as load_safetensors
 
 from cdm_lightning.evaluation.detectors import inception
 from cdm_lightning.evaluation.detectors.detector import Detector, SmallCNN
-from cdm_lightning.evaluation.detectors.inception import Inception, Scripted
+from cdm_lightning.evaluation.detectors.inception import Inception, ScriptedDetector
 from cdm_lightning.foundation.errors import InputError
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "detectors"
@@ -21,11 +21,11 @@ def load_detector(name_or_path: str | Path, trust: bool = False) -> Detector:
     """The detector of that name or in that file; in eval mode, frozen.
 
     name_or_path: "inception" (or its full name) for the canonical network in the cache, the name of a pinned detector,
-    a .safetensors file of a SmallCNN, the canonical network's own .pt file, known by its hash, or another TorchScript
-    .pt, which is a program and runs only where `trust` says so; its SHA-256 is printed.
+    a .safetensors file of a SmallCNN, the canonical network's .pt file, recognised by its hash, or another TorchScript
+    .pt file. The last is a program: it runs only if `trust` is true, and its SHA-256 is printed.
 
-    A detector from a file carries the file's stem as its name. Raises InputError for an unknown name, a missing file,
-    or weights that are not what they should be; nothing is unpickled.
+    The name of a detector from a file is the stem of the file. Raises InputError for an unknown name, a missing file or
+    wrong weights. Nothing is unpickled.
     """
     name = str(name_or_path)
     path = FOLDER / f"{name}.safetensors" if name in PINNED else Path(name)
@@ -43,7 +43,7 @@ def load_detector(name_or_path: str | Path, trust: bool = False) -> Detector:
     if name in PINNED and digest != PINNED[name]:
         raise InputError(f"{path} is not the detector {name}: its SHA-256 is {digest}, and {PINNED[name]} is expected")
     try:
-        detector = SmallCNN.of(load_safetensors(data))
+        detector = SmallCNN.from_state_dict(load_safetensors(data))
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"{path} does not hold the weights of a SmallCNN: {str(error).splitlines()[0]}") from error
     detector.name, detector.sha256 = path.stem, digest
@@ -51,7 +51,7 @@ def load_detector(name_or_path: str | Path, trust: bool = False) -> Detector:
 
 
 def load_script(path: Path, data: bytes, digest: str, trust: bool) -> Detector:
-    """The canonical network where its bytes are in that file, else, where trusted, whatever TorchScript is in it."""
+    """The canonical network, if the file is its own; else the TorchScript in it, if `trust` is true."""
     if digest == Inception.sha256:
         return inception.read(data)
     if not trust:
@@ -60,4 +60,4 @@ def load_script(path: Path, data: bytes, digest: str, trust: bool) -> Detector:
             "give --trust_detector true if you trust its maker"
         )
     print(f"{path}: running a TorchScript that is not the canonical Inception, SHA-256 {digest}")
-    return Scripted.of(path, data, digest)
+    return ScriptedDetector.from_file(path, data, digest)

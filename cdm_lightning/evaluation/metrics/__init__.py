@@ -1,1 +1,1 @@
-"""The figures of samples: FID and KID (distance.py), precision and recall (manifold.py), all together (measure.py)."""
+"""Metrics: FID and KID (distance.py), precision and recall (manifold.py), features (features.py), all (measure.py)."""

@@ -1,7 +1,7 @@
-"""Distances between two sets of features: Fréchet's from their moments, the kernel distance from the features.
+"""FID and KID: the Fréchet distance of two sets of features, from their moments, and the kernel distance.
 
-"FID" and "KID" are their names on the canonical Inception network alone; on any other detector they are written
-"Fréchet distance (<detector>)" and "kernel distance (<detector>)", and compare with those of the same detector only.
+Only on features of the canonical Inception network are they called FID and KID. With any other detector they are called
+"Fréchet distance (<detector>)" and "kernel distance (<detector>)", and only compare with values of the same detector.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import nn
 
 from cdm_lightning.foundation.errors import InputError
 
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torchmetrics' defaults, which are torch-fidelity's
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # the defaults of torchmetrics and torch-fidelity
 
 
 @dataclass(frozen=True)
 class Moments:
-    """n, sum of f, sum of f f^T: what a Fréchet distance needs of a set of features; float64, (d,) and (d, d)."""
+    """n, sum of f (d,), and sum of f f^T (d, d) over a set of n features; float64. Gives mean and covariance."""
 
     n: int
     total: torch.Tensor
     outer: torch.Tensor
 
     @classmethod
-    def of(cls, batches: Iterable[torch.Tensor]) -> Moments:
-        """Summed over batches of features (B, d) as they come; nothing but the sums is kept."""
+    def from_features(cls, batches: Iterable[torch.Tensor]) -> Moments:
+        """The moments of batches of features (B, d). Only the sums are kept in memory."""
         n, total, outer = 0, torch.zeros(()), torch.zeros(())
         for batch in batches:
             f = batch.double()
@@ -40,44 +40,44 @@ class Moments:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """The unbiased one, over n - 1, as every implementation of FID has it."""
+        """The unbiased covariance, divided by n - 1, as in all implementations of FID."""
         return (self.outer - self.n * torch.outer(self.mean, self.mean)) / (self.n - 1)
 
     @classmethod
     def from_covariance(cls, n: int, mean: torch.Tensor, covariance: torch.Tensor) -> Moments:
-        """The sums behind a mean and an unbiased covariance."""
+        """The moments of n features with this mean and unbiased covariance."""
         mean, covariance = mean.double(), covariance.double()
         return cls(n, n * mean, (n - 1) * covariance + n * torch.outer(mean, mean))
 
 
-def handed_over(num_features: int) -> nn.Module:
-    """What torchmetrics is given for a network: features are its input already.
+def feature_passthrough(num_features: int) -> nn.Module:
+    """The identity, as the network for torchmetrics: its inputs are features already.
 
-    Whoever measures has the features of all processes, so that no metric here asks others for theirs (sync_on_compute).
+    All metrics here get the features of all processes, so they use sync_on_compute=False.
     """
     network = nn.Identity()
-    network.num_features = num_features  # type: ignore[assignment]  # torchmetrics looks for it
+    network.num_features = num_features  # type: ignore[assignment]  # torchmetrics reads it
     return network
 
 
 def frechet_distance(real: Moments, generated: Moments) -> float:
-    """d^2 = ||mu_r - mu_g||^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2)), by torchmetrics; >= 0 up to rounding."""
+    """d^2 = ||mu_r - mu_g||^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2)), by torchmetrics. It is >= 0 up to rounding."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     check_moments(real, generated)
-    metric = FrechetInceptionDistance(feature=handed_over(len(real.total)), sync_on_compute=False)
+    metric = FrechetInceptionDistance(feature=feature_passthrough(len(real.total)), sync_on_compute=False)
     for side, moments in (("real", real), ("fake", generated)):
         getattr(metric, f"{side}_features_sum").copy_(moments.total)
         getattr(metric, f"{side}_features_cov_sum").copy_(moments.outer)
         getattr(metric, f"{side}_features_num_samples").fill_(moments.n)
-    metric.orig_dtype, metric._update_count = torch.float64, 1  # type: ignore[assignment]  # what update() would leave
+    metric.orig_dtype, metric._update_count = torch.float64, 1  # type: ignore[assignment]  # what update() would set
     return float(metric.compute())
 
 
-class FrechetTo:
-    """The same distance from one reference to many sets: Tr (S_r S_g)^(1/2) = Tr (S_r^(1/2) S_g S_r^(1/2))^(1/2).
+class FrechetDistanceTo:
+    """The Fréchet distance from one reference to many sets: Tr (S_r S_g)^(1/2) = Tr (S_r^(1/2) S_g S_r^(1/2))^(1/2).
 
-    The inner matrix is symmetric, whose eigenvalues are found many times faster than those of the product.
+    Many times faster than `frechet_distance`, since the matrix on the right is symmetric.
     """
 
     def __init__(self, real: Moments) -> None:
@@ -93,7 +93,7 @@ class FrechetTo:
 
 
 def check_moments(real: Moments, generated: Moments) -> None:
-    """Refuse sets too small for a covariance, and features of two sizes."""
+    """Refuse sets too small for a covariance, and features of different sizes."""
     if min(real.n, generated.n) < 2:
         raise InputError(
             f"a Fréchet distance takes 2 images or more on each side, not {real.n} real and {generated.n} generated"
@@ -103,9 +103,9 @@ def check_moments(real: Moments, generated: Moments) -> None:
 
 
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int) -> tuple[float, float, int]:
-    """MMD^2 with the kernel (x y / d + 1)^3 by torchmetrics: mean and standard deviation over 100 subsets, their size.
+    """MMD^2 with the kernel (x y / d + 1)^3, by torchmetrics: mean and deviation over 100 subsets, and the subset size.
 
-    real, generated: features (n, d). Subsets have 1000 images, or half of the smaller set where that is less, and are
+    real, generated: features (n, d). A subset has 1000 images, or half of the smaller set if that is less. Subsets are
     drawn with `seed`.
     """
     size = min(KID_SUBSET_SIZE, min(len(real), len(generated)) // 2)
@@ -116,7 +116,7 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int) -> t
     from torchmetrics.image.kid import KernelInceptionDistance
 
     metric = KernelInceptionDistance(
-        feature=handed_over(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        feature=feature_passthrough(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
     )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)

@@ -1,4 +1,4 @@
-"""Features of whole folders of shards: a detector runs over them once, on any number of processes, resumable."""
+"""Feature extraction: runs a detector over a folder of shards, on any number of processes, resumable."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
 from cdm_lightning.evaluation.detectors import Detector, features_of
-from cdm_lightning.evaluation.real_images import stream
+from cdm_lightning.evaluation.real_images import stream_shards
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
-from cdm_lightning.sampling.shared_work import EndOnSigterm, join, shared_out
+from cdm_lightning.sampling.shared_work import EndOnSigterm, join_processes, trainer_options
 
 
-def extract(
+def extract_features(
     root: Path,
     split: str,
     resolution: int,
@@ -35,49 +35,50 @@ def extract(
     batch_size: int = 50,
     shards: int | None = None,
 ) -> Manifest:
-    """Write the detector's features of the images of <root>/<split>, reduced to `resolution`: a file a shard in `out`.
+    """Write the detector's features of the images of <root>/<split>, reduced to `resolution`: one file per shard.
 
-    Whole shards are shared out over the processes and batches never cross a shard, so that the features are the same
-    bits for any number of processes. Stopped and called again, it goes on where it was, with another batch size where
-    that is given, which changes the shards still to do by float error alone; features of other images or of another
-    detector in `out` are refused. With several devices, every process returns when the last one is done.
+    Each process takes whole shards, and no batch crosses a shard, so that the features are the same bits for any number
+    of processes. If it is stopped, the same call continues. Another batch size changes features by float error only.
+    Refuses an `out` with features of other images or of another detector. With several devices, every process
+    returns when the last one is done.
 
-    shards: of the first so many shards alone; the manifest that is returned lists what was done.
+    shards: how many shards to measure, from the first; None for all. The returned manifest lists these.
     """
     for name, number in (("batch_size", batch_size), ("devices", devices)):
         if number < 1:
             raise InputError(f"{name} is {number}: it must be at least 1")
-    join()
+    join_processes()
     folder = find_folder(root, split, resolution)
     manifest = read_manifest(folder)
     manifest = replace(manifest, shards=manifest.shards[:shards])
-    about = {"detector": detector.sha256, "resolution": resolution, "shards": [s.sha256 for s in manifest.shards]}
-    begun = Path(out) / "about.json"
-    if first_process() and not begun.is_file():
-        write_atomically(begun, json.dumps(about).encode())
+    settings = {"detector": detector.sha256, "resolution": resolution, "shards": [s.sha256 for s in manifest.shards]}
+    settings_file = Path(out) / "about.json"
+    if first_process() and not settings_file.is_file():
+        write_atomically(settings_file, json.dumps(settings).encode())
     wait_for_all()
-    if read_table(begun) != about:
+    if read_table(settings_file) != settings:
         raise InputError(f"{out} holds features of other images or of another detector: give another folder")
     todo = [n for n, shard in enumerate(manifest.shards) if not finished(feature_file(out, n), shard.count)]
-    wait_for_all()  # before the first of them writes
+    wait_for_all()  # all processes must list the missing shards before one of them writes
     if todo:
-        work = Extractor(folder, manifest, resolution, detector, out, batch_size)
+        extractor = FeatureExtractor(folder, manifest, resolution, detector, out, batch_size)
         trainer = L.Trainer(
-            **shared_out(devices, accelerator), logger=False, callbacks=[EndOnSigterm()],
+            **trainer_options(devices, accelerator), logger=False, callbacks=[EndOnSigterm()],
             use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=False,
             enable_progress_bar=False, default_root_dir=out,
         )  # fmt: skip
-        trainer.predict(work, datamodule=Numbers(todo), return_predictions=False)
-        wait_for_all()  # what follows reads the features of all
+        trainer.predict(extractor, datamodule=ShardNumbers(todo), return_predictions=False)
+        wait_for_all()  # the caller reads the features of all processes
     return manifest
 
 
 def feature_file(out: Path, number: int) -> Path:
+    """The file with the features of one shard."""
     return Path(out) / f"{number:06d}.safetensors"
 
 
 def finished(path: Path, count: int) -> bool:
-    """Whether a file of features is there and whole; a torn one is said so, and made again."""
+    """Whether a file of features is complete, with `count` images. Prints a message for a damaged one."""
     if not path.is_file():
         return False
     try:
@@ -87,34 +88,34 @@ def finished(path: Path, count: int) -> bool:
     except (SafetensorError, OSError):
         whole = False
     if not whole and first_process():
-        print(f"{path} is torn or another's, and is made again")
+        print(f"{path} is damaged or foreign, and is made again")
     return whole
 
 
 def read_features(out: Path, manifest: Manifest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(features, float32 (n, d), labels, int64 (n,)) of every shard, in the shards' order, whatever computed them."""
+    """(features, float32 (n, d), labels, int64 (n,)) of each shard, in the order of the manifest."""
     for number in range(len(manifest.shards)):
         with safe_open(feature_file(out, number), "pt") as stored:
             yield stored.get_tensor("features"), stored.get_tensor("label")
 
 
-class Numbers(L.LightningDataModule):
-    """Numbers of the shards still to do, every n-th one for each process."""
+class ShardNumbers(L.LightningDataModule):
+    """The numbers of the shards to measure; each of n processes takes every n-th."""
 
     trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
 
     def __init__(self, todo: list[int]) -> None:
         super().__init__()
         self.todo = todo
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer shards than processes
 
     def predict_dataloader(self) -> DataLoader:
-        own: Any = self.todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(own, batch_size=None)
+        numbers: Any = self.todo[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(numbers, batch_size=None)
 
 
-class Extractor(L.LightningModule):
-    """Runs the detector over one shard a step and writes its features."""
+class FeatureExtractor(L.LightningModule):
+    """Runs the detector over one shard per step, and writes its features."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, resolution: int, detector: Detector, out: Path, batch_size: int
@@ -134,12 +135,12 @@ class Extractor(L.LightningModule):
         """Write the features of one shard."""
         shard = self.manifest.shards[int(number)]
         features, labels = [], []
-        for image, label in stream(self.folder, self.manifest, [shard], self.resolution, self.batch_size):
+        for image, label in stream_shards(self.folder, self.manifest, [shard], self.resolution, self.batch_size):
             features.append(features_of(self.detector, image.to(self.device)).cpu())
             labels.append(label)
             self.bar.update(len(image) * self.trainer.world_size)
-        found = {"features": torch.cat(features), "label": torch.cat(labels)}
-        write_atomically(feature_file(self.out, int(number)), save_safetensors(found))
+        tensors = {"features": torch.cat(features), "label": torch.cat(labels)}
+        write_atomically(feature_file(self.out, int(number)), save_safetensors(tensors))
 
     def on_predict_end(self) -> None:
         self.bar.close()

@@ -1,4 +1,4 @@
-"""What a measurement is: one figure with its name, its spread, and what it was measured on."""
+"""Results of measurements: a figure with its name, value, spread, and the images it was measured on."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ class Figure:
     value: float
     spread: float | None  # one standard deviation
     spread_of: str  # "3 disjoint seeds", "100 subsets of 500", "10 splits" or ""
-    against: str  # the real images: "train", "val", the name of a card's file, or "" for none
+    against: str  # the real images: "train", "val", a card's file name, or "" for none
     n: int  # generated images
     n_reference: int  # real images
-    note: str  # "" or what a reader must know, such as the bias of a small n
+    note: str  # "" or a caveat, such as the bias of a small n
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Classification accuracy score: of a classifier trained on one set of images, on real validation images."""
+    """Classification accuracy score: the accuracy on real images of a classifier trained on one set of images."""
 
     trained_on: str  # "generated", "real", ...
-    n: int  # images it was trained on
+    n: int  # training images
     top1: float  # per cent
-    top5: float | None = None  # per cent; None where there are too few classes to say anything
+    top5: float | None = None  # per cent; None if there are too few classes for it to mean anything
     spread: float | None = None  # one standard deviation of top1
     spread_of: str = ""
 
 
 def against(figure: Figure) -> str:
+    """The real images of a figure, in words."""
     return SETS.get(figure.against, figure.against)
 
 
 def full_name(figure: Figure) -> str:
-    """The figure's name and what it was measured against."""
+    """The figure's name with the real images it was measured against."""
     return f"{figure.name} against the {against(figure)}" if figure.against else figure.name
 
 
 def spreads(figures: Iterable[Figure]) -> str:
-    """What the spreads are over, said once where it is the same for all."""
-    said = {figure.name: figure.spread_of for figure in figures if figure.spread is not None}
-    different = dict.fromkeys(said.values())
-    return ", ".join(different) if len(different) < 2 else "; ".join(f"{name}: {what}" for name, what in said.items())
+    """What the spreads of the figures are over; stated once if it is the same for all."""
+    meaning = {figure.name: figure.spread_of for figure in figures if figure.spread is not None}
+    different = dict.fromkeys(meaning.values())
+    return (
+        ", ".join(different) if len(different) < 2 else "; ".join(f"{name}: {what}" for name, what in meaning.items())
+    )

@@ -1,4 +1,4 @@
-"""Neighbours in a detector's space: improved precision and recall, and the search for memorised images."""
+"""Nearest neighbours in feature space: improved precision and recall, and the detection of memorised images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ CHUNK = 1000  # rows at a time, so that memory does not grow with n^2
 
 
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of each set inside the other's manifold, the union of balls that reach to each point's k-th neighbour.
+    """Improved precision and recall (Kynkäänniemi et al., 2019, eq. 1).
 
-    Precision: generated images within a real image's ball; recall: real images within a generated image's
-    (Kynkäänniemi et al., 2019, eq. 1). real: (m, d), generated: (n, d); n near m compares best.
+    The manifold of a set is the union of balls around its points; each reaches to the point's k-th nearest neighbour.
+    Precision is the share of generated images inside the manifold of the real ones; recall is the reverse.
+    real: (m, d), generated: (n, d); n should be close to m.
     """
     if min(len(real), len(generated)) <= k:
         raise InputError(f"k = {k} neighbours take more images than {len(real)} real and {len(generated)} generated")
@@ -24,43 +25,45 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
 
 
 def radii(points: torch.Tensor, k: int) -> torch.Tensor:
-    """The distance of every point to its k-th neighbour among the others, (n,)."""
-    found = []
+    """The distance of every point to its k-th nearest neighbour among the others, (n,)."""
+    parts = []
     for start, distance in distances(points, points):
         rows = torch.arange(len(distance))
-        distance[rows, start + rows] = torch.inf  # itself, by its place: a twin elsewhere is a neighbour
-        found.append(distance.kthvalue(k, dim=1).values)
-    return torch.cat(found)
+        distance[rows, start + rows] = torch.inf  # not its own neighbour; an equal point elsewhere is one
+        parts.append(distance.kthvalue(k, dim=1).values)
+    return torch.cat(parts)
 
 
 def share_inside(points: torch.Tensor, centres: torch.Tensor, radius: torch.Tensor) -> float:
+    """The share of points that lie in at least one of the balls."""
     inside = sum(int((distance <= radius).any(1).sum()) for _, distance in distances(points, centres))
     return inside / len(points)
 
 
 def nearest(real: torch.Tensor, generated: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k nearest real images of every generated one: distances in rising order and their rows, (n, k) each."""
+    """The k nearest real images of every generated image: distances in rising order, and row numbers, (n, k) each."""
     real, generated = centred(real, generated)
     parts = [distance.topk(min(k, len(real)), largest=False) for _, distance in distances(generated, real)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def copy_threshold(real: torch.Tensor, quantile: float = 0.01) -> float:
-    """The distance below which a real image has its nearest other real image in a share `quantile` of all cases.
+    """The `quantile` of the distances of real images to their nearest other real image.
 
-    Of honest samples about that share lies nearer than this to a training image; more of them is memorisation.
+    Without memorisation, about this share of the samples is nearer than this to a training image; a larger share points
+    to memorisation.
     """
     (real,) = centred(real)
     return float(radii(real, 1).double().quantile(quantile)) if len(real) > 1 else 0.0
 
 
 def centred(*sets: torch.Tensor) -> list[torch.Tensor]:
-    """The sets around the mean of the first, where float32 loses least of a difference."""
+    """The sets minus the mean of the first, so that float32 loses the least precision in differences."""
     middle = sets[0].double().mean(0)
     return [(points.double() - middle).float() for points in sets]
 
 
 def distances(points: torch.Tensor, others: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Euclidean distances (rows, len(others)) of a chunk of points at a time, and the number of its first point."""
+    """Euclidean distances, in chunks of points: (row of the first point, distances (chunk, len(others)))."""
     for start in range(0, len(points), CHUNK):
         yield start, torch.cdist(points[start : start + CHUNK], others)

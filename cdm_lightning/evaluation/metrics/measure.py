@@ -1,4 +1,4 @@
-"""All figures of generated images from one pass over their features: distances, precision and recall, and the score."""
+"""All metrics of generated images from their features: FID, KID, precision, recall, and the Inception Score."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 import torch
 
 from cdm_lightning.evaluation.detectors import Detector
-from cdm_lightning.evaluation.metrics.distance import FrechetTo, Moments, frechet_distance, handed_over, kernel_distance
+from cdm_lightning.evaluation.metrics.distance import (
+    FrechetDistanceTo,
+    Moments,
+    feature_passthrough,
+    frechet_distance,
+    kernel_distance,
+)
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.manifold import precision_recall
-from cdm_lightning.evaluation.references.cards import ENOUGH, ReferenceCard, bias_note, names_of
+from cdm_lightning.evaluation.references.cards import ENOUGH, ReferenceCard, bias_note, card_names
 from cdm_lightning.foundation.errors import InputError
 
 NAMES = {"fd": ("FID", "Fréchet distance"), "kd": ("KID", "kernel distance"), "is": ("Inception Score", "")}
@@ -21,13 +27,13 @@ IS_SPLITS = 10
 
 
 def name_of(key: str, detector: Detector) -> str:
-    """What a figure may be called: FID, KID and IS are those of the canonical network alone."""
+    """The name of a figure. FID, KID and Inception Score are names for the canonical network only."""
     canonical, plain = NAMES.get(key, ("", key))
     return canonical if detector.canonical and canonical else f"{plain} ({detector.name})"
 
 
 def log_key(figure: Figure, detector: Detector) -> str:
-    """`fid`, or `fd_<detector>`: the name of a figure in logs."""
+    """The name of a figure in logs: `fid`, or `fd_<detector>` with another detector."""
     if detector.canonical and figure.key in KEYS:
         return KEYS[figure.key]
     return figure.key if detector.canonical else f"{figure.key}_{detector.name}"
@@ -41,48 +47,48 @@ def measure(
     quick: bool = False,
     against: str | None = None,
 ) -> list[Figure]:
-    """Distances, precision and recall of generated images against one card, with what their error bars are.
+    """Distances, precision and recall of generated images against one card, with their error bars.
 
-    sets: features (n, d) of samples of disjoint seeds, all of one size. The values are means over the sets. The spread
-    is the deviation between them where there are three or more; else only the kernel distance has one, over its
-    subsets. seed: of those subsets. quick: the symmetric form of the Fréchet distance instead of torchmetrics', and no
-    precision and recall. against: what to call the card, from `names_of` where there are several.
+    sets: features (n, d) of sets of samples with disjoint seeds, all of one size. The values are means over the sets.
+    With three sets or more, the spread is the standard deviation over the sets. With fewer, only the kernel distance
+    has a spread, over its subsets. seed: draws those subsets. quick: use FrechetDistanceTo instead of torchmetrics, and
+    skip precision and recall. against: the name of the card, from `card_names` if there are several.
     """
     n = len(sets[0])
     if any(len(features) != n for features in sets):
         raise InputError(f"sets of {sorted({len(f) for f in sets})} images do not compare: n must be the same")
-    moments = [Moments.of(features.split(1000)) for features in sets]
-    between = FrechetTo(card.moments) if quick else lambda generated: frechet_distance(card.moments, generated)
-    found: dict[str, list[float]] = {"fd": [between(m) for m in moments]}
+    moments = [Moments.from_features(features.split(1000)) for features in sets]
+    distance = FrechetDistanceTo(card.moments) if quick else lambda generated: frechet_distance(card.moments, generated)
+    values_of: dict[str, list[float]] = {"fd": [distance(m) for m in moments]}
     subsets: tuple[float | None, str] = (None, "")
-    if card.features is not None:  # statistics of others have none
+    if card.features is not None:  # published statistics come without features
         kernel = [kernel_distance(card.features, features, seed) for features in sets]
-        found["kd"] = [value for value, _, _ in kernel]
+        values_of["kd"] = [value for value, _, _ in kernel]
         subsets = (mean(deviation for _, deviation, _ in kernel), f"100 subsets of {kernel[0][2]}")
         if not quick:
             pairs = [precision_recall(card.features, features) for features in sets]
-            found["precision"], found["recall"] = ([pair[i] for pair in pairs] for i in (0, 1))
-    figures, called = [], against or names_of([card])[0]
-    for key, values in found.items():
+            values_of["precision"], values_of["recall"] = ([pair[i] for pair in pairs] for i in (0, 1))
+    figures, card_name = [], against or card_names([card])[0]
+    for key, values in values_of.items():
         spread = subsets if key == "kd" else (None, "")
         if len(values) >= 3:
             spread = (stdev(values), f"{len(values)} disjoint seeds")
         real = card.count or 0 if key == "fd" else len(card.places if card.places is not None else ())
         note = bias_note(n) if key == "fd" else ""
-        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, called, n, real, note))
+        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, card_name, n, real, note))
     return figures
 
 
 def measure_all(
     sets: Sequence[torch.Tensor], cards: Sequence[ReferenceCard], detector: Detector, seed: int
 ) -> list[Figure]:
-    """What `measure` finds against each of several cards, told apart by name."""
-    named = zip(cards, names_of(cards), strict=True)
+    """The figures of `measure` against each of several cards, which have different names."""
+    named = zip(cards, card_names(cards), strict=True)
     return [figure for card, name in named for figure in measure(sets, card, detector, seed, against=name)]
 
 
 def check_score(detector: Detector, n: int) -> None:
-    """Refuse an Inception Score of another network's features, or of too few images; costs nothing."""
+    """Refuse an Inception Score with another detector, or of too few images. Computes nothing."""
     if not detector.canonical:
         raise InputError(
             "the Inception Score takes the classifier head of the canonical Inception, "
@@ -93,9 +99,9 @@ def check_score(detector: Detector, n: int) -> None:
 
 
 def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) -> Figure:
-    """exp E KL(p(y|x) || p(y)) by torchmetrics over 10 splits, from the canonical network's own head.
+    """Inception Score, exp E KL(p(y|x) || p(y)), by torchmetrics over 10 splits, with the canonical classifier.
 
-    Raises InputError where the detector has none: the score of another classifier is another figure.
+    Raises InputError if the detector has no classifier head.
     """
     n = len(sets[0])
     check_score(detector, n)
@@ -108,7 +114,9 @@ def inception_score(sets: Sequence[torch.Tensor], detector: Any, seed: int = 0) 
 
     scores = []
     for features in sets:
-        metric = InceptionScore(feature=handed_over(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False)
+        metric = InceptionScore(
+            feature=feature_passthrough(len(detector.head)), splits=IS_SPLITS, sync_on_compute=False
+        )
         metric.update(features.double() @ detector.head.double().T)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

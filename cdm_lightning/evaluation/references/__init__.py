@@ -1,1 +1,1 @@
-"""Reference cards: statistics of real images with all that a distance to them depends on, and ADM's .npz files."""
+"""Reference cards: statistics of real images with everything that a distance depends on; and ADM's .npz files."""

@@ -1,4 +1,4 @@
-"""ADM's .npz files: samples in the format its evaluator reads, and its reference statistics. Nothing is unpickled."""
+"""ADM's .npz files: writing samples for its evaluator, and reading its reference statistics. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.foundation.errors import InputError
 
 TORN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
-BROKEN = (*TORN, zlib.error, NotImplementedError, RuntimeError)  # what a corrupt .npz makes zipfile and numpy raise
+BROKEN = (*TORN, zlib.error, NotImplementedError, RuntimeError)  # raised by zipfile and numpy for a corrupt .npz
 
 
-LARGEST = 1024  # pixels; a batch of images has to fit in memory, whatever size a file claims
+MAX_RESOLUTION = 1024  # a batch of images must fit in memory, whatever size the file claims
 
 
 @dataclass(frozen=True)
 class Images:
-    """arr_0 of an .npz: `shape` is (N, H, W, C), and iterating gives uint8 (B, C, H, W), read as it goes."""
+    """arr_0 of an .npz: `shape` is (N, H, W, C); iterating reads batches, uint8 (B, C, H, W)."""
 
     path: Path
     shape: tuple[int, int, int, int]
@@ -47,21 +47,22 @@ class Images:
                     batch = np.frombuffer(data, np.uint8).reshape(shape).transpose(0, 3, 1, 2)
                 except BROKEN as error:
                     raise InputError(f"{self.path} cannot be read: {reason(error)}") from error
-                yield torch.from_numpy(batch.copy())  # its own memory, in torch's order
+                yield torch.from_numpy(batch.copy())  # a copy with contiguous (B, C, H, W) strides
 
 
 def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran's order, and dtype of a .npy stream, which is left at its first number."""
+    """Shape, whether in Fortran order, and dtype of a .npy stream. Leaves the stream at the first number."""
     version = npy.read_magic(member)
     return npy.read_array_header_1_0(member) if version == (1, 0) else npy.read_array_header_2_0(member)
 
 
 def reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'it is torn'}"
+    """The type and first line of an error."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'it is damaged'}"
 
 
 def names_in(path: Path) -> set[str]:
-    """Names of the arrays in an .npz file; refuses what is none."""
+    """Names of the arrays in an .npz file. Raises InputError for another file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -70,7 +71,7 @@ def names_in(path: Path) -> set[str]:
 
 
 def read_array(path: Path, name: str, most: int) -> np.ndarray:
-    """One whole array of numbers, `most` at most; refuses objects, which would have to be unpickled."""
+    """One array of at most `most` numbers. Refuses arrays of objects, which would have to be unpickled."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
             shape, _, dtype = read_header(member)
@@ -86,7 +87,7 @@ def read_array(path: Path, name: str, most: int) -> np.ndarray:
 
 
 def find_images(path: Path) -> Images:
-    """The images arr_0 of an .npz, looked at but not yet read; refuses all but uint8 (N, R, R, 1 or 3)."""
+    """The images arr_0 of an .npz, whose header is checked but not their data. They must be uint8 (N, R, R, 1 or 3)."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             shape, fortran, dtype = read_header(member)
@@ -95,8 +96,10 @@ def find_images(path: Path) -> Images:
     if dtype != np.uint8:
         raise InputError(f"{path} holds arr_0 as {dtype}, where uint8 images, 0 ... 255, are expected")
     square = len(shape) == 4 and shape[1] == shape[2] and shape[3] in (1, 3) and min(shape) > 0
-    if square and shape[1] > LARGEST:
-        raise InputError(f"{path} holds images of {shape[1]}x{shape[1]}, and {LARGEST}x{LARGEST} is the most")
+    if square and shape[1] > MAX_RESOLUTION:
+        raise InputError(
+            f"{path} holds images of {shape[1]}x{shape[1]}, and {MAX_RESOLUTION}x{MAX_RESOLUTION} is the most"
+        )
     if not square or fortran:
         raise InputError(f"{path} holds arr_0 of shape {tuple(shape)}, where images (N, R, R, 1 or 3) are expected")
     n, height, width, channels = shape
@@ -104,7 +107,7 @@ def find_images(path: Path) -> Images:
 
 
 def read_statistics(path: Path, features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """mu (d,) and sigma (d, d), float64, of an .npz for d features; sigma is over n - 1, as numpy.cov has it."""
+    """mu (d,) and sigma (d, d), float64, of an .npz for d features. sigma is divided by n - 1, as in numpy.cov."""
     mean, covariance = (read_array(path, name, 4 * features**2) for name in ("mu", "sigma"))
     if mean.shape != (features,) or covariance.shape != (features, features):
         raise InputError(
@@ -120,14 +123,14 @@ def read_statistics(path: Path, features: int) -> tuple[torch.Tensor, torch.Tens
 def npz(samples: Path, out: Path, resolution: PositiveInt | None = None, split: str = "train") -> None:
     """Write finished samples as ADM's .npz: arr_0, uint8 (N, R, R, C), and arr_1, int64 (N,) class numbers.
 
-    The images come in stored order and one batch at a time, so that memory does not grow with their number. ADM's
-    evaluator takes colour images; grey ones keep their one channel.
+    Images are written in stored order, one batch at a time, so that memory does not grow with their number. ADM's
+    evaluator expects colour images; grey images are written with one channel.
 
     Args:
-        samples: A folder as `cdm sample` leaves it, with <split>/<resolution>/ in it.
+        samples: A folder written by `cdm sample`, with <split>/<resolution>/ in it.
         out: The .npz file to write.
-        resolution: Of the images; null for the largest stored.
-        split: The split to write, which is train for samples.
+        resolution: Resolution of the images; null for the largest stored.
+        split: The split to write; samples are in train.
     """
     if Path(out).suffix != ".npz":
         raise InputError(f"{out} is the name of no .npz file")
@@ -154,7 +157,7 @@ def npz(samples: Path, out: Path, resolution: PositiveInt | None = None, split: 
 def write_images(
     archive: zipfile.ZipFile, shape: tuple[int, ...], batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
 ) -> np.ndarray:
-    """Write arr_0 of that shape from batches of uint8 (B, C, R, R), and return all labels, int64 (N,)."""
+    """Write arr_0 of the given shape from batches of uint8 (B, C, R, R), and return all labels, int64 (N,)."""
     labels = []
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (

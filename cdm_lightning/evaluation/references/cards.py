@@ -1,4 +1,4 @@
-"""Reference cards: the moments and features of real images in one file, with all that a distance to them depends on."""
+"""Reference cards: the moments and features of real images in one file, with everything that a distance depends on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cdm_lightning.evaluation.references import adm
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 
-ENOUGH = 50_000  # images on each side, as published distances have it
+ENOUGH = 50_000  # images on each side in published distances
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says of its images and features in JSON; None is unknown."""
+    """The metadata of a card: its images and features, stored as JSON. None is unknown."""
 
     source: str | None
     split: str | None
@@ -37,18 +37,18 @@ class Facts:
     counts: list[int] | None  # images per class
     detector: str
     detector_sha256: str
-    shards_sha256: str | None  # over the SHA-256 of every shard
+    shards_sha256: str | None  # shards_digest of the images
     made: dict[str, Any]  # when, from which stored resolution, with which versions
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceCard(Facts):
-    """What one measured set of images is, and its moments; of the first images the features too.
+    """One measured set of images: its metadata, the moments of all features, and the features of the first images.
 
-    moments: float64. Where `count` is None (statistics of others), moments.n is 2, a stand-in, and the mean and the
-    covariance hold.
-    features: float32 (k, d), and places: int64 (k,), the positions of those images in stored order.
-    canonical: whether the features are the canonical Inception's, decided by the hash alone.
+    moments: float64. If `count` is None (published statistics), moments.n is a placeholder, 2; mean and covariance are
+    right.
+    features: float32 (k, d). places: int64 (k,), the positions of these k images in stored order.
+    canonical: whether the features are those of the canonical Inception, by the detector's hash.
     """
 
     path: Path
@@ -56,8 +56,8 @@ class ReferenceCard(Facts):
     features: torch.Tensor | None = field(repr=False)
     places: torch.Tensor | None = field(repr=False)
 
-    def about(self) -> dict[str, Any]:
-        """The card without its numbers, as JSON can hold it."""
+    def summary(self) -> dict[str, Any]:
+        """The card's metadata as a dictionary for JSON, without moments and features."""
         return {field.name: getattr(self, field.name) for field in fields(Facts)}
 
     @property
@@ -66,23 +66,22 @@ class ReferenceCard(Facts):
 
 
 def write_card(card: ReferenceCard) -> None:
-    """One safetensors file: tensors total, outer, features, places, and everything else as JSON in its metadata."""
+    """Write a card: a safetensors file of total, outer, features and places, with the metadata as JSON."""
     facts = {name: getattr(card, name) for name in Facts.__dataclass_fields__}
     tensors = {"total": card.moments.total, "outer": card.moments.outer}
     if card.features is not None and card.places is not None:
         tensors |= {"features": card.features, "places": card.places}
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(card.path, save_safetensors(whole, {"card": json.dumps(facts)}))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(card.path, save_safetensors(contiguous, {"card": json.dumps(facts)}))
 
 
 def read_card(path: str | Path, detector: Detector | None = None, count: int | None = None) -> ReferenceCard:
-    """A card that `cdm reference` wrote, or one made of an .npz in ADM's format; raises InputError for anything else.
+    """Read a card of `cdm reference`, or make one from an .npz in ADM's format. Raises InputError for any other file.
 
-    An .npz of mu and sigma says nothing about its making, so that all of it is None on its card, but for the detector:
-    ADM measured with the canonical Inception in TensorFlow, the same weights. count: how many images are behind them,
-    where that is known. An .npz of images alone (arr_0) has its features computed by `detector`, and so have the images
-    that ADM puts beside mu and sigma, whose features are None on the card without a detector. ADM's mu_s and sigma_s
-    (spatial features) are not read.
+    An .npz with mu and sigma has no metadata, so that its card has None for all of it except the detector: ADM measured
+    with the same canonical Inception, in TensorFlow. count: the number of images behind mu and sigma, if known.
+    Images in an .npz (arr_0), alone or beside mu and sigma, have their features computed by `detector`; without one,
+    the card of mu and sigma has no features. ADM's mu_s and sigma_s (spatial features) are not read.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,7 +101,7 @@ def read_card(path: str | Path, detector: Detector | None = None, count: int | N
 
 
 def check_facts(facts: Facts) -> None:
-    """Raise ValueError where a fact is of another type than it should be, which JSON lets pass."""
+    """Raise ValueError for metadata of the wrong type; JSON itself does not check."""
     for name in ("detector", "detector_sha256", "source", "split", "crop", "filter", "shards_sha256"):
         value = getattr(facts, name)
         unknown = value is None and not name.startswith("detector")
@@ -121,7 +120,7 @@ def check_facts(facts: Facts) -> None:
 
 
 def check_tensors(facts: Facts, moments: Moments, features: torch.Tensor | None, places: torch.Tensor | None) -> None:
-    """Raise ValueError where a card's numbers do not fit one another."""
+    """Raise ValueError for moments, features or places of wrong shape or type, or with values that are not finite."""
     check_facts(facts)
     if type(facts.count) not in (int, type(None)) or moments.n < 2:
         raise ValueError(f"count is {facts.count!r}, and 2 images or more are needed")
@@ -154,15 +153,15 @@ def read_npz(path: Path, detector: Detector | None, count: int | None) -> Refere
     resolution, channels = images.shape[2:] if images else (None, None)
     facts = Facts(None, None, resolution, channels, None, None, count, None, None, "", "", None, {})
     places = None if features is None else torch.arange(len(features))
-    about: dict[str, Any] = {"path": path, "features": features, "places": places}
+    tensors: dict[str, Any] = {"path": path, "features": features, "places": places}
     if {"mu", "sigma"} <= names:
         if count is not None and count < 2:
             raise InputError(f"count is {count}: mu and sigma are of 2 images or more")
         moments = Moments.from_covariance(count or 2, *adm.read_statistics(path, Inception.num_features))
         if detector is not None and detector.sha256 != Inception.sha256:
-            about |= {"features": None, "places": None}  # they would not go with the moments
+            tensors |= {"features": None, "places": None}  # features of another detector do not match the moments
         facts = replace(facts, detector=Inception.name, detector_sha256=Inception.sha256)
-        return ReferenceCard(**asdict(facts), moments=moments, **about)
+        return ReferenceCard(**asdict(facts), moments=moments, **tensors)
     if images is None:
         raise InputError(f"{path} holds {sorted(names)}, and neither mu and sigma nor images arr_0")
     if detector is None or features is None:
@@ -172,7 +171,7 @@ def read_npz(path: Path, detector: Detector | None, count: int | None) -> Refere
     counts = adm.count_labels(path, len(features)) if "arr_1" in names else None
     facts = replace(facts, count=len(features), counts=counts)
     facts = replace(facts, detector=detector.name, detector_sha256=detector.sha256)
-    return ReferenceCard(**asdict(facts), moments=Moments.of([features]), **about)
+    return ReferenceCard(**asdict(facts), moments=Moments.from_features([features]), **tensors)
 
 
 def check_card(
@@ -184,7 +183,7 @@ def check_card(
     crop: str | None = None,
     filter: str | None = None,
 ) -> None:
-    """Refuse to compare with a card of other images or features; None on either side is unknown and not compared."""
+    """Refuse a card of other images or another detector. What is None on either side is unknown and not compared."""
     if detector is not None and detector.sha256 != card.detector_sha256:
         raise InputError(
             f"{card.path} holds features of {card.detector} (SHA-256 {card.detector_sha256}), "
@@ -202,23 +201,23 @@ def check_card(
     raise InputError(f"{card.path} calls class {label} {card.classes[label]!r}, and the images {classes[label]!r}")
 
 
-def names_of(cards: Sequence[ReferenceCard]) -> list[str]:
-    """What to call cards beside one another, each differently: by its split, by its file's name, or by both."""
+def card_names(cards: Sequence[ReferenceCard]) -> list[str]:
+    """A different name for each of several cards: its split, its file name, or both."""
     names = [card.split or card.path.stem for card in cards]
     if len(set(names)) < len(names):
         both = [f"{card.split}_{card.path.stem}" if card.split else card.path.stem for card in cards]
         names = [full if names.count(name) > 1 else name for name, full in zip(names, both, strict=True)]
-    repeated = {name for name in names if names.count(name) > 1}  # files of one name in several folders
+    repeated = {name for name in names if names.count(name) > 1}  # files with the same name in several folders
     return [f"{name}_{number}" if name in repeated else name for number, name in enumerate(names, 1)]
 
 
-def about_all(cards: Sequence[ReferenceCard]) -> list[dict[str, Any]]:
-    """The cards without their numbers, under the names that figures against them carry."""
-    return [{"name": name, **card.about()} for card, name in zip(cards, names_of(cards), strict=True)]
+def card_summaries(cards: Sequence[ReferenceCard]) -> list[dict[str, Any]]:
+    """The metadata of several cards, each with the name that figures use for it."""
+    return [{"name": name, **card.summary()} for card, name in zip(cards, card_names(cards), strict=True)]
 
 
 def bias_note(n: int | None) -> str:
-    """What to say beside a distance of n images: "" for 50,000 or more, else that so few make it larger."""
+    """A note for a distance over n images: "" for 50,000 or more, else that it is biased upwards."""
     if n is None:
         return "the number of images is not known, and the fewer there are the larger the distance"
     if n >= ENOUGH:

@@ -1,4 +1,4 @@
-"""`cdm reference`: measure a set of real images once, and keep its moments and features as a reference card."""
+"""`cdm reference`: measure real images once, and write their moments and features as a reference card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from cdm_lightning.data.shards import Manifest, digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
@@ -35,21 +35,21 @@ def reference(
 ) -> None:
     """Measure real images once: moments and features for FID, KID, precision and recall, in one file.
 
-    Stopped and called again, it goes on where it was, from <out>.partial-features. The numbers do not depend on the
-    number of processes.
+    If it is stopped, the same command continues, from <out>.partial-features. The numbers do not depend on the number
+    of processes.
 
     Args:
         shards: Root of the images, with <split>/<resolution>/ in it.
         out: The .safetensors file to write.
-        resolution: Of the images; larger ones are reduced to it.
+        resolution: Resolution of the images; larger ones are reduced to it.
         split: Which split to measure.
         detector: inception, fashion-cnn-64, or the path of a detector's file.
-        keep: Features of so many images are kept, the first in stored order, which is random.
-        count: Measure exactly the first so many images, instead of all.
-        devices: Processes to share the work.
+        keep: Number of images whose features are stored: the first in stored order, which is random.
+        count: Number of images to measure, from the first; null for all.
+        devices: Number of processes.
         accelerator: cpu, gpu or auto.
-        batch_size: Images the detector works on at a time, per process.
-        trust_detector: Run a TorchScript that is not the canonical Inception.
+        batch_size: Images per detector call, in each process.
+        trust_detector: Allow a TorchScript that is not the canonical Inception; it is run as a program.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
@@ -63,22 +63,22 @@ def reference(
     n = stored.count if count is None else count
     if not 2 <= n <= stored.count:
         raise InputError(f"count is {n}: moments take 2 images or more, and {folder} holds {stored.count}")
-    from cdm_lightning.evaluation.metrics.features import extract
+    from cdm_lightning.evaluation.metrics.features import extract_features
 
-    judge = load_detector(detector, trust_detector)
+    network = load_detector(detector, trust_detector)
     work = out.with_name(out.name + ".partial-features")
     needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
-    manifest = extract(shards, split, resolution, judge, work, devices, accelerator, batch_size, needed)
+    manifest = extract_features(shards, split, resolution, network, work, devices, accelerator, batch_size, needed)
     if not first_process():  # Lightning sets it when processes start
         return
-    card = summarize(out, manifest, n, resolution, judge, keep, work)
+    card = summarize(out, manifest, n, resolution, network, keep, work)
     write_card(card)
     shutil.rmtree(work)
-    say(card)
+    print_card(card)
 
 
-def say(card: ReferenceCard) -> None:
-    """Print what a card holds, and what a reader of figures against it must know."""
+def print_card(card: ReferenceCard) -> None:
+    """Print what a card holds, with notes for readers of figures against it."""
     names, size = card.classes or [], card.resolution
     present = [name for name, c in zip(names, card.counts or [], strict=True) if c]
     kept = 0 if card.features is None else len(card.features)
@@ -91,15 +91,15 @@ def say(card: ReferenceCard) -> None:
 
 
 def summarize(
-    out: Path, manifest: Manifest, n: int, resolution: int, judge: Detector, keep: int, work: Path
+    out: Path, manifest: Manifest, n: int, resolution: int, detector: Detector, keep: int, work: Path
 ) -> ReferenceCard:
-    """The card of the first n images whose features lie in `work`; one shard at a time."""
+    """The card of the first n images, from their features in the folder `work`, read one shard at a time."""
     from cdm_lightning.evaluation.metrics.features import read_features
 
     kept: list[torch.Tensor] = []
     counts = torch.zeros(len(manifest.classes), dtype=torch.int64)
 
-    def passing() -> Iterator[torch.Tensor]:
+    def feature_batches() -> Iterator[torch.Tensor]:
         left, wanted = n, min(keep, n)
         for features, label in tqdm(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
             counts.add_(label[:left].bincount(minlength=len(counts)))
@@ -107,7 +107,7 @@ def summarize(
             yield features[:left]
             left, wanted = max(0, left - len(features)), max(0, wanted - len(features))
 
-    moments = Moments.of(passing())
+    moments = Moments.from_features(feature_batches())
     packages = ("torch", "lightning", "numpy", "pillow")
     made = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,7 +117,7 @@ def summarize(
     return ReferenceCard(
         source=manifest.source or None, split=manifest.split, resolution=resolution, channels=manifest.channels,
         crop=manifest.crop, filter=manifest.filter, count=n, classes=manifest.classes, counts=counts.tolist(),
-        detector=judge.name, detector_sha256=judge.sha256, shards_sha256=digest_of(manifest.shards), made=made,
-        path=out, moments=moments, features=torch.cat(kept) if keep else None,
+        detector=detector.name, detector_sha256=detector.sha256, shards_sha256=shards_digest(manifest.shards),
+        made=made, path=out, moments=moments, features=torch.cat(kept) if keep else None,
         places=torch.arange(min(keep, n)) if keep else None,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.data.shards import digest_of, find_folder, read_manifest
+from cdm_lightning.data.shards import find_folder, read_manifest, shards_digest
 from cdm_lightning.evaluation.metrics.manifold import copy_threshold, nearest
 from cdm_lightning.evaluation.references.cards import ReferenceCard
 from cdm_lightning.evaluation.report.stored_samples import pictures
@@ -63,6 +63,9 @@ def real_folder(card: ReferenceCard, real: Path) -> Path:
     folder = find_folder(real, str(card.split), int(card.resolution or 0))
     shards, count = read_manifest(folder).shards, card.count or 0
     measured = next((k for k in range(len(shards)) if sum(s.count for s in shards[:k]) >= count), len(shards))
-    if card.shards_sha256 not in (digest_of(shards), digest_of(shards[:measured])):  # of all, or of the first `count`
+    if card.shards_sha256 not in (
+        shards_digest(shards),
+        shards_digest(shards[:measured]),
+    ):  # of all, or of the first `count`
         raise InputError(f"{folder} does not hold the images that {card.path} was made of")
     return folder

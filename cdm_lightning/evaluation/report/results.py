@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.data.shards import Manifest, digest_of
+from cdm_lightning.data.shards import Manifest, shards_digest
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.report.page import Command, Section
 from cdm_lightning.foundation.errors import InputError
@@ -63,7 +63,7 @@ def read_cas(path: Path, manifests: Sequence[Manifest]) -> dict[str, Any]:
         trained_on = str(found["sha256"]["samples"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not the results.json of `cdm cas`: {error}") from error
-    measured = [digest_of(manifest.shards) for manifest in manifests]
+    measured = [shards_digest(manifest.shards) for manifest in manifests]
     if trained_on not in measured:
         have = ", ".join(digest[:16] for digest in measured)
         raise InputError(

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.cascade.bundle import read_about
+from cdm_lightning.cascade.bundle import read_bundle_metadata
 from cdm_lightning.evaluation.report.page import Section, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
 from cdm_lightning.evaluation.report.results import facts_of, made_sections, provenance, write_results
@@ -51,7 +51,7 @@ def write_search(
         "precision": run.precision,
         "seed": run.seeds[0],
         "detector": {"name": run.detector.name, "sha256": run.detector.sha256},
-        "references": [card.about() for card in run.cards.values()],
+        "references": [card.summary() for card in run.cards.values()],
         "made": provenance(),
     }
     searched = [row for row in rows if not row.compared]
@@ -81,7 +81,12 @@ def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
         "references": results["references"], "figures": chosen["figures"], "kind": chosen["kind"],
         "sampler": chosen["sampler"], "steps": chosen["steps"],
     }  # fmt: skip
-    about = {**read_about(bundle), "levels": results["levels"], "truncated": results["truncated"], "search": found}
+    about = {
+        **read_bundle_metadata(bundle),
+        "levels": results["levels"],
+        "truncated": results["truncated"],
+        "search": found,
+    }
     about.pop("results", None)
     write_atomically(Path(bundle) / "bundle.json", (json.dumps(about, indent=1) + "\n").encode())
     print(f"{bundle}: stores s = {results['levels']}, truncated {results['truncated']}")

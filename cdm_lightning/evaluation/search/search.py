@@ -1,4 +1,4 @@
-"""`cdm search`: which level s, kind of truncation, sampler and number of steps a trained cascade should use."""
+"""`cdm search`: choose the level s, truncation, sampler and number of steps of a trained cascade."""
 
 from __future__ import annotations
 
@@ -38,33 +38,34 @@ def search(
 ) -> dict[str, Any]:
     """Measure FID(s) of every super-resolution stage, on generated and on real low-resolution images, and choose s.
 
-    One set of finished low-resolution samples is stored and serves every s without truncation. At the chosen s the
-    stage is then measured over `samplers` and `steps`, where given. Every point is a folder of samples, which
-    `cdm evaluate` can measure again with another detector. Writes results.json and report.html, and prints a table.
-    Stopped and called again with the same options, it goes on where it was.
+    Without truncation, all levels s use one stored set of low-resolution samples. At the chosen s, the last stage is
+    then measured over `samplers` and `steps`, if given. Every point of the search is a folder of samples, which
+    `cdm evaluate` can measure again with another detector. Writes results.json and report.html, and prints a table. If
+    it is stopped, the same command continues.
 
     Args:
         bundle: A folder written by `cdm bundle`.
         out: Folder for the samples, results.json and report.html.
         shards: Root of the real images.
-        split: Of the real images, for reference.
-        input_split: Of the real images that serve as low-resolution input; a reference that holds them flatters them.
+        split: Split of the real images that samples are compared with.
+        input_split: Split of the real images used as low-resolution input. It should not be `split`: samples made from
+            the reference images have too small distances.
         detector: Name of a detector, or the path of its file.
-        n: Generated images of a point, spread evenly over the classes.
-        repeats: Seeds of a point; three or more give the distances an error bar.
-        levels: The levels s to measure, such as [251,501]; 0 is always among them; null for 1/40, 1/16, 1/8, 1/4 and
-            3/8 of T.
-        truncated: Measure truncated sampling alone, or non-truncated alone; null for both.
+        n: Samples per point, spread evenly over the classes.
+        repeats: Sets of n samples per point, with different seeds; three or more give error bars.
+        levels: The levels s to measure, such as [251,501]; 0 is always included. null for 1/40, 1/16, 1/8, 1/4 and 3/8
+            of T.
+        truncated: true measures only truncated sampling, false only non-truncated; null for both.
         sampler: ddpm, ddim or dpm++ in all stages during the search over s; null for each stage's own.
         sampling_steps: Network calls of each stage during the search over s; null for each stage's own.
         samplers: Samplers to compare at the chosen s.
         steps: Numbers of steps to compare at the chosen s.
-        store: Write the chosen levels, and what was measured, into the bundle.
-        trust_detector: Run a detector's TorchScript that this project does not know.
-        block_size: Images the network works on at a time.
+        store: Write the chosen levels and their figures into the bundle.
+        trust_detector: Allow a TorchScript that is not the canonical Inception; it is run as a program.
+        block_size: Images per network call.
         precision: Of the networks while sampling: 32-true, bf16-mixed or 16-mixed.
-        seed: The first of the seeds of the samples.
-        devices: Processes to share the work.
+        seed: The first seed of the samples.
+        devices: Number of processes.
         accelerator: cpu, gpu or auto.
     """
     if n < 4 or repeats < 1:
@@ -74,36 +75,40 @@ def search(
     from cdm_lightning.evaluation.detectors import load_detector
     from cdm_lightning.evaluation.search.level_search import (
         LevelSearch,
-        check_compared,
+        best_row,
+        check_comparison,
         check_levels,
-        compared,
+        comparison_points,
         level_grid,
-        lowest,
         search_levels,
     )
     from cdm_lightning.evaluation.search.report import print_rows, store_in_bundle, write_search
 
-    judge = load_detector(detector, trust_detector)
-    stages, about = read_bundle(bundle)
-    cascade = CascadeModule.of(stages, seed)
+    network = load_detector(detector, trust_detector)
+    stages, metadata = read_bundle(bundle)
+    cascade = CascadeModule.from_stages(stages, seed)
     cascade.set_sampler(sampler, sampling_steps)
     run = LevelSearch(
-        cascade, about, Path(out), Path(shards), split, input_split, judge, detector, n,
+        cascade, metadata, Path(out), Path(shards), split, input_split, network, detector, n,
         list(range(seed, seed + repeats)), block_size, precision, devices, accelerator,
     )  # fmt: skip
     kinds = [kind for kind, wanted in (("truncated", True), ("non-truncated", False)) if truncated in (None, wanted)]
     grids = [level_grid(stage, levels) for stage in stages[1:]]
     check_levels(cascade, grids, kinds)
-    check_compared(stages[-1].diffusion, samplers, steps)
+    check_comparison(stages[-1].diffusion, samplers, steps)
     run.check_real_images()
     run.begin()
     rows, best = search_levels(run, grids, kinds)
-    kind = min(kinds, key=lambda k: lowest([r for r in rows if r.stage == stages[-1].name], k).figures[0].value)
-    noisy = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
-    chosen = lowest([r for r in rows if r.stage == stages[noisy + 1].name and r.s == best[kind][noisy]], kind)
-    rows += [run.measure(point, compared=True) for point in compared(cascade, best[kind], kind, samplers, steps)]
+    kind = min(kinds, key=lambda k: best_row([r for r in rows if r.stage == stages[-1].name], k).figures[0].value)
+    last_choice = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
+    chosen = best_row(
+        [r for r in rows if r.stage == stages[last_choice + 1].name and r.s == best[kind][last_choice]], kind
+    )
+    rows += [
+        run.measure(point, compared=True) for point in comparison_points(cascade, best[kind], kind, samplers, steps)
+    ]
     last = next(r for r in rows if not r.compared and r.levels == best[kind] and r.kind in (kind, "generated"))
-    shown = run.stage_folders(last)  # which may draw, so that every process takes part
+    shown = run.stage_folders(last)  # may draw samples, so every process must call it
     if not first_process():
         return {}
     print_rows(rows, chosen)
