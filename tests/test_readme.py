@@ -33,13 +33,13 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "test": ["--trainer.limit_test_batches=2", "--data.batch_size=20", "--model.sampling_steps=[2,2,2]"],
     "evaluate": [],
     "search": ["--n", "20", "--block_size", "20", "--levels", "[251]", "--sampling_steps", "[2,2,2]"],
-    "cas": ["--recipe.steps", "1", "--recipe.batch_size", "4", "--seeds", "[0]"],
+    "cas": ["--recipe.steps", "1", "--recipe.batch_size", "4", "--seeds", "[0]", "--count", "10"],
     "sample": ["--sampling_steps", "[2,2,2]", "--block_size", "8"],  # the last block is padded
     "prepare": ["--workers", "1", "--max_corrupt", "0.5"],
     "bundle": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
     "npz": [],
-    "plan": [],
+    "plan": ["--arguments=--model.num_res_blocks=1"],
     "sweep": [
         "--count=1",
         "--arguments=--trainer.limit_test_batches=2 --data.batch_size=20 --model.sampling_steps=[2,2,2]",
@@ -48,7 +48,8 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M)
+    return [block for kind, block in found if kind == language]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -100,7 +101,7 @@ def fake_archives(folder: Path) -> None:
         add(tar, f"{root}/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n3\n")
 
 
-def reduced(words: list[str]) -> list[str]:
+def reduced(words: list[str], few_real: Path) -> list[str]:
     """The arguments of cdm with the small overrides behind them, each of which wins over what it repeats."""
     words = words[1:]
     options = OVERRIDES[words[0]]
@@ -108,6 +109,8 @@ def reduced(words: list[str]) -> list[str]:
         options = [*options, "--limit", "6"]
     if words[0] == "sample":
         options = [*options, *(["--count", "6"] if "--count" in words else ["--per_class", "4"])]
+    if words[0] in ("search", "cas"):
+        options = [*options, "--shards", str(few_real)]
     return [*words, *options]
 
 
@@ -125,7 +128,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.timeout(900)  # some twenty commands; a busy machine is several times slower
 @pytest.mark.parametrize("page", RUN)
-def test_every_command_of_the_page_runs(page, folder, capsys):
+def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
     for block in blocks(page, "python"):
         exec(block, {})
     if page == "docs/imagenet.md":
@@ -136,7 +139,7 @@ def test_every_command_of_the_page_runs(page, folder, capsys):
                 continue  # each of them is a step of its own in continuous integration
             command = dry_run(command)
         assert Path(command[0]).name == "cdm", command
-        main(reduced(command))
+        main(reduced(command, few_real))
     left = {
         "README.md": ["classes.png", "runs/tour/search/report.html"],
         "docs/imagenet.md": ["runs/imagenet/samples/samples.png"],
@@ -184,7 +187,7 @@ def test_the_tree_of_the_readme_is_the_tree():
     tree = next(block for block in blocks("README.md", "") if block.startswith("cdm_lightning/"))
     named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
     there = {path.name for path in (ROOT / "cdm_lightning").iterdir()}
-    assert named == {name for name in there if name.strip("_") not in ("init", "pycache")}
+    assert named == there - {"__init__.py", "__pycache__"}
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
