@@ -1,21 +1,31 @@
-"""The README's commands, run in order in an empty folder: small overrides are appended, nothing is replaced."""
+"""The commands of README and docs, run in order in an empty folder: small overrides are appended, nothing is replaced.
+
+What needs eight GPUs or SLURM is parsed. Every link, path and name that the pages mention must exist.
+"""
 
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from scipy.io import savemat
 from test_experiments import QUICK
+from torch.distributed.run import get_args_parser
 
 from cdm_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[1]
+RUN = ["README.md", "docs/imagenet.md", "docs/measuring.md", "docs/sweeps.md"]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "data").glob("*/README.md"))]
+HISTORY = {"experiments/study.mk", "experiments/study_table.py"}  # which the pages say to look up in the history
 REDUCED = ["--config", str(ROOT / "tests" / "reduced.yaml"), *QUICK, "--trainer.accumulate_grad_batches=1"]
 OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "fit": REDUCED,
@@ -23,13 +33,13 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "test": ["--trainer.limit_test_batches=2", "--data.batch_size=20", "--model.sampling_steps=[2,2,2]"],
     "evaluate": [],
     "search": ["--n", "20", "--block_size", "20", "--levels", "[251]", "--sampling_steps", "[2,2,2]"],
-    "cas": ["--recipe.steps", "1", "--recipe.batch_size", "4", "--seeds", "[0]"],
+    "cas": ["--recipe.steps", "1", "--recipe.batch_size", "4", "--seeds", "[0]", "--count", "10"],
     "sample": ["--sampling_steps", "[2,2,2]", "--block_size", "8"],  # the last block is padded
     "prepare": ["--workers", "1", "--max_corrupt", "0.5"],
     "bundle": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
     "npz": [],
-    "plan": [],
+    "plan": ["--arguments=--model.num_res_blocks=1"],
     "sweep": [
         "--count=1",
         "--arguments=--trainer.limit_test_batches=2 --data.batch_size=20 --model.sampling_steps=[2,2,2]",
@@ -37,10 +47,15 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
 }
 
 
-def commands() -> list[list[str]]:
-    """Every command of the README's bash blocks, in order; `make` ones as the lines that make would run."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+def blocks(page: str, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M)
+    return [block for kind, block in found if kind == language]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every command of a page's bash blocks, in order, as words."""
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    lines = [line.split("  #")[0].strip() for line in text.splitlines() if line.strip()]
     return [shlex.split(line) for line in lines]
 
 
@@ -86,45 +101,124 @@ def fake_archives(folder: Path) -> None:
         add(tar, f"{root}/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n3\n")
 
 
-def reduced(words: list[str]) -> list[str]:
-    """The arguments of cdm with the small overrides behind them; counts are divided rather than doubled."""
-    words = [re.sub(r"^50000$", "6", word) for word in words[1:]]
+def reduced(words: list[str], few_real: Path) -> list[str]:
+    """The arguments of cdm with the small overrides behind them, each of which wins over what it repeats."""
+    words = words[1:]
     options = OVERRIDES[words[0]]
     if words[0] == "prepare":
         options = [*options, "--limit", "6"]
+    if words[0] == "sample":
+        options = [*options, *(["--count", "6"] if "--count" in words else ["--per_class", "4"])]
+    if words[0] in ("search", "cas"):
+        options = [*options, "--shards", str(few_real)]
     return [*words, *options]
 
 
-@pytest.mark.timeout(900)  # some thirty commands; a busy machine is several times slower
-def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder: what ships, linked, and the cascade that ships in place of what `make demo` leaves."""
     for name in ("data", "experiments"):
         (tmp_path / name).mkdir()
         for child in (ROOT / name).iterdir():
             (tmp_path / name / child.name).symlink_to(child)
-    fake_archives(tmp_path)
+    shutil.copytree(ROOT / "data" / "fashion-cascade", tmp_path / "runs" / "demo" / "bundle")
     monkeypatch.chdir(tmp_path)
-    ran = []
-    for command in commands():
+    return tmp_path
+
+
+@pytest.mark.timeout(900)  # some twenty commands; a busy machine is several times slower
+@pytest.mark.parametrize("page", RUN)
+def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
+    for block in blocks(page, "python"):
+        exec(block, {})
+    if page == "docs/imagenet.md":
+        fake_archives(folder)
+    for command in commands(page):
         if command[0] == "make":
-            if command[1] in ("demo", "test", "lint", "help", "detector"):
+            if command[1] in ("demo", "test"):
                 continue  # each of them is a step of its own in continuous integration
             command = dry_run(command)
         assert Path(command[0]).name == "cdm", command
-        main(reduced(command))
-        ran.append(" ".join(command[1:3]))
-    assert len(ran) >= 16 and (tmp_path / "runs" / "imagenet" / "samples" / "samples.png").is_file()
+        main(reduced(command, few_real))
+    left = {
+        "README.md": ["classes.png", "runs/tour/search/report.html"],
+        "docs/imagenet.md": ["runs/imagenet/samples/samples.png"],
+        "docs/measuring.md": ["runs/measure/samples.npz", "runs/measure/cas/results.json"],
+        "docs/sweeps.md": ["runs/sweeps/level/results.json"],
+    }
+    assert all((folder / name).is_file() for name in left[page])
 
 
-def test_every_file_the_readme_points_to_exists():
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / "README.md").read_text())
-    assert links and all((ROOT / link).is_file() for link in links), links
+@pytest.mark.parametrize("command", commands("docs/cluster.md"), ids=lambda command: command[0])
+def test_every_command_for_a_cluster_is_understood(command, folder, capsys):
+    """Its options are those of torchrun, of the script and of `cdm fit`, which prints its configuration and ends."""
+    if command[0] == "make":
+        options = dry_run(command)[1:]
+    elif command[0] == "torchrun":
+        told = get_args_parser().parse_args(command[1:])
+        assert told.module and told.training_script == "cdm_lightning"
+        options = told.training_script_args
+    else:
+        script = command.index("experiments/slurm.sh")
+        experiment, stage, *rest = command[script + 1 :]
+        subprocess.run(["bash", "-n", ROOT / command[script]], check=True)
+        assert f"make train-stage STAGE={stage}" in (ROOT / "docs" / "cluster.md").read_text()
+        options = [*dry_run(["make", "train-stage", f"STAGE={stage}", f"EXPERIMENT={experiment}"])[1:], *rest]
+    with pytest.raises(SystemExit) as stop:
+        main([*options, "--print_config"])
+    assert not stop.value.code
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert trainer["accumulate_grad_batches"] == int(command[-1].split()[-1])
+
+
+def test_every_link_and_path_of_the_pages_exists():
+    for page in PAGES:
+        text = page.read_text()
+        links = [link.split("#")[0] for link in re.findall(r"\]\(((?!http)[^)]+)\)", text)]
+        assert all((page.parent / link).exists() for link in links), (page, links)
+        words = {word.rstrip(",;:") for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
+        for word in words - HISTORY:
+            if "/" in word and re.fullmatch(r"[\w./-]+\.(py|yaml|md|mk|sh|toml|css)", word):
+                near = (ROOT, ROOT / "cdm_lightning", ROOT / "docs", page.parent)
+                assert any((place / word).is_file() for place in near), (page, word)
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = next(block for block in blocks("README.md", "") if block.startswith("cdm_lightning/"))
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
+    there = {path.name for path in (ROOT / "cdm_lightning").iterdir()}
+    assert named == there - {"__init__.py", "__pycache__"}
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_example_of_contributing_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    for row in rows:
+        code = re.findall(r"`([^`]+)`", row)
+        sources = "".join((ROOT / word).read_text() for word in code if "/" in word)
+        names = [word.split(".")[-1] for word in code if re.fullmatch(r"[\w.]+", word)]
+        assert all(re.search(rf"\b{name}\b", sources) for name in names), row
+    assert len(rows) >= 7
+    for command in commands("CONTRIBUTING.md"):
+        if command[0].endswith("pytest"):
+            test = (ROOT / command[1]).read_text()
+            assert all(f"def {name}(" in test for name in command[3:]), command
+
+
+def test_the_hooks_do_what_make_lint_does():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    done = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True)
+    checks = [line for line in done.stdout.splitlines() if re.match(r"\.venv/bin/(?!pip)", line)]
+    assert [hook["entry"] for hook in hooks] == checks
 
 
 def test_every_make_target_is_in_the_help():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
-    for command in commands():
-        if command[0] == "make":
-            assert re.search(rf"^{command[1]}\s", done.stdout, re.M), command
+    for page in (*RUN, "docs/cluster.md", "CONTRIBUTING.md"):
+        for command in commands(page):
+            if command[0] == "make":
+                assert re.search(rf"^{command[1]}\s", done.stdout, re.M), command
 
 
 def test_an_unknown_stage_is_refused_by_name(capsys, monkeypatch):
