@@ -22,11 +22,13 @@ HARMLESS = (  # warnings of libraries about each other, or about what is so on p
     ".*(Kernel Inception Distance|InceptionScore). will save all extracted features.*",
     ".*__array__ implementation doesn't accept a copy keyword.*",
     ".*is smaller than the logging interval.*",
+    ".*loading a checkpoint outside the 'fit' stage.*",
 )
 # Modules of Lightning whose notes are about its own settings, or are said better by the first lines of a command.
 CHATTER = (
     *("setup", "seed", "trainer", "fit_loop", "cuda", "distributed"),
     *("accelerator_connector", "callback_connector", "checkpoint_connector", "logger_connector"),
+    "weight_averaging",
 )
 NOTES = (  # where Lightning logs them
     *("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"),

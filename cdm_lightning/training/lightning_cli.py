@@ -134,9 +134,11 @@ class CommandLine(LightningCLI):
             raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
-        """Unpickle nothing unless told to, whatever configurations are given."""
+        """Unpickle nothing unless told to, and print figures once, whatever configurations are given."""
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
         parser.set_defaults({"weights_only": True})
+        if "verbose" in parser.get_defaults():
+            parser.set_defaults({"verbose": False})  # our table is as wide as its names
         return parser
 
     def _parse_ckpt_path(self) -> None:

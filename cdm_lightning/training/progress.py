@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 from cdm_lightning.data import ShardDataModule
+from cdm_lightning.foundation.terminal import whole_console, whole_table
 from cdm_lightning.stages import SuperResolutionStage
 from cdm_lightning.training.finite_steps import folders
 
@@ -161,7 +162,7 @@ class Progress(ProgressBar):
 
 
 class FirstAndLastWords(Callback):
-    """What runs on what, printed when it starts, and where the results are, printed when a training ends."""
+    """What runs on what, printed when it starts; at its end, where a training left what, or the figures of a test."""
 
     def __init__(self) -> None:
         self.began: tuple[float, int] | None = None  # when, and at which step
@@ -189,7 +190,15 @@ class FirstAndLastWords(Callback):
             weights = [f"weights of {trainer.ckpt_path}"] if trainer.ckpt_path else []
             say(trainer, *about(trainer, pl_module, "val"), *weights, *wandb_mode(trainer))
 
+    def after(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" and trainer.is_global_zero:
+            table = whole_table("figure", "value")
+            for name, value in sorted(trainer.callback_metrics.items()):
+                table.add_row(name, f"{float(value):.4g}")
+            whole_console().print(table)
+
     on_validation_start = on_test_start = on_predict_start = before
+    on_validation_end = on_test_end = after
 
 
 RESULTS = ("loss.png", "grids")  # what the callbacks of a training leave in its folder
@@ -212,7 +221,8 @@ def about(trainer: Any, module: Any, split: str) -> list[str]:
     elif size := getattr(module, "resolution", None):
         what = f"{what}, {f'{classes} classes -> ' if classes else ''}{size}x{size}"
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    lines = [f"{name_of(module)}: {what}, {parameters / 1e6:.2f} M parameters"]
+    named = f"{module.name}: " if hasattr(module, "name") else ""
+    lines = [f"{named}{what}, {parameters / 1e6:.2f} M parameters"]
     if isinstance(trainer.datamodule, ShardDataModule):
         folder, images = trainer.datamodule.manifest(split)
         size, kinds = images.resolution, len(images.classes)
