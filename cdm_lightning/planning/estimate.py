@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.planning.devices import DataSheet, at_hand, device_name, measured_rates, memory_of
 from cdm_lightning.planning.flops import forward_flops, training_flops
 from cdm_lightning.planning.memory import AUTOCAST, Memory, StepOnPaper
@@ -71,7 +71,7 @@ class Search:
     def __init__(self, paper: StepOnPaper, share: int, devices: int, limit: float) -> None:
         self.paper, self.share, self.devices, self.limit = paper, share, devices, limit
         self.known: dict[tuple[int, bool], Memory] = {}
-        self.bar = tqdm(desc="steps without data", unit=" steps", leave=False)
+        self.bar = Bar(desc="steps without data", unit=" steps", leave=False)
 
     def memory(self, batch: int, checkpointing: bool) -> Memory:
         if (batch, checkpointing) not in self.known:

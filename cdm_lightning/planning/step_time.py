@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.planning.memory import AUTOCAST, recomputing
 from cdm_lightning.stages import DiffusionStage
 
@@ -66,7 +66,7 @@ def measured_step(
                 torch._foreach_lerp_(averaged, weights, 0.001)
 
     times: list[tuple[float, float]] = []
-    with recomputing(stage, checkpointing), tqdm(desc="training steps", unit=" steps") as bar:
+    with recomputing(stage, checkpointing), Bar(desc="training steps", unit=" steps") as bar:
         start = 0.0
         while len(times) < 5 or time.perf_counter() - start < seconds:
             if len(times) == 2:  # with what compiles behind it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import sys
@@ -17,18 +16,16 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 from cdm_lightning.data import ShardDataModule
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 from cdm_lightning.stages import SuperResolutionStage
 from cdm_lightning.training.finite_steps import folders
 
 TERMINAL = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
-FILE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {elapsed} gone, {remaining} left{postfix}"
-OFTEN = 0.25  # seconds between two looks of a bar
-SELDOM = (30.0, 600.0)  # seconds between two lines in a file: at least, and at most where it goes slowly
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {elapsed} gone, {remaining} left{postfix}"
 WINDOW = 100  # optimizer steps that images a second are taken over
 
 
@@ -37,16 +34,15 @@ class Progress(ProgressBar):
 
     A validation in between is a word on it. Images are counted over all processes and accumulated batches, and without
     the time of validations. `validate`, `test` and `predict` have a bar over their batches, which goes when they end.
-    Where output is no terminal, a line every tenth of the way instead, not more often than twice a minute.
+    Where output is no terminal, there are lines instead.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        self.bar: Any = None
+        self.bar: Bar | None = None
         self.looks: deque[float] = deque(maxlen=WINDOW + 1)  # when the last optimizer steps ended
         self.rate = 0.0  # images a second
-        self.shown_at, self.shown = 0.0, 0  # when, and at which step, it was last seen
         self.undo = ExitStack()
 
     def disable(self) -> None:
@@ -62,14 +58,12 @@ class Progress(ProgressBar):
         self.close()
         if not self.enabled:
             return
-        terminal = sys.stdout.isatty()
-        self.bar = tqdm(
-            desc=name, total=int(total) if math.isfinite(total) else None, initial=done, unit=unit, leave=stays,
-            bar_format=TERMINAL if terminal else FILE, file=sys.stdout if terminal else io.StringIO(),
-            smoothing=0, miniters=1, mininterval=math.inf, dynamic_ncols=True,
+        count = int(total) if math.isfinite(total) else None
+        self.bar = Bar(
+            desc=name, total=count, initial=done, unit=unit, leave=stays, words=self.words, line=LINE, file=sys.stdout,
+            bar_format=TERMINAL, smoothing=0, miniters=1, mininterval=0.25, dynamic_ncols=True,
         )  # fmt: skip
-        self.shown_at, self.shown = time.monotonic(), done
-        if terminal and sys.stderr.isatty():
+        if sys.stdout.isatty() and sys.stderr.isatty():
             self.lead_around(sys.stderr)
 
     def lead_around(self, stream: Any) -> None:
@@ -82,25 +76,11 @@ class Progress(ProgressBar):
                     handler.setStream(above)
                     self.undo.callback(handler.setStream, stream)
 
-    def advance(self, done: int, last: bool = False) -> None:
-        """Note what is done, and show it where it is time to."""
-        if self.bar is None or (done == self.shown and not last):
-            return
-        self.bar.n, terminal = done, self.bar.bar_format is TERMINAL
-        waited = time.monotonic() - self.shown_at
-        far = self.bar.total is None or done - self.shown >= self.bar.total / 10
-        due = waited >= OFTEN if terminal else waited >= SELDOM[1] or (far and waited >= SELDOM[0])
-        if last or due:
-            self.bar.set_postfix_str(", ".join(self.figures()), refresh=terminal)
-            self.shown_at, self.shown = time.monotonic(), done
-            if not terminal:
-                print(str(self.bar), flush=True)
-
-    def figures(self) -> list[str]:
+    def words(self) -> str:
         """Images a second and the loss, where there are some."""
         rate = [f"{self.rate:,.0f} images/s" if self.rate >= 10 else f"{self.rate:.2g} images/s"] if self.rate else []
         loss = self.trainer.callback_metrics.get("train/loss")
-        return rate + ([] if loss is None else [f"loss {float(loss):#.3g}"])
+        return ", ".join(rate + ([] if loss is None else [f"loss {float(loss):#.3g}"]))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -122,10 +102,9 @@ class Progress(ProgressBar):
         batch = getattr(trainer.datamodule, "batch_size", 0)  # type: ignore[attr-defined]  # set by a connector
         if len(self.looks) > 1:
             self.rate = batch * (len(self.looks) - 1) / (self.looks[-1] - self.looks[0])
-        self.advance(trainer.global_step)
+        self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.advance(trainer.global_step, last=True)
         self.close()
 
     # -- validation, test, prediction
@@ -135,13 +114,13 @@ class Progress(ProgressBar):
             self.begin("validating", total(trainer.num_val_batches), "batches")
         elif self.bar is not None:
             self.looks.clear()
-            self.bar.set_description_str(f"{name_of(pl_module)}, validating", refresh=self.bar.bar_format is TERMINAL)
+            self.bar.set_description_str(f"{name_of(pl_module)}, validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
             self.close()
         elif self.bar is not None:
-            self.bar.set_description_str(name_of(pl_module), refresh=self.bar.bar_format is TERMINAL)
+            self.bar.set_description_str(name_of(pl_module))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.begin("testing", total(trainer.num_test_batches), "batches")
@@ -151,7 +130,7 @@ class Progress(ProgressBar):
 
     def count_batch(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn != "fit" and self.bar is not None:
-            self.advance(self.bar.n + 1)
+            self.bar.update()
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = count_batch
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
-from tqdm import tqdm
 
 from cdm_lightning.data.shards import Manifest, digest_of, find_folder, read_manifest
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.process_group import first_process
 
@@ -101,7 +101,7 @@ def summarize(
 
     def passing() -> Iterator[torch.Tensor]:
         left, wanted = n, min(keep, n)
-        for features, label in tqdm(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
+        for features, label in Bar(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
             counts.add_(label[:left].bincount(minlength=len(counts)))
             kept.append(features[:left][:wanted].clone())
             yield features[:left]

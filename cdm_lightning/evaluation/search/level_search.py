@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import origin
@@ -21,6 +20,7 @@ from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import first_images, real_images_of
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.references.reference import reference
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
@@ -245,7 +245,7 @@ def search_levels(run: LevelSearch, grids: list[list[int]], kinds: list[str]) ->
     rows: list[Row] = []
     for number, grid in enumerate(grids, 1):
         points, name = points_of(number, grid, best), run.cascade.stages[number].name
-        found = [run.measure(point) for point in tqdm(points, f"points of {name}", unit="point")]
+        found = [run.measure(point) for point in Bar(points, f"points of {name}", unit="point")]
         for kind in kinds:
             best[kind] = [*best[kind], lowest(found, kind).s]
         rows += found
