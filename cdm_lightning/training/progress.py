@@ -160,9 +160,11 @@ class FirstAndLastWords(Callback):
             happened = f"{name} is trained: {done:,} steps{here} in {timedelta(seconds=round(seconds))}"
             if done < most:
                 happened = happened.replace("is trained", f"stopped before step {most:,}")
-        files = [*(folder / "last.ckpt" for folder in folders(trainer)), *(run(trainer) / f for f in RESULTS)]
-        there = [str(file) for file in files if file.exists()]
-        say(trainer, ", ".join([happened, *losses(trainer)]) + (f": see {', '.join(there)}" if there else ""))
+        root = run(trainer)
+        files = [*(folder / "last.ckpt" for folder in folders(trainer)), *(root / file for file in RESULTS)]
+        there = [str(f.relative_to(root) if f.is_relative_to(root) else f) for f in files if f.exists()]
+        holds = f"; {root} holds {', '.join(there)}" if there else ""
+        say(trainer, ", ".join([happened, *losses(trainer)]) + holds)
 
     def before(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":

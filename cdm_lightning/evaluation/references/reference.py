@@ -51,6 +51,27 @@ def reference(
         batch_size: Images the detector works on at a time, per process.
         trust_detector: Run a TorchScript that is not the canonical Inception.
     """
+    card = make_card(
+        shards, out, resolution, split, detector, keep, count, devices, accelerator, batch_size, trust_detector
+    )
+    if card is not None:
+        say(card)
+
+
+def make_card(
+    shards: Path,
+    out: Path,
+    resolution: int,
+    split: str,
+    detector: str,
+    keep: int = 10_000,
+    count: int | None = None,
+    devices: int = 1,
+    accelerator: str = "auto",
+    batch_size: int = 50,
+    trust_detector: bool = False,
+) -> ReferenceCard | None:
+    """What `cdm reference` does, but for its words; the card is returned in the first process alone."""
     out = Path(out)
     if out.suffix != ".safetensors":
         raise InputError(f"{out} does not end in .safetensors, as a reference card does")
@@ -70,11 +91,11 @@ def reference(
     needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
     manifest = extract(shards, split, resolution, judge, work, devices, accelerator, batch_size, needed)
     if not first_process():  # Lightning sets it when processes start
-        return
+        return None
     card = summarize(out, manifest, n, resolution, judge, keep, work)
     write_card(card)
     shutil.rmtree(work)
-    say(card)
+    return card
 
 
 def say(card: ReferenceCard) -> None:

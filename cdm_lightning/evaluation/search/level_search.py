@@ -19,7 +19,7 @@ from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import first_images, real_images_of
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
-from cdm_lightning.evaluation.references.reference import reference
+from cdm_lightning.evaluation.references.reference import make_card
 from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
@@ -145,7 +145,7 @@ class LevelSearch:
         if resolution not in self.cards:
             path = self.out / "references" / f"{self.split}-{resolution}.safetensors"
             if not path.is_file():
-                reference(
+                make_card(
                     self.shards, path, resolution, self.split, self.detector_source, devices=self.devices,
                     accelerator=self.accelerator, trust_detector=True,  # it was loaded before, and asked about then
                 )  # fmt: skip
