@@ -22,30 +22,34 @@ setup: .venv/ready ## Make .venv with everything that is needed
 # The demo, as a person would type it: three stages, each trained alone, then put together, measured and sampled.
 RUN := runs/demo
 
-demo: $(RUN)/samples.png $(RUN)/search/results.json ## Train a small cascade on the images that ship, look at it, measure it
+demo: $(RUN)/samples.png ## Train a small cascade on the images that ship, look at it, measure it
 	@echo
-	@echo "$(RUN)/samples.png    classes by rows, the three resolutions side by side"
+	@echo "$(RUN)/samples.png         samples, a class a row, the three resolutions side by side"
 	@echo "$(RUN)/search/report.html  the distances above as a page, with curves and pictures"
-	@echo "$(RUN)/*/loss.png     loss curves, with sample grids in $(RUN)/*/grids"
-	@echo "$(RUN)/bundle         the cascade: cdm sample --bundle $(RUN)/bundle --out samples --per_class 4"
+	@echo "$(RUN)/bundle              the cascade: cdm sample --bundle $(RUN)/bundle --out samples --per_class 4"
 
 # Stages do not wait for one another, and networks this small gain little from a second thread: one trains beside the rest.
 fit = OMP_NUM_THREADS=1 $(CDM) fit --config experiments/defaults.yaml --config experiments/fashion/defaults.yaml --config experiments/fashion/$(1).yaml --trainer.default_root_dir $(RUN)/$(1) $(ARGS)
 
+# Minutes are those of two slow cores.
 $(RUN)/bundle/bundle.json: | setup
 	@mkdir -p $(RUN)
-	@echo "sr32 trains beside base8 and sr16; its progress goes to $(RUN)/sr32.log"
-	$(call fit,sr32) > $(RUN)/sr32.log 2>&1 & sr32=$$!; trap "kill $$sr32 2> /dev/null" EXIT INT TERM; \
-	$(call fit,base8) && $(call fit,sr16) && { wait $$sr32 || { tail -5 $(RUN)/sr32.log; exit 1; }; }
-	$(CDM) bundle --checkpoints "[$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32]" --out $(RUN)/bundle
+	@$(call fit,sr32) > $(RUN)/sr32.log 2>&1 & sr32=$$!; trap 'kill $$sr32 $$tail 2> /dev/null' EXIT; trap 'exit 1' INT TERM; \
+	echo "1/5 base8: classes -> 8x8, about 2 min; sr32 trains beside it on the other core"; $(call fit,base8) || exit; \
+	echo; echo "2/5 sr16: 8x8 -> 16x16, about 2 min"; $(call fit,sr16) || exit; \
+	echo; echo "3/5 sr32: 16x16 -> 32x32, about 3 min since it began beside the others"; \
+	tail -n +1 -f $(RUN)/sr32.log & tail=$$!; wait $$sr32; code=$$?; sleep 1; exit $$code
+	@$(CDM) bundle --checkpoints "[$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32]" --out $(RUN)/bundle
 
 $(RUN)/search/results.json: $(RUN)/bundle/bundle.json
-	$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --levels "[501]" --n 300 --sampling_steps "[20,20,10]"
+	@echo; echo "4/5 How far samples are from real images, with and without noise on the 8x8 ones, about 3 min"
+	@$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --levels "[501]" --n 300 --sampling_steps "[20,20,10]"
 
-$(RUN)/samples.png: $(RUN)/bundle/bundle.json
-	rm -rf $(RUN)/samples
-	$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4 --sampling_steps "[50,50,25]" --levels "[501,0]"
-	cp $(RUN)/samples/samples.png $@
+$(RUN)/samples.png: $(RUN)/search/results.json
+	@echo; echo "5/5 Four samples of each class, under 1 min"
+	@rm -rf $(RUN)/samples
+	@$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4 --sampling_steps "[50,50,25]" --levels "[501,0]"
+	@cp $(RUN)/samples/samples.png $@
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)

@@ -116,7 +116,7 @@ def run(arguments: list[str]) -> None:
     if command not in LIGHTNING and command not in COMMANDS:
         known = [*LIGHTNING, *COMMANDS]
         raise InputError(f"{command!r} is no command of cdm: known are {', '.join(known)}")
-    quiet_libraries(trains=command in LIGHTNING)
+    quiet_libraries()
     if command in LIGHTNING:
         from cdm_lightning.training.lightning_cli import run as run_lightning
 

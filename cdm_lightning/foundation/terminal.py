@@ -21,9 +21,20 @@ HARMLESS = (  # warnings of libraries about each other, or about what is so on p
     ".*Couldn't infer the batch indices.*",
     ".*(Kernel Inception Distance|InceptionScore). will save all extracted features.*",
     ".*__array__ implementation doesn't accept a copy keyword.*",
+    ".*is smaller than the logging interval.*",
+    ".*loading a checkpoint outside the 'fit' stage.*",
 )
-ADVERTISEMENTS = ("litlogger", "litmodels")
-DEVICES = ("GPU available", "TPU available")  # of interest where something is trained
+# Modules of Lightning whose notes are about its own settings, or are said better by the first lines of a command.
+CHATTER = (
+    *("setup", "seed", "trainer", "fit_loop", "cuda", "distributed"),
+    *("accelerator_connector", "callback_connector", "checkpoint_connector", "logger_connector"),
+    "weight_averaging",
+)
+NOTES = (  # where Lightning logs them
+    *("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"),
+    *("lightning.fabric.utilities.seed", "lightning.fabric.utilities.distributed"),
+    *("lightning.pytorch.accelerators.cuda", "lightning.pytorch.trainer.connectors.checkpoint_connector"),
+)
 
 
 def whole_console() -> Console:
@@ -44,11 +55,13 @@ def whole_table(*heads: str) -> Table:
     return Table(*(Column(head, overflow="fold") for head in heads))
 
 
-def quiet_libraries(trains: bool) -> None:
-    """Leave out what libraries print about themselves. trains: whether the device that is used is worth a line."""
+def quiet_libraries() -> None:
+    """Leave out what libraries print about themselves and each other."""
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
-    unwanted = ADVERTISEMENTS if trains else (*ADVERTISEMENTS, *DEVICES)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in str(record.msg) for word in unwanted)
-    )
+    for name in NOTES:
+        logging.getLogger(name).addFilter(of_interest)
+
+
+def of_interest(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or record.module not in CHATTER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +11,18 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from cdm_lightning.data.shards import open_images, read_manifest, write_shard
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png, stored_to_tensor
 from cdm_lightning.sampling.manifest import SampleManifest, shard_name
-
-LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
 
 
 class BlockWriter(BasePredictionWriter):
     """Writes the images of a block as one shard per resolution. A block is finished when all its shards exist.
 
-    The first process shows the progress of all: as a bar on a terminal, and otherwise as a line every half minute.
+    The first process shows the progress of all: as a bar on a terminal, and otherwise as a line now and then.
     """
 
     def __init__(self, folders: Sequence[Path], manifest: SampleManifest) -> None:
@@ -35,12 +32,9 @@ class BlockWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            form: dict[str, Any] = (
-                {"mininterval": 1} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": LINE}
-            )
-            self.bar = tqdm(
-                desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), miniters=1, **form
-            )
+            self.bar = Bar(desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), mininterval=1)
+            if self.bar.in_lines and self.bar.n:
+                self.bar.print_line()  # where it goes on
 
     def done(self) -> int:
         """How many images are stored at the last resolution, which is written last."""

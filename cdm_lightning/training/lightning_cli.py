@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import lightning.pytorch as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -26,6 +26,7 @@ from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
 from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
+from cdm_lightning.training.progress import FirstAndLastWords, Progress
 from cdm_lightning.training.resume import run_id
 
 MOVED = {  # class paths of version 0.1, and where the classes are now
@@ -97,10 +98,21 @@ class CommandLine(LightningCLI):
                 logger._wandb_init["id"] = logger._wandb_init.get("id") or run_id(Path(self.trainer.default_root_dir))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The trainer, its checkpoints written whole; a CheckpointIO among the configured plugins stays."""
-        trainer = super().instantiate_trainer(**kwargs)
+        """The trainer, its checkpoints written whole, with our words and our bar.
+
+        A CheckpointIO among the configured plugins stays, and so does a progress bar among the callbacks.
+        """
+        given = self.config_init[self.subcommand].trainer
+        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks or ()]
+        callbacks = [*filter(None, callbacks), FirstAndLastWords()]
+        if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(Progress())
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and not logger._wandb_init.get("anonymous"):
+                logger._wandb_init.pop("anonymous", None)  # W&B warns of it whatever it says
         return trainer
 
     def before_validate(self) -> None:
@@ -122,9 +134,11 @@ class CommandLine(LightningCLI):
             raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
-        """Unpickle nothing unless told to, whatever configurations are given."""
+        """Unpickle nothing unless told to, and print figures once, whatever configurations are given."""
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
         parser.set_defaults({"weights_only": True})
+        if "verbose" in parser.get_defaults():
+            parser.set_defaults({"verbose": False})  # our table is as wide as its names
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -135,17 +149,26 @@ def run() -> None:
     """Carry out the command in sys.argv, which the processes that Lightning starts repeat."""
     if not logged_in():
         os.environ.setdefault("WANDB_MODE", "offline")
+    quiet_wandb()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     CommandLine(
         L.LightningModule,
         ShardDataModule,
         subclass_mode_model=True,
         trainer_class=Trainer,
+        trainer_defaults={"enable_model_summary": False},  # the first line says how many parameters
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},
     )
+
+
+def quiet_wandb() -> None:
+    """Keep W&B from printing, unless the environment says how loud it shall be, or it may have to ask for a key."""
+    offline = os.environ.get("WANDB_MODE", "online") != "online"
+    if (offline or logged_in()) and os.environ.keys().isdisjoint(("WANDB_SILENT", "WANDB_QUIET")):
+        os.environ["WANDB_SILENT"] = "true"
 
 
 def logged_in() -> bool:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cdm_lightning.data.preparation.raw_images import Crop, RawImage, cut_square, decode
 from cdm_lightning.data.shards import write_packed, write_shard
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import downscale, encode_photo
@@ -72,7 +72,7 @@ def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dic
     check_skipped(records, total, max_corrupt)
     started = time.monotonic()
     with (
-        tqdm(total=total, initial=total - count, desc="preparing", unit="image") as bar,
+        Bar(total=total, initial=total - count, desc="preparing", unit="image") as bar,
         closing(run_tasks(todo, workers)) as finished,
     ):
         for record in finished:

@@ -22,6 +22,7 @@ from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.stages.loading import newest_checkpoint
 from cdm_lightning.training import Checkpoint
+from cdm_lightning.training.progress import Progress
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
 
@@ -280,7 +281,7 @@ def train(plan: Plan, data: ShardDataModule, seed: int, run: Path, accelerator: 
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         logger=CSVLogger(run, name="logs"),
-        callbacks=[saver],
+        callbacks=[saver, Progress()],
         use_distributed_sampler=False,  # the data module splits the images over processes
         enable_model_summary=False,
         default_root_dir=run,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
-from tqdm import tqdm
 
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.process_group import first_process
 
@@ -51,6 +51,27 @@ def reference(
         batch_size: Images per detector call, in each process.
         trust_detector: Allow a TorchScript that is not the canonical Inception; it is run as a program.
     """
+    card = make_card(
+        shards, out, resolution, split, detector, keep, count, devices, accelerator, batch_size, trust_detector
+    )
+    if card is not None:
+        print_card(card)
+
+
+def make_card(
+    shards: Path,
+    out: Path,
+    resolution: int,
+    split: str,
+    detector: str,
+    keep: int = 10_000,
+    count: int | None = None,
+    devices: int = 1,
+    accelerator: str = "auto",
+    batch_size: int = 50,
+    trust_detector: bool = False,
+) -> ReferenceCard | None:
+    """What `cdm reference` does, but for its words; the card is returned in the first process alone."""
     out = Path(out)
     if out.suffix != ".safetensors":
         raise InputError(f"{out} does not end in .safetensors, as a reference card does")
@@ -70,11 +91,11 @@ def reference(
     needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
     manifest = extract_features(shards, split, resolution, network, work, devices, accelerator, batch_size, needed)
     if not first_process():  # Lightning sets it when processes start
-        return
+        return None
     card = summarize(out, manifest, n, resolution, network, keep, work)
     write_card(card)
     shutil.rmtree(work)
-    print_card(card)
+    return card
 
 
 def print_card(card: ReferenceCard) -> None:
@@ -101,7 +122,7 @@ def summarize(
 
     def feature_batches() -> Iterator[torch.Tensor]:
         left, wanted = n, min(keep, n)
-        for features, label in tqdm(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
+        for features, label in Bar(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
             counts.add_(label[:left].bincount(minlength=len(counts)))
             kept.append(features[:left][:wanted].clone())
             yield features[:left]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import origin
@@ -20,7 +19,8 @@ from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import first_images, real_images_for_labels
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
-from cdm_lightning.evaluation.references.reference import reference
+from cdm_lightning.evaluation.references.reference import make_card
+from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
@@ -150,7 +150,7 @@ class LevelSearch:
         if resolution not in self.cards:
             path = self.out / "references" / f"{self.split}-{resolution}.safetensors"
             if not path.is_file():
-                reference(
+                make_card(
                     self.shards, path, resolution, self.split, self.detector_source, devices=self.devices,
                     accelerator=self.accelerator, trust_detector=True,  # it was loaded before, and checked then
                 )  # fmt: skip
@@ -257,7 +257,7 @@ def search_levels(run: LevelSearch, grids: list[list[int]], kinds: list[str]) ->
     rows: list[Row] = []
     for number, grid in enumerate(grids, 1):
         points, name = stage_points(number, grid, best), run.cascade.stages[number].name
-        stage_rows = [run.measure(point) for point in tqdm(points, f"points of {name}", unit="point")]
+        stage_rows = [run.measure(point) for point in Bar(points, f"points of {name}", unit="point")]
         for kind in kinds:
             best[kind] = [*best[kind], best_row(stage_rows, kind).s]
         rows += stage_rows

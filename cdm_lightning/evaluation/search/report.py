@@ -13,7 +13,7 @@ from cdm_lightning.evaluation.report.page import Section, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
 from cdm_lightning.evaluation.report.results import facts_of, made_sections, provenance, write_results
 from cdm_lightning.evaluation.report.stored_samples import sheet, stage_rows
-from cdm_lightning.evaluation.search.level_tables import costs, curves, gap_table
+from cdm_lightning.evaluation.search.level_tables import REAL, costs, curves, gap_table
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 
@@ -31,14 +31,30 @@ def print_rows(rows: Sequence[Any], chosen: Any) -> None:
     console.print(table)
     over = dict.fromkeys(f"{f.name}: ± over {f.spread_of}" for f in first if f.spread is not None)
     console.print(f"* chosen. {'; '.join(over)}. n = {first[0].n} images a seed.", highlight=False)
+    for note in dict.fromkeys(f.note for f in first if f.note):
+        console.print(f"note: {note}", highlight=False)
+
+
+def conclusion(rows: Sequence[Any], chosen: Any, last: Any) -> str:
+    """What a search found, in one sentence. last: the row of the whole cascade as it is chosen."""
+    found = [(r.stage, r.s, r.kind == REAL, r.figures[0].value) for r in rows if not r.compared]
+    without = [value for stage, s, real, value in found if (stage, s, real) == (chosen.stage, 0, False)]
+    given_real = [value for stage, s, real, value in found if (stage, s, real) == (last.stage, last.s, True)]
+    said = f"{chosen.figures[0].name}: {chosen.figures[0].value:.4g} of {chosen.stage} at s = {chosen.s}"
+    if chosen.s and without:
+        said += f" ({min(without):.4g} at s = 0)"
+    said += f", {last.figures[0].value:.4g} of the whole cascade"
+    if given_real:
+        said += f" and {given_real[0]:.4g} of its last stage on real low-resolution images"
+    return f"{said}; lower is better."
 
 
 def write_search(
-    run: Any, rows: Sequence[Any], chosen: Any, levels: list[int], kind: str, shown: Sequence[Path]
+    run: Any, rows: Sequence[Any], chosen: Any, last: Any, levels: list[int], kind: str, shown: Sequence[Path]
 ) -> dict[str, Any]:
     """results.json and report.html of a search: all points, the chosen setting, and the curves.
 
-    chosen: the row of the last stage with a choice of s. levels, kind: what the whole cascade
+    chosen: the row of the last stage with a choice of s. last: that of the whole cascade. levels, kind: what it
     shall use. shown: folders of its samples, low to high.
     """
     results = {
@@ -46,6 +62,7 @@ def write_search(
         "truncated": kind == "truncated" and any(levels),
         "rows": [asdict(row) for row in rows],
         "chosen": asdict(chosen),
+        "conclusion": conclusion(rows, chosen, last),
         "n": run.n,
         "seeds": run.seeds,
         "precision": run.precision,
@@ -69,6 +86,7 @@ def write_search(
     lead = f"Chosen: s = {levels}, {kind if any(levels) else 'without noise'}, by {name} of {run.n:,} samples a seed."
     write_page(run.out / "report.html", "Search over the levels of a cascade", sections, lead)
     write_results(run.out, results)
+    print(results["conclusion"])
     print(f"{run.out / 'report.html'}: curves and pictures, {run.out / 'results.json'}: the same as data")
     return results
 

@@ -112,7 +112,7 @@ def search(
     if not first_process():
         return {}
     print_rows(rows, chosen)
-    results = write_search(run, rows, chosen, best[kind], kind, shown)
+    results = write_search(run, rows, chosen, last, best[kind], kind, shown)
     if store:
         store_in_bundle(bundle, results)
     return results
