@@ -62,14 +62,14 @@ def terminal():
 
     reader = threading.Thread(target=read)
     reader.start()
-    handlers = [h for h in logging.getLogger("lightning.pytorch").handlers if isinstance(h, logging.StreamHandler)]
+    logger = logging.getLogger("lightning.pytorch")
     with open(slave, "w", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
-        before = [(handler, handler.setStream(stream)) for handler in handlers]
+        handler = logging.StreamHandler()  # as Lightning has one where it is not under test
+        logger.addHandler(handler)
         try:
             yield shown
         finally:
-            for handler, old in before:
-                handler.setStream(old)
+            logger.removeHandler(handler)
     reader.join()
     os.close(master)
 
