@@ -163,6 +163,8 @@ def test_two_processes_train_what_one_trains(tmp_path, monkeypatch):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 4 and " on 2 x CPU " in done.stdout  # the first process's words alone
     one, both = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("one", "two")
     )

@@ -1,0 +1,203 @@
+"""What a training shows of itself: in a pipe, on a terminal, from the first line to the last."""
+
+import fcntl
+import logging
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from lightning.pytorch.utilities import rank_zero_info
+from test_cli import BASE8, ROOT, SR16, fit
+
+from cdm_lightning.__main__ import main
+from cdm_lightning.foundation import bars
+from cdm_lightning.foundation.bars import Bar
+from cdm_lightning.training import progress
+from cdm_lightning.training.progress import Progress
+
+UNWANTED = (
+    *("Epoch", "/-2", "FLOPs", "Total params", "estimated model params", "v_num", "weights_only", "anonymous", "leet"),
+    *("stopped:", "GPU available", "TPU available", "Seed set", "LOCAL_RANK", "litlogger", "litmodels", "wandb:"),
+    *("logging interval", "Restoring", "Restored", "Loaded model", "current_model_state", "WeightAveraging", "Warning"),
+)
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_SILENT", "WANDB_QUIET"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.finish()  # a run that another test left open would be gone on with
+    yield
+    wandb.finish()
+
+
+def options(folder, steps=6, config=BASE8) -> list[str]:
+    """A training of few steps with the bar and the loggers that `fit` of test_cli leaves out."""
+    quick = [word for word in fit(config=config) if "logger" not in word and "progress_bar" not in word]
+    more = [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
+    return [*quick, *more, "--data.batch_size=4", f"--trainer.default_root_dir={folder}"]
+
+
+@contextmanager
+def terminal():
+    """A list of everything that is printed meanwhile, as a terminal of 100 columns gets it."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    shown = []
+
+    def read():
+        with suppress(OSError):  # nobody writes any more
+            while data := os.read(master, 65536):
+                shown.append(data.decode())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    logger = logging.getLogger("lightning.pytorch")
+    with open(slave, "w", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
+        handler = logging.StreamHandler()  # as Lightning has one where it is not under test
+        logger.addHandler(handler)
+        try:
+            yield shown
+        finally:
+            logger.removeHandler(handler)
+    reader.join()
+    os.close(master)
+
+
+def test_a_pipe_gets_plain_lines_of_what_a_newcomer_wants_to_know(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(bars, "BETWEEN", (0.0, 600.0))
+    main(options(tmp_path))
+    said = capfd.readouterr()
+    everything = said.out + said.err
+    assert not [word for word in UNWANTED if word in everything], everything
+    assert "\r" not in everything and "\x1b" not in everything
+    lines = everything.splitlines()
+    assert len(lines) == len(set(lines)), everything
+    what, images, plan, wandb, *between, last = lines
+    assert re.fullmatch(r"base8: BaseStage, 10 classes -> 8x8, \d\.\d\d M parameters", what)
+    assert images == "data/fashion/train/32: 15,000 images of 32x32 in 10 classes"
+    assert plan == f"6 steps of 4 images on CPU in 32-true: the run in {tmp_path} begins"
+    assert wandb.startswith(f"W&B: offline, `wandb sync {tmp_path}/wandb/offline-run-")
+    assert len(between) >= 4 and all(re.match(r"base8(, validating)?: \d/6 steps \(\d+%\), ", one) for one in between)
+    assert re.search(r"6/6 steps \(100%\), 00:\d\d gone, 00:00 left, [\d.,]+ images/s, loss \d", between[-1])
+    done = r"base8 is trained: 6 steps in 0:\d\d:\d\d, training loss [\d.]+, validation loss [\d.]+; "
+    assert re.fullmatch(f"{done}{tmp_path} holds checkpoints/last.ckpt, loss.png, grids", last)
+
+
+def test_a_terminal_gets_one_bar(tmp_path):
+    with terminal() as parts:
+        main(options(tmp_path))
+    shown = "".join(parts)
+    assert not [word for word in UNWANTED if word in shown], shown
+    lines = shown.split("\r\n")
+    drawn = [line for line in lines if "steps, " in line]
+    assert len(drawn) == 1, drawn  # the bar is one line, drawn again and again
+    looks = [look for look in drawn[0].split("\r") if look.strip()]
+    assert all(re.match(r"base8(, validating)? +\d+%\|.*\| \d/6 steps, ", look) for look in looks), looks
+    assert any("validating" in look for look in looks) and "validating" not in looks[-1]
+    assert " 6/6 steps" in looks[-1] and "images/s, loss " in looks[-1]
+    assert all(len(look) <= 100 for look in looks)
+    assert [line for line in lines if line][-1].startswith("base8 is trained: 6 steps in ")
+
+
+def test_what_is_said_beside_a_bar_stands_on_lines_of_its_own():
+    bar = Progress()
+    bar._trainer = SimpleNamespace(callback_metrics={})
+    with terminal() as parts:
+        bar.begin("base8", 10, "steps", stays=True)
+        rank_zero_info("a note of Lightning")
+        print("a warning", file=sys.stderr)
+        bar.close()
+    lines = [line.split("\r")[-1].strip() for line in "".join(parts).split("\r\n")]
+    assert "a note of Lightning" in lines and "a warning" in lines
+
+
+def test_a_run_that_goes_on_says_so_and_one_that_is_done_too(capsys, tmp_path):
+    main(options(tmp_path, 1, SR16))
+    first = capsys.readouterr().out
+    assert "sr16: SuperResolutionStage, 8x8 -> 16x16, conditioning augmentation gaussian, " in first
+    assert f"the run in {tmp_path} begins" in first
+    main(options(tmp_path, 2, SR16))
+    out = capsys.readouterr().out
+    assert f"the run in {tmp_path} goes on after step 1 of {tmp_path}/checkpoints/last.ckpt" in out
+    assert "sr16 is trained: 2 steps (1 of them now) in " in out and "sr16: 2/2 steps (100%)" in out
+    main(options(tmp_path, 2, SR16))
+    said = capsys.readouterr()
+    assert [line for line in said.out.splitlines() if line] == [
+        f"sr16: all 2 steps were done before; {tmp_path} holds checkpoints/last.ckpt, loss.png"
+    ]
+    main(["validate", *options(tmp_path, 2, SR16)[1:]])
+    said = capsys.readouterr()
+    assert not [word for word in UNWANTED if word in said.out + said.err], said
+    assert f"weights of {tmp_path}/checkpoints/last.ckpt" in said.out
+    assert re.search(r"val/loss +│ [\d.]+ ", said.out) and said.out.count("val/loss") == 1
+
+
+def test_the_bar_is_the_users_to_replace(capsys, tmp_path):
+    main([*options(tmp_path / "none", 1), "--trainer.enable_progress_bar=false"])
+    out = capsys.readouterr().out
+    assert "steps (" not in out and "base8 is trained: 1 steps in " in out
+    main([*options(tmp_path / "other", 1), "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"])
+    said = capsys.readouterr()
+    assert "1/1 steps (" not in said.out and "Epoch" in said.out + said.err
+
+
+def test_images_a_second_are_of_whole_batches_and_of_training_alone(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    bar = Progress()
+    trainer = SimpleNamespace(
+        callback_metrics={}, is_global_zero=True, global_step=0, estimated_stepping_batches=1000,
+        datamodule=SimpleNamespace(batch_size=8), state=SimpleNamespace(fn="fit"),
+    )  # fmt: skip
+    module = SimpleNamespace(name="base8")
+    bar.setup(trainer, module, "fit")
+    bar.on_train_start(trainer, module)
+    now = 500.0  # of compiling
+    for batch in range(20):
+        now += 0.25
+        trainer.global_step = (batch + 1) // 2  # two accumulated batches a step
+        bar.on_train_batch_end(trainer, module)
+    assert bar.rate == pytest.approx(16)
+    bar.on_validation_start(trainer, module)
+    now += 1000
+    bar.on_validation_end(trainer, module)
+    for _ in range(2):
+        now += 0.5
+        trainer.global_step += 1
+        bar.on_train_batch_end(trainer, module)
+    assert bar.rate == pytest.approx(16) and bar.words() == "16 images/s"
+    bar.close()
+
+
+def test_lines_come_seldom_and_those_of_a_quick_inner_bar_never(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now)
+    with Bar(total=1000, desc="outer", mininterval=0, miniters=1) as bar:
+        for _ in range(1000):
+            now += 1.0
+            bar.update()
+        with Bar(range(5), desc="inner") as inner:
+            list(inner)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and lines[-1].startswith("outer: 100%, 1000 of 1000 [")
+    with Bar(total=100, desc="quick", mininterval=0, miniters=1) as bar:
+        for _ in range(100):
+            now += 1.0
+            bar.update()
+    assert len(capsys.readouterr().err.splitlines()) == 4  # after 30, 60, 90 s, and the last
+    with Bar(total=100, desc="slow", mininterval=0, miniters=1) as bar:
+        for _ in range(4):
+            now += 200.0
+            bar.update()
+    assert len(capsys.readouterr().err.splitlines()) == 2  # ten minutes, and the last
