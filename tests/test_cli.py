@@ -5,36 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, awaken
-from test_experiments import QUICK, configs
+from commands import BASE8, QUICK, ROOT, SR16, configs, fit_command
+from refusals import sentence_of_refusal
+from small_models import SMALL, randomise_weights
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
-ROOT = Path(__file__).parents[1]
-BASE8, SR16 = (ROOT / "experiments" / "fashion" / f"{name}.yaml" for name in ("base8", "sr16"))
-
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-def refused(capsys, arguments) -> str:
-    """Run, and give the one sentence that was printed; nothing else may be."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    said = capsys.readouterr()
-    assert stop.value.code == 2
-    lines = [line for line in said.err.splitlines() if line.startswith("cdm: error: ")]
-    assert len(lines) == 1 and "Traceback" not in said.err + said.out
-    return lines[0].removeprefix("cdm: error: ")
-
-
-def fit(*options, config=BASE8) -> list[str]:
-    return ["fit", *configs(config), *QUICK, *options]
 
 
 @pytest.mark.parametrize(
@@ -78,15 +60,15 @@ def test_print_config_shows_every_default_and_overrides(capsys):
     "arguments, sentence",
     [
         (["train"], "'train' is no command of cdm: known are fit, validate, test, predict, prepare"),
-        (fit("--data.root=nowhere"), "nowhere/train does not exist"),
-        (fit("--model.resolution=64"), "no shards for resolution 64"),
-        (fit("--model.image_channels=3"), "has 1 channels, the model takes 3"),
-        (fit("--model.num_classes=9"), "has 10 classes, the model takes 9"),
-        (fit("--model.resolution=16", "--model.channel_mult=[1,1,1,1,1,1]"), "cannot be halved 5 times"),
-        (fit("--model.norm_groups=3"), "norm_groups 3 does not divide"),
-        (fit("--data.batch_size=3", "--trainer.accumulate_grad_batches=2"), "batch_size 3 cannot be shared"),
-        (fit("--model.low_res_timesteps=null", config=SR16), "needs low_res_timesteps"),
-        (fit("--model.low_resolution=6", config=SR16), "resolution 6 cannot be reached from 16"),
+        (fit_command("--data.root=nowhere"), "nowhere/train does not exist"),
+        (fit_command("--model.resolution=64"), "no shards for resolution 64"),
+        (fit_command("--model.image_channels=3"), "has 1 channels, the model takes 3"),
+        (fit_command("--model.num_classes=9"), "has 10 classes, the model takes 9"),
+        (fit_command("--model.resolution=16", "--model.channel_mult=[1,1,1,1,1,1]"), "cannot be halved 5 times"),
+        (fit_command("--model.norm_groups=3"), "norm_groups 3 does not divide"),
+        (fit_command("--data.batch_size=3", "--trainer.accumulate_grad_batches=2"), "batch_size 3 cannot be shared"),
+        (fit_command("--model.low_res_timesteps=null", config=SR16), "needs low_res_timesteps"),
+        (fit_command("--model.low_resolution=6", config=SR16), "resolution 6 cannot be reached from 16"),
         (["sample", "--bundle", "nowhere", "--out", "x", "--count", "1"], "nowhere is not a bundle"),
         (["bundle", "--checkpoints", "[nowhere.ckpt]", "--out", "x"], "nowhere.ckpt does not exist"),
         (["prepare", "folder", "--source", "nowhere", "--out", "x"], "nowhere"),
@@ -95,16 +77,16 @@ def test_print_config_shows_every_default_and_overrides(capsys):
 def test_bad_input_is_one_sentence(capsys, tmp_path, arguments, sentence):
     if arguments[0] == "fit":
         arguments = [*arguments, f"--trainer.default_root_dir={tmp_path}"]
-    assert sentence in refused(capsys, arguments)
+    assert sentence in sentence_of_refusal(capsys, arguments)
     assert not (ROOT / "x").exists()
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (fit("--model.no_such_key=1"), "no_such_key"),
-        (fit("--trainer.max_stepz=1"), "max_stepz"),
-        (fit("--model.schedule=square"), "square"),
+        (fit_command("--model.no_such_key=1"), "no_such_key"),
+        (fit_command("--trainer.max_stepz=1"), "max_stepz"),
+        (fit_command("--model.schedule=square"), "square"),
         (["fit", "--config", "experiments/imagenet/sr65.yaml"], "sr65.yaml"),
         (["sample", "--bundle", "b", "--out", "o", "--cuont", "3"], "cuont"),
     ],
@@ -119,17 +101,25 @@ def test_unknown_names_are_refused_by_name(capsys, arguments, words):
 def test_a_checkpoint_of_another_kind_is_refused(capsys, stages, tmp_path):
     for name, content in {"lightning": {"state_dict": {}}, "other": {"stage": "ResNet", "state_dict": {}}}.items():
         torch.save(content, tmp_path / f"{name}.ckpt")
-        sentence = refused(
+        sentence = sentence_of_refusal(
             capsys, ["bundle", "--checkpoints", f"[{tmp_path}/{name}.ckpt]", "--out", str(tmp_path / "b")]
         )
         assert "is not a checkpoint of a stage" in sentence
-    main(fit(f"--trainer.default_root_dir={tmp_path}/sr", "--trainer.limit_val_batches=0", config=SR16))
-    sentence = refused(capsys, ["bundle", "--checkpoints", f"[{tmp_path}/sr]", "--out", str(tmp_path / "b")])
+    main(fit_command(f"--trainer.default_root_dir={tmp_path}/sr", "--trainer.limit_val_batches=0", config=SR16))
+    sentence = sentence_of_refusal(
+        capsys, ["bundle", "--checkpoints", f"[{tmp_path}/sr]", "--out", str(tmp_path / "b")]
+    )
     assert "starts with a base stage" in sentence
-    resumed = fit(f"--trainer.default_root_dir={tmp_path}/x", f"--ckpt_path={tmp_path}/sr/checkpoints/last.ckpt")
-    assert "its kind is 'SuperResolutionStage', and the configuration says 'BaseStage'" in refused(capsys, resumed)
-    retargeted = fit(f"--trainer.default_root_dir={tmp_path}/sr", "--model.prediction=epsilon", config=SR16)
-    assert "its prediction is 'v_prediction', and the configuration says 'epsilon'" in refused(capsys, retargeted)
+    resumed = fit_command(
+        f"--trainer.default_root_dir={tmp_path}/x", f"--ckpt_path={tmp_path}/sr/checkpoints/last.ckpt"
+    )
+    assert "its kind is 'SuperResolutionStage', and the configuration says 'BaseStage'" in sentence_of_refusal(
+        capsys, resumed
+    )
+    retargeted = fit_command(f"--trainer.default_root_dir={tmp_path}/sr", "--model.prediction=epsilon", config=SR16)
+    assert "its prediction is 'v_prediction', and the configuration says 'epsilon'" in sentence_of_refusal(
+        capsys, retargeted
+    )
     assert not (tmp_path / "b").exists()
 
 
@@ -145,13 +135,13 @@ def test_sampling_refuses_what_the_cascade_cannot_do(capsys, stages, tmp_path):
         (["--per_class", "1"], "give one of count and per_class"),
         (["--block_size", "0"], "block_size 0 is less than 1"),
     ):
-        assert sentence in refused(capsys, [*sample, *options])
+        assert sentence in sentence_of_refusal(capsys, [*sample, *options])
     assert not (tmp_path / "out").exists()
     other_clock = SuperResolutionStage(
         resolution=16, low_resolution=8, low_res_timesteps=1000, low_res_schedule="cosine", **SMALL
     )
     write_bundle(tmp_path / "b", [stages[0], other_clock, stages[2]], {})
-    assert "the clocks disagree" in refused(capsys, sample)
+    assert "the clocks disagree" in sentence_of_refusal(capsys, sample)
 
 
 def test_a_full_disk_leaves_nothing_half_written(capsys, stages, tmp_path, monkeypatch):
@@ -166,7 +156,7 @@ def test_a_full_disk_leaves_nothing_half_written(capsys, stages, tmp_path, monke
 
     monkeypatch.setattr(Path, "write_bytes", full)
     sample = ["sample", "--bundle", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--count", "2"]
-    assert "No space left on device" in refused(capsys, sample)
+    assert "No space left on device" in sentence_of_refusal(capsys, sample)
     assert not list((tmp_path / "out").rglob("*.tar*")) and not list((tmp_path / "out").rglob("*.partial"))
     monkeypatch.undo()
     monkeypatch.chdir(ROOT)
@@ -175,8 +165,8 @@ def test_a_full_disk_leaves_nothing_half_written(capsys, stages, tmp_path, monke
 
 
 def test_weights_that_nothing_trained_are_not_measured(capsys, tmp_path):
-    arguments = ["validate", *fit(f"--trainer.default_root_dir={tmp_path}/never")[1:]]
-    assert "checkpoints holds no whole checkpoint, and ckpt_path last" in refused(capsys, arguments)
+    arguments = ["validate", *fit_command(f"--trainer.default_root_dir={tmp_path}/never")[1:]]
+    assert "checkpoints holds no whole checkpoint, and ckpt_path last" in sentence_of_refusal(capsys, arguments)
 
 
 def test_predict_samples_for_the_validation_classes(tmp_path, monkeypatch):
@@ -185,10 +175,10 @@ def test_predict_samples_for_the_validation_classes(tmp_path, monkeypatch):
         "--trainer.limit_predict_batches=1",
         "--model.sampling_steps=2",
     ]
-    main(fit(*options, config=SR16))
+    main(fit_command(*options, config=SR16))
     seen = []
     monkeypatch.setattr(SuperResolutionStage, "on_predict_batch_end", lambda self, outputs, *_: seen.append(outputs))
-    main(["predict", *fit(*options, config=SR16)[1:]])
+    main(["predict", *fit_command(*options, config=SR16)[1:]])
     assert [(tuple(x.shape), x.dtype) for x in seen] == [((2, 1, 16, 16), torch.uint8)]
 
 
@@ -211,15 +201,15 @@ def test_shards_cut_short_or_missing(capsys, tmp_path):
     whole = victim.read_bytes()
     options = [f"--data.root={tmp_path / 'data'}", f"--trainer.default_root_dir={tmp_path}/run"]
     victim.write_bytes(whole[:-1000])
-    assert "it was cut or changed" in refused(capsys, fit(*options))
+    assert "it was cut or changed" in sentence_of_refusal(capsys, fit_command(*options))
     victim.write_bytes(whole[: len(whole) // 2] + b"\0" * (len(whole) - len(whole) // 2))
-    assert "001.tar.gz is not the file its manifest lists: its SHA-256 is another" in refused(
-        capsys, fit(*options, "--trainer.max_steps=40")
+    assert "001.tar.gz is not the file its manifest lists: its SHA-256 is another" in sentence_of_refusal(
+        capsys, fit_command(*options, "--trainer.max_steps=40")
     )
     victim.unlink()
-    assert "001.tar.gz is missing" in refused(capsys, fit(*options))
+    assert "001.tar.gz is missing" in sentence_of_refusal(capsys, fit_command(*options))
     (victim.parent / "manifest.json").unlink()
-    assert "holds no manifest.json" in refused(capsys, fit(*options))
+    assert "holds no manifest.json" in sentence_of_refusal(capsys, fit_command(*options))
 
 
 def test_defects_keep_their_traceback(monkeypatch):
@@ -229,4 +219,4 @@ def test_defects_keep_their_traceback(monkeypatch):
     monkeypatch.setattr("cdm_lightning.__main__.run", broken)
     with pytest.raises(ZeroDivisionError):
         main(["fit"])
-    assert awaken(BaseStage(resolution=8, **SMALL)).name == "base8"
+    assert randomise_weights(BaseStage(resolution=8, **SMALL)).name == "base8"

@@ -1,33 +1,23 @@
 """Every YAML trains a step through the real command line, and the ImageNet files state the paper's table."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from commands import QUICK, ROOT, configs
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.data.shards import Manifest, write_manifest, write_shard
 from cdm_lightning.foundation.images import encode_png
 from cdm_lightning.stages.loading import load_stage
 
-ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(
     p
     for p in (ROOT / "experiments").glob("*/*.yaml")
     if {"defaults", "cascade", "cas", "sweeps"}.isdisjoint((p.stem, p.parent.name))
 )
-QUICK = [
-    "--trainer.logger=false", "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.precision=32-true",
-    "--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.enable_progress_bar=false",
-    "--data.batch_size=2", "--data.num_workers=0",
-    "--model.channels=8", "--model.norm_groups=4", "--model.num_res_blocks=1", "--model.num_heads=2",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +31,6 @@ def colour_shards(tmp_path_factory):
         counts = [int(c % 300 == 0) for c in range(1000)]
         write_manifest(folder, Manifest(256, 3, split, [f"n{c:08d}" for c in range(1000)], counts, [shard]))
     return root
-
-
-def configs(path: Path) -> list[str]:
-    files = [
-        ROOT / "experiments" / "defaults.yaml",
-        path.parent / "defaults.yaml",
-        path,
-        ROOT / "tests" / "reduced.yaml",
-    ]
-    return [word for file in files for word in ("--config", str(file))]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -142,35 +122,6 @@ def test_the_loss_is_logged_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").stat().st_size > 5000
     pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples*.png"))
     assert len(pictures) == 1
-
-
-def test_two_processes_train_what_one_trains(tmp_path, monkeypatch):
-    """DDP at half the batch each follows one process at the full batch: the same images, draws and weights."""
-    monkeypatch.chdir(ROOT)
-    path = ROOT / "experiments" / "fashion" / "sr16.yaml"
-    common = [
-        "fit",
-        *configs(path),
-        *QUICK,
-        "--trainer.max_steps=3",
-        "--data.batch_size=4",
-        "--trainer.accelerator=cpu",
-    ]
-    common.append("--trainer.val_check_interval=3")
-    main([*common, f"--trainer.default_root_dir={tmp_path}/one"])
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path}/two"]
-    command = [sys.executable, "-m", "cdm_lightning", *common, *two]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(set(lines)) == 4 and " on 2 x CPU " in done.stdout  # the first process's words alone
-    one, both = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("one", "two")
-    )
-    assert one["ShardDataModule"]["images_seen"] == both["ShardDataModule"]["images_seen"] == 12
-    for name, value in one["current_model_state"].items():
-        torch.testing.assert_close(value, both["current_model_state"][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_mixed_precision_trains(tmp_path, monkeypatch):

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from commands import QUICK, ROOT
 from PIL import Image
 from scipy.io import savemat
-from test_experiments import QUICK
 from torch.distributed.run import get_args_parser
 
 from cdm_lightning.__main__ import main
 
-ROOT = Path(__file__).parents[1]
 RUN = ["README.md", "docs/imagenet.md", "docs/measuring.md", "docs/sweeps.md"]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "data").glob("*/README.md"))]
@@ -33,13 +32,24 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "test": ["--trainer.limit_test_batches=2", "--data.batch_size=20", "--model.sampling_steps=[2,2,2]"],
     "evaluate": [],
     "search": ["--n", "20", "--block_size", "20", "--levels", "[251]", "--sampling_steps", "[2,2,2]"],
-    "cas": ["--recipe.steps", "1", "--recipe.batch_size", "4", "--seeds", "[0]", "--count", "10"],
+    "cas": [
+        "--recipe.architecture",
+        "resnet8",
+        "--recipe.steps",
+        "1",
+        "--recipe.batch_size",
+        "4",
+        "--seeds",
+        "[0]",
+        "--count",
+        "10",
+    ],
     "sample": ["--sampling_steps", "[2,2,2]", "--block_size", "8"],  # the last block is padded
     "prepare": ["--workers", "1", "--max_corrupt", "0.5"],
     "bundle": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
     "npz": [],
-    "plan": ["--arguments=--model.num_res_blocks=1"],
+    "plan": ["--arguments=--model.num_res_blocks=1 --model.channel_mult=[1,2]"],
     "sweep": [
         "--count=1",
         "--arguments=--trainer.limit_test_batches=2 --data.batch_size=20 --model.sampling_steps=[2,2,2]",

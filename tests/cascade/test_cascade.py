@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, awaken, record
+from small_models import SMALL, randomise_weights, record_calls
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import digest, origin, read_bundle, read_bundle_metadata, write_bundle
@@ -36,7 +36,7 @@ def test_at_s_0_both_ways_are_the_same_bits(stages):
 
 def test_the_chosen_s_reaches_corruption_and_embedding_alike(stages):
     cascade = CascadeModule.from_stages(stages)
-    seen = record(stages[1])
+    seen = record_calls(stages[1])
     cascade.set_levels([501, 0], False)
     z_0 = cascade.sample(LABEL, INDEX)[0]
     generator = cascade.generators(INDEX, 1)
@@ -98,23 +98,19 @@ def test_any_number_of_stages(stages):
     again = SuperResolutionStage(
         resolution=64, low_resolution=32, augmentation="none", **{**SMALL, "num_classes": None}
     )
-    assert [i.shape[-1] for i in CascadeModule.from_stages([*stages, awaken(again)]).sample(LABEL, INDEX)] == [
-        8,
-        16,
-        32,
-        64,
-    ]
+    four = CascadeModule.from_stages([*stages, randomise_weights(again)])
+    assert [i.shape[-1] for i in four.sample(LABEL, INDEX)] == [8, 16, 32, 64]
 
 
 def test_two_gaussian_stages_each_stop_at_their_own_level():
     torch.manual_seed(0)
     clock = dict(low_res_timesteps=4000, low_res_schedule="cosine")
     chain = [
-        awaken(BaseStage(resolution=8, **SMALL)),
-        awaken(SuperResolutionStage(resolution=16, low_resolution=8, **clock, **SMALL)),
-        awaken(SuperResolutionStage(resolution=32, low_resolution=16, **clock, **SMALL)),
+        randomise_weights(BaseStage(resolution=8, **SMALL)),
+        randomise_weights(SuperResolutionStage(resolution=16, low_resolution=8, **clock, **SMALL)),
+        randomise_weights(SuperResolutionStage(resolution=32, low_resolution=16, **clock, **SMALL)),
     ]
-    calls = [record(stage) for stage in chain]
+    calls = [record_calls(stage) for stage in chain]
     cascade = CascadeModule.from_stages(chain)
     cascade.set_levels([1001, 251], True)
     z, y, x = cascade.sample(LABEL, INDEX)
@@ -143,7 +139,7 @@ def test_truncated_sampling_adds_noise_to_the_clean_images_that_it_goes_on_from(
     """Given z_0 there is no reverse process to stop at s: z_s is drawn from q(z_s|z_0), as without truncation."""
     cascade = CascadeModule.from_stages(stages)
     z = quantize(torch.rand(3, 1, 8, 8) * 2 - 1)
-    calls = record(stages[1])
+    calls = record_calls(stages[1])
     for truncated in (True, False):
         cascade.set_levels([1001, 0], truncated)
         cascade.sample(LABEL, INDEX, z)
@@ -251,9 +247,9 @@ def full_disk(self, data):
 
 def test_stages_that_do_not_fit_are_refused(stages):
     base, sr16, sr32 = stages
-    other_clock = awaken(BaseStage(resolution=8, timesteps=1000, **SMALL))
-    more_classes = awaken(BaseStage(resolution=8, **{**SMALL, "num_classes": 11}))
-    colour = awaken(BaseStage(resolution=8, **{**SMALL, "image_channels": 3}))
+    other_clock = randomise_weights(BaseStage(resolution=8, timesteps=1000, **SMALL))
+    more_classes = randomise_weights(BaseStage(resolution=8, **{**SMALL, "num_classes": 11}))
+    colour = randomise_weights(BaseStage(resolution=8, **{**SMALL, "image_channels": 3}))
     for chain, sentence in (
         ([sr16, sr32], "starts with a base stage"),
         ([], "starts with a base stage"),

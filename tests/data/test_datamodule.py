@@ -1,23 +1,18 @@
 """The data module: every image once, one sequence for any number of processes, and a run that goes on where it was."""
 
-import json
-import subprocess
-import sys
 import warnings
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
-import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from dealt_images import SIZES, Recorder, contents, deal, flat, places, record_run, record_two_processes
+from folders import FASHION, make_folder, read_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.strategies import DDPStrategy  # noqa: F401, for the script of two processes
-from test_shards import FASHION, make_folder, read_raw, refuses
-from torch.utils.data import DataLoader
+from refusals import sentence_of_error
 
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.data.shards import read_manifest
@@ -25,7 +20,6 @@ from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.training import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = [7, 11, 5, 9, 6, 8, 7]  # 53 images, a prime number
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +33,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(root):
     return root / "train/8"
-
-
-def deal(folder, world_size=1, workers=0, batch_size=4, batches=None, **options):
-    """[rank][batch] -> (image, label, index), each rank through a DataLoader of its own."""
-    manifest, options = read_manifest(folder), {"window": 3, **options}
-    streams = [ShardStream(folder, manifest, 8, batch_size, rank, world_size, **options) for rank in range(world_size)]
-    loaders = [iter(DataLoader(s, batch_size=None, num_workers=workers)) for s in streams]
-    dealt = [list(islice(loader, batches)) for loader in loaders]
-    for loader in loaders if workers else []:
-        loader._shutdown_workers()
-    return dealt
-
-
-def places(batches):
-    return [i for _, _, index in batches for i in index.tolist()]
-
-
-def contents(batches):
-    """place -> (bytes, label) of the image that was dealt there."""
-    return {int(i): (x.numpy().tobytes(), int(y)) for batch in batches for x, y, i in zip(*batch, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------------- the sequence of images
@@ -161,57 +135,6 @@ def test_flips_are_a_fair_coin_per_image_keyed_by_place_and_seed():
 # ---------------------------------------------------------------------------------------------------- through a Trainer
 
 
-class Recorder(L.LightningModule):
-    """Learns nothing and writes down the places that it sees."""
-
-    resolution, image_channels, num_classes = 8, 1, 10
-
-    def __init__(self, fail_at=None):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))  # it has buffers
-        self.fail_at, self.seen, self.validated = fail_at, [], []
-
-    def training_step(self, batch, batch_idx):
-        if len(self.seen) == self.fail_at:
-            raise RuntimeError("lost power")
-        self.seen.append(batch[2].tolist())
-        return self.net(batch[0].mean((1, 2, 3))[:, None]).square().mean()
-
-    def validation_step(self, batch, batch_idx):
-        if not self.trainer.sanity_checking:
-            self.validated.append(batch[2].tolist())
-        self.log("val", self.net(batch[0].mean((1, 2, 3))[:, None]).mean(), sync_dist=True, batch_size=len(batch[0]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
-def fit(
-    root,
-    out,
-    ckpt_path=None,
-    module=None,
-    data=None,
-    batch_size=12,
-    workers=0,
-    callbacks=(),
-    saver=Checkpoint,
-    **options,
-):
-    """Train to the end and give the module; a checkpoint is left in `out` after each step."""
-    module = module or Recorder()
-    data = data or ShardDataModule(root, batch_size, workers, window=3)
-    save = saver(out, every_n_train_steps=1, filename="{step}", save_top_k=-1)
-    options = {"max_steps": 7, "val_check_interval": 2, "check_val_every_n_epoch": None, "devices": 1, **options}
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    L.Trainer(callbacks=[save, *callbacks], **quiet, **options).fit(module, data, ckpt_path=ckpt_path)
-    return module
-
-
-def flat(batches):
-    return [i for batch in batches for i in batch]
-
-
 RUNS = {  # name: options of the Trainer and the data module; every run is 7 steps of 12 images, into the second epoch
     "one pass": {},
     "two workers": {"workers": 2, "val_check_interval": 4},
@@ -229,7 +152,7 @@ RUNS = {  # name: options of the Trainer and the data module; every run is 7 ste
 @pytest.mark.parametrize("saver", [Checkpoint, ModelCheckpoint])
 def test_a_run_resumed_anywhere_sees_what_the_unbroken_one_would_have_seen(root, tmp_path, name, saver):
     options = {**RUNS[name], "saver": saver}
-    unbroken = fit(root, tmp_path, **options)
+    unbroken = record_run(root, tmp_path, **options)
     total = len(flat(unbroken.seen))
     assert flat(unbroken.seen) == list(range(total)) and total == (96 if name == "by epochs" else 84)
     validated = flat(unbroken.validated)
@@ -237,53 +160,41 @@ def test_a_run_resumed_anywhere_sees_what_the_unbroken_one_would_have_seen(root,
     for step in (1, 5) if options.get("workers") else range(1, total // 12):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            resumed = fit(root, tmp_path / "again", tmp_path / f"step={step}.ckpt", **options)
+            resumed = record_run(root, tmp_path / "again", tmp_path / f"step={step}.ckpt", **options)
         assert flat(resumed.seen) == list(range(12 * step, total)), f"resumed after step {step}"
         assert not [w for w in caught if "not resumable" in str(w.message)]
 
 
 def test_a_batch_cut_short_by_an_exception_is_seen_again(root, tmp_path):
     with pytest.raises(RuntimeError, match="lost power"):
-        fit(root, tmp_path, module=Recorder(fail_at=4), callbacks=[OnExceptionCheckpoint(tmp_path, "last_words")])
-    assert flat(fit(root, tmp_path, tmp_path / "last_words.ckpt").seen) == list(range(48, 84))
+        record_run(
+            root, tmp_path, module=Recorder(fail_at=4), callbacks=[OnExceptionCheckpoint(tmp_path, "last_words")]
+        )
+    assert flat(record_run(root, tmp_path, tmp_path / "last_words.ckpt").seen) == list(range(48, 84))
 
 
 def test_a_run_goes_on_with_another_batch_size_accumulation_or_data_module(root, tmp_path):
-    fit(root, tmp_path / "a", max_steps=3)
+    record_run(root, tmp_path / "a", max_steps=3)
     data = ShardDataModule(root, 8, 0, window=3)
-    other = fit(root, tmp_path / "b", tmp_path / "a/step=3.ckpt", data=data, accumulate_grad_batches=2, max_steps=5)
-    last = fit(root, tmp_path / "c", tmp_path / "b/step=5.ckpt", batch_size=6, max_steps=7)
+    other = record_run(
+        root, tmp_path / "b", tmp_path / "a/step=3.ckpt", data=data, accumulate_grad_batches=2, max_steps=5
+    )
+    last = record_run(root, tmp_path / "c", tmp_path / "b/step=5.ckpt", batch_size=6, max_steps=7)
     assert flat(other.seen + last.seen) == list(range(36, 36 + len(flat(other.seen)) + 12))
-    again = fit(root, tmp_path / "d", data=data, max_steps=2)  # used before, in a new run
+    again = record_run(root, tmp_path / "d", data=data, max_steps=2)  # used before, in a new run
     assert flat(again.seen) == list(range(16))
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_datamodule import DDPStrategy, fit
-
-out, steps = Path(sys.argv[3]), {"max_steps": 5, "accumulate_grad_batches": 2, "val_check_interval": 10}
-processes = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
-module = fit(sys.argv[2], out, batch_size=16, workers=2, **steps, **processes)
-(out / f"rank{module.global_rank}.json").write_text(json.dumps([module.seen, module.validated]))
-"""
-
-
 def test_two_processes_share_out_every_batch_and_one_process_goes_on_after_them(root, tmp_path):
-    (tmp_path / "run.py").write_text(SCRIPT)
-    command = [sys.executable, "run.py", str(Path(__file__).parent), str(root), str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    steps = {"max_steps": 5, "accumulate_grad_batches": 2, "val_check_interval": 10}
+    ranks = [found[:2] for found in record_two_processes(root, tmp_path, batch_size=16, workers=2, **steps)]
     for step in range(5):
         parts = [batch for seen, _ in ranks for batch in seen[2 * step : 2 * step + 2]]
         assert [len(batch) for batch in parts] == [4] * 4
         assert sorted(flat(parts)) == list(range(16 * step, 16 * step + 16))
     # 5 and 4 images: in batches of 4 one process would make two and the other one, so they are of 3
     assert [validated for _, validated in ranks] == [[[0, 2, 4], [6, 8]], [[1, 3, 5], [7]]]
-    alone = fit(root, tmp_path / "alone", tmp_path / "step=3.ckpt", batch_size=16, max_steps=5)
+    alone = record_run(root, tmp_path / "alone", tmp_path / "step=3.ckpt", batch_size=16, max_steps=5)
     assert flat(alone.seen) == list(range(48, 80))
 
 
@@ -303,7 +214,7 @@ def attached(root, batch_size=12, world_size=1, accumulate=1, max_steps=5, resol
 
 def test_data_that_does_not_fit_the_model_or_the_run_is_refused_before_it_starts(root, tmp_path):
     def setup(*parts, where=root, **options):
-        refuses(lambda: attached(where, **options).setup("fit"), *parts)
+        sentence_of_error(lambda: attached(where, **options).setup("fit"), *parts)
 
     attached(root).setup("fit")
     attached(root, classes=None, resolution=4).setup("fit")
@@ -322,8 +233,12 @@ def test_data_that_does_not_fit_the_model_or_the_run_is_refused_before_it_starts
 def test_a_batch_that_cannot_be_shared_is_refused(root):
     for options in [{"world_size": 5}, {"accumulate": 8}, {"world_size": 3, "accumulate": 8}, {"batch_size": 0}]:
         data = attached(root, **options)
-        refuses(data.train_dataloader, f"batch_size {data.batch_size} cannot be shared by", "must be a multiple of")
-        refuses(data.val_dataloader, f"batch_size {data.batch_size} cannot be shared by")
-    refuses(attached(root, batch_size=54, max_steps=-1).train_dataloader, "54 is larger than the 53 training images")
+        sentence_of_error(
+            data.train_dataloader, f"batch_size {data.batch_size} cannot be shared by", "must be a multiple of"
+        )
+        sentence_of_error(data.val_dataloader, f"batch_size {data.batch_size} cannot be shared by")
+    sentence_of_error(
+        attached(root, batch_size=54, max_steps=-1).train_dataloader, "54 is larger than the 53 training images"
+    )
     for options in [{"window": 0}, {"window": -1}, {"num_workers": -1}]:
-        refuses(lambda o=options: ShardDataModule(root, **o), "must be at least")
+        sentence_of_error(lambda o=options: ShardDataModule(root, **o), "must be at least")

@@ -1,7 +1,6 @@
 """Packed shards: the sequence of the PNG form to the bit, damage told row by row, nothing hostile believed."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import pickle
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import FASHION
+from dealt_images import SIZES, contents, deal, flat, places, record_run
+from folders import FASHION, make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_datamodule import SIZES, contents, deal, fit, flat, places
-from test_shards import make_folder, refuses
+from refusals import sentence_of_error
 
 from cdm_lightning.data.preparation.prepare import prepare_folder
 from cdm_lightning.data.shards import open_images, packed, read_manifest, write_manifest, write_packed
@@ -72,8 +71,8 @@ def test_a_packed_shard_comes_back_and_is_the_same_bytes_each_time(tmp_path):
     assert shard.head_sha256 == hashlib.sha256(data[: shard.head]).hexdigest()
     with tarfile.open(tmp_path / "a/0.tar") as tar:
         assert tar.getnames() == ["0.labels.npy", "0.crc.npy", "0.keys.npy", "0.images.npy"]
-    refuses(lambda: write_packed(tmp_path / "c/0.tar", images[:1], [0], ["é"]), "cannot hold the key 'é'")
-    refuses(lambda: write_packed(tmp_path / "c/0.tar", images[:1], [0], ["x" * 65]), "64 characters at most")
+    sentence_of_error(lambda: write_packed(tmp_path / "c/0.tar", images[:1], [0], ["é"]), "cannot hold the key 'é'")
+    sentence_of_error(lambda: write_packed(tmp_path / "c/0.tar", images[:1], [0], ["x" * 65]), "64 characters at most")
     assert not (tmp_path / "c").exists()
 
 
@@ -118,8 +117,8 @@ def test_a_run_goes_on_in_the_packed_form_where_it_was(tmp_path):
     for split in ("train", "val"):
         make_folder(tmp_path / "png" / split / "8", SIZES)
         pack(tmp_path / "png" / split / "8", tmp_path / "d" / split / "8")
-    whole = fit(tmp_path / "d", tmp_path / "a", max_steps=6, workers=2)
-    again = fit(tmp_path / "d", tmp_path / "b", tmp_path / "a/step=2.ckpt", max_steps=6)
+    whole = record_run(tmp_path / "d", tmp_path / "a", max_steps=6, workers=2)
+    again = record_run(tmp_path / "d", tmp_path / "b", tmp_path / "a/step=2.ckpt", max_steps=6)
     assert flat(whole.seen) == list(range(72)) and flat(again.seen) == list(range(24, 72))
 
 
@@ -226,7 +225,9 @@ def test_damage_is_an_image_or_a_shard_and_the_rest_is_as_ever(tmp_path, case, c
         assert set(said) == about
     else:
         assert len(said) == 2 and all(line.startswith(f"left out: {folder}/002.tar ") for line in said)
-    sentence = refuses(lambda: list(ShardStream(folder, manifest, 8, 4, window=3, end=106)), f"{folder}/002.tar")
+    sentence = sentence_of_error(
+        lambda: list(ShardStream(folder, manifest, 8, 4, window=3, end=106)), f"{folder}/002.tar"
+    )
     assert any(sentence in line for line in said)
 
 
@@ -236,7 +237,7 @@ def test_a_file_that_is_cut_while_it_is_open_is_a_sentence(tmp_path):
     stream = iter(ShardStream(folder, manifest, 8, 4, shuffle=False))
     next(stream)
     (folder / "000.tar").write_bytes((folder / "000.tar").read_bytes()[: row(manifest, 0, 20) + 7])
-    refuses(lambda: list(stream), f"image 00000020 of {folder}/000.tar is cut: 7 of its 192 bytes are there")
+    sentence_of_error(lambda: list(stream), f"image 00000020 of {folder}/000.tar is cut: 7 of its 192 bytes are there")
 
 
 def test_a_batch_of_damage_alone_holds_an_intact_image(tmp_path):
@@ -251,7 +252,9 @@ def test_a_batch_of_damage_alone_holds_an_intact_image(tmp_path):
     assert torch.equal(batches[1][0][0], first[0][1])  # the first of the folder is damaged too
     (folder / "000.tar").unlink()
     (folder / "002.tar").unlink()
-    refuses(lambda: list(ShardStream(folder, manifest, 8, 4, on_damage="skip", **options)), "holds no intact image")
+    sentence_of_error(
+        lambda: list(ShardStream(folder, manifest, 8, 4, on_damage="skip", **options)), "holds no intact image"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- hostile
@@ -313,8 +316,8 @@ def test_a_head_that_a_manifest_vouches_for_is_not_believed(tmp_path, case):
     path, manifest = vouched(folder, change)
     write_manifest(folder, manifest)
     read_manifest(folder)
-    refuses(lambda: PackedShard(path, manifest.shards[0], manifest), str(path), sentence)
-    refuses(lambda: list(ShardStream(folder, manifest, 8, 4, end=5)), str(path), sentence)
+    sentence_of_error(lambda: PackedShard(path, manifest.shards[0], manifest), str(path), sentence)
+    sentence_of_error(lambda: list(ShardStream(folder, manifest, 8, 4, end=5)), str(path), sentence)
     assert not Path("/tmp/packed-was-unpickled").exists()
 
 
@@ -345,10 +348,10 @@ def test_a_manifest_that_cannot_be_is_refused_before_memory_is_taken(tmp_path, c
     fields = asdict(read_manifest(folder))
     fields["shards"][0] |= BAD_MANIFESTS[case]
     (folder / "manifest.json").write_text(json.dumps(fields))
-    refuses(lambda: read_manifest(folder), f"{folder / 'manifest.json'} is not a manifest of shards: ")
+    sentence_of_error(lambda: read_manifest(folder), f"{folder / 'manifest.json'} is not a manifest of shards: ")
     fields = asdict(pack(tmp_path / "png/train/8", folder)) | {"resolution": 10**7}
     (folder / "manifest.json").write_text(json.dumps(fields))
-    refuses(lambda: read_manifest(folder), "cannot hold 5 images after its head")
+    sentence_of_error(lambda: read_manifest(folder), "cannot hold 5 images after its head")
 
 
 @settings(max_examples=150, deadline=None, database=None)
@@ -407,13 +410,5 @@ def test_photographs_become_pngs_that_pillow_reads_back(shape):
         assert np.array_equal(decode_png(data), image)
 
 
-def test_the_benchmark_runs():
-    path = Path(__file__).parents[2] / "experiments/bench/data.py"
-    spec = importlib.util.spec_from_file_location("bench_data", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    results = bench.run(quick=True)
-    assert set(results["rates"][64]) == {"packed", "png", "jpeg", "copy"}
-    assert all(rate > 0 for ways in results["rates"].values() for rates in ways.values() for rate in rates)
-    assert set(results["loader"][32]) == {f"{form}, {n} workers" for form in ("packed", "png") for n in (0, 1)}
-    assert "64x64" in bench.table(results) and packed.NPY_HEADER_BYTES == 128
+def test_a_header_takes_what_numpys_does():
+    assert packed.NPY_HEADER_BYTES == 128

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import hashlib
 import io
 import os
 import signal
@@ -19,6 +18,8 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from commands import ROOT
+from folders import hashes
 from PIL import Image
 
 from cdm_lightning.data.preparation.prepare import prepare_folder, prepare_imagenet
@@ -114,12 +115,6 @@ def stored(out: Path) -> Iterator[tuple[str, np.ndarray, int]]:
     opened = open_images(out, manifest, manifest.shards, range(manifest.count))
     for item in range(manifest.count):
         yield opened.key(item), *opened.load(item)
-
-
-def hashes(out: Path) -> dict[str, str]:
-    """SHA-256 of every file under a folder, hidden ones too."""
-    files = sorted(f for f in out.rglob("*") if f.is_file())
-    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def times(out: Path) -> dict[Path, int]:
@@ -312,7 +307,21 @@ def test_every_shard_mixes_all_classes(tmp_path: Path) -> None:
     assert len(few) == 60 and all(np.array_equal(a[1], b[1]) for a, b in zip(few, all_images, strict=False))
 
 
+SLOWLY = """
+import pathlib, time
+replace = pathlib.Path.replace
+def slowly(path, target):
+    time.sleep(0.05)
+    return replace(path, target)
+pathlib.Path.replace = slowly
+"""
+
+
 def start(source: Path, out: Path, workers: int) -> subprocess.Popen[str]:
+    """Every file takes its name slowly, in the workers too, so that no machine is done before it is stopped."""
+    early = out.parent / "early"
+    early.mkdir()
+    (early / "sitecustomize.py").write_text(SLOWLY)  # which every process of Python runs before its own program
     code = f"""
 from pathlib import Path
 from cdm_lightning.data.preparation.prepare import prepare_folder
@@ -320,7 +329,10 @@ if __name__ == "__main__":
     source, out = Path({str(source)!r}), Path({str(out)!r})
     prepare_folder(source, out, resolutions=[64, 32], images_per_shard=4, workers={workers}, max_corrupt=0.01)
 """
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    environment = {**os.environ, "PYTHONPATH": f"{early}:{ROOT}"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
 
 
 def wait_for_records(out: Path, process: subprocess.Popen[str], count: int) -> list[Path]:
@@ -364,7 +376,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, unbroken: tuple[Pa
     workers = workers_of(process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while (left := list(filter(alive, workers))) and time.monotonic() < deadline:
         time.sleep(0.01)
     for pid in left:
@@ -391,7 +403,7 @@ def test_dead_worker_is_an_error_and_two_workers_make_the_same_bytes(
     process = start(source, tmp_path / "out", workers=2)
     wait_for_records(tmp_path / "out", process, 1)
     os.kill(workers_of(process)[0], signal.SIGKILL)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode != 0 and "InputError: one of 2 workers was ended from outside" in error
     resume(source, tmp_path / "out", workers=2)
     assert hashes(tmp_path / "out") == expected

@@ -10,52 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import FASHION, make_folder, read_raw, with_member
 from PIL import Image
+from refusals import sentence_of_error
 from torch.utils.data import DataLoader
 
-from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, read_shard, write_manifest, write_shard
+from cdm_lightning.data.shards import find_folder, read_manifest, read_shard, write_manifest, write_shard
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png
 from cdm_lightning.foundation.process_group import exit_with_sentence
-
-FASHION = Path(__file__).parents[2] / "data/fashion"
-
-
-def make_folder(folder, sizes, resolution=8, channels=1, classes=10, suffix=".tar"):
-    """A finished folder of noise; image i has label 3 i mod `classes`, so that a shift of one shows."""
-    rng, shards, first = np.random.default_rng(0), [], 0
-    shape = (resolution, resolution, channels)
-    for number, size in enumerate(sizes):
-        images = [encode_png(rng.integers(0, 256, shape, dtype=np.uint8)) for _ in range(size)]
-        samples = [(f"{i:08d}", png, 3 * i % classes) for i, png in enumerate(images, first)]
-        shards.append(write_shard(folder / f"{number:03d}{suffix}", samples))
-        first += size
-    names = [f"class {c}" for c in range(classes)]
-    counts = [len(range(c, first, classes)) for c in range(classes)]
-    write_manifest(folder, Manifest(resolution, channels, folder.parent.name, names, counts, shards))
-    return read_manifest(folder)
-
-
-def read_raw(folder):
-    """key -> (uint8 (H, W) or (H, W, C), label) of all shards, by tarfile and Pillow alone."""
-    files = {}
-    for path in sorted(folder.glob("*.tar*")):
-        with tarfile.open(path) as tar:
-            files |= {member.name: tar.extractfile(member).read() for member in tar}
-    keys = sorted({name.split(".")[0] for name in files})
-    return {k: (np.array(Image.open(io.BytesIO(files[f"{k}.png"]))), int(files[f"{k}.cls"])) for k in keys}
-
-
-def refuses(call, *parts):
-    """The one line that `call` raises as InputError, after a look for `parts` in it."""
-    with pytest.raises(InputError) as caught:
-        call()
-    sentence = str(caught.value)
-    assert "\n" not in sentence and len(sentence) < 400
-    for part in parts:
-        assert part in sentence
-    return sentence
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
@@ -81,8 +45,10 @@ def test_a_larger_folder_serves_where_halving_reaches_the_resolution(tmp_path):
     for wanted, found in [(32, "32"), (16, "32"), (8, "32"), (64, "64"), (6, "24"), (12, "24"), (1, "32")]:
         assert find_folder(tmp_path, "train", wanted).name == found
     for wanted in (128, 7, 48):
-        refuses(lambda w=wanted: find_folder(tmp_path, "train", w), f"resolution {wanted}: stored are [24, 32, 64]")
-    refuses(lambda: find_folder(tmp_path, "val", 8), f"{tmp_path / 'val'} does not exist")
+        sentence_of_error(
+            lambda w=wanted: find_folder(tmp_path, "train", w), f"resolution {wanted}: stored are [24, 32, 64]"
+        )
+    sentence_of_error(lambda: find_folder(tmp_path, "val", 8), f"{tmp_path / 'val'} does not exist")
 
 
 BAD_MANIFESTS = {
@@ -106,29 +72,29 @@ def test_a_bad_manifest_is_refused(tmp_path, case):
     path = tmp_path / "train/8/manifest.json"
     text = BAD_MANIFESTS[case](json.loads(path.read_text()))
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refuses(lambda: read_manifest(path.parent), f"{path} is not a manifest of shards: ")
+    sentence_of_error(lambda: read_manifest(path.parent), f"{path} is not a manifest of shards: ")
 
 
 @pytest.mark.parametrize("name", ["../8/000.tar", "/etc/passwd", "x/000.tar", "..", "", "pipe:touch hacked"])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path, name):
     manifest = make_folder(tmp_path / "train/8", [3])
     write_manifest(tmp_path / "train/8", replace(manifest, shards=[replace(manifest.shards[0], name=name)]))
-    refuses(lambda: read_manifest(tmp_path / "train/8"), str(tmp_path / "train/8"))
+    sentence_of_error(lambda: read_manifest(tmp_path / "train/8"), str(tmp_path / "train/8"))
 
 
 def test_a_missing_unfinished_or_cut_folder_is_refused(tmp_path):
     folder = tmp_path / "train/8"
-    refuses(lambda: read_manifest(folder), f"{folder} holds no manifest.json")
+    sentence_of_error(lambda: read_manifest(folder), f"{folder} holds no manifest.json")
     folder.mkdir(parents=True)
-    refuses(lambda: read_manifest(folder), f"{folder} holds no manifest.json")
+    sentence_of_error(lambda: read_manifest(folder), f"{folder} holds no manifest.json")
     manifest = make_folder(folder, [3, 2])
     tar = folder / "001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
-    refuses(lambda: read_manifest(folder), f"{tar} has {manifest.shards[1].bytes - 512} bytes")
+    sentence_of_error(lambda: read_manifest(folder), f"{tar} has {manifest.shards[1].bytes - 512} bytes")
     tar.unlink()
-    refuses(lambda: read_manifest(folder), f"{tar} is missing: the manifest lists it with 2 images")
+    sentence_of_error(lambda: read_manifest(folder), f"{tar} is missing: the manifest lists it with 2 images")
     write_manifest(folder, replace(manifest, shards=[]))
-    refuses(lambda: read_manifest(folder), "holds no images")
+    sentence_of_error(lambda: read_manifest(folder), "holds no images")
 
 
 def rewritten(path, change):
@@ -147,25 +113,24 @@ def image_of(shape):
     return encode_png(np.zeros(shape, np.uint8))
 
 
-def only(wanted, data):
-    return lambda path: rewritten(path, lambda name, old: data if name == wanted else old)
-
-
 BAD_CONTENT = {
     "zeros": (lambda p: bytes(p.stat().st_size), "holds 0 images where its manifest says 5"),
     "garbage": (lambda p: b"x" * p.stat().st_size, "cannot be read: ReadError: invalid header"),
     "cut": (lambda p: p.read_bytes()[:3000], "cannot be read: ReadError: unexpected end of data"),
     "torn gzip": (lambda p: gzip.compress(p.read_bytes())[:-40], "cannot be read: EOFError: Compressed file ended"),
     "an image too few": (lambda p: rewritten(p, lambda n, d: None if "03." in n else d), "holds 4 images where"),
-    "no picture": (only("00000004.png", None), "image 00000004 of", "cannot be decoded: KeyError: 'png'"),
-    "no label": (only("00000004.cls", None), "image 00000004 of", "cannot be decoded: KeyError: 'cls'"),
+    "no picture": (with_member("00000004.png", None), "image 00000004 of", "cannot be decoded: KeyError: 'png'"),
+    "no label": (with_member("00000004.cls", None), "image 00000004 of", "cannot be decoded: KeyError: 'cls'"),
     "a torn picture": (lambda p: rewritten(p, lambda n, d: d[:80] if "04.p" in n else d), "00000004 of", "OSError"),
-    "no picture at all": (only("00000003.png", b"<html>"), "image 00000003 of", "cannot be decoded"),
-    "a label out of range": (only("00000004.cls", b"10"), "has label 10, outside 0 ... 9"),
-    "a label below 0": (only("00000004.cls", b"-1"), "has label -1, outside 0 ... 9"),
-    "a label of words": (only("00000004.cls", b"cat"), "image 00000004 of", "cannot be decoded: ValueError"),
-    "another resolution": (only("00000004.png", image_of((4, 4, 1))), "it is 4x4 where 8x8 is expected"),
-    "colour": (only("00000004.png", image_of((8, 8, 3))), "has shape (8, 8, 3) where its manifest says (8, 8, 1)"),
+    "no picture at all": (with_member("00000003.png", b"<html>"), "image 00000003 of", "cannot be decoded"),
+    "a label out of range": (with_member("00000004.cls", b"10"), "has label 10, outside 0 ... 9"),
+    "a label below 0": (with_member("00000004.cls", b"-1"), "has label -1, outside 0 ... 9"),
+    "a label of words": (with_member("00000004.cls", b"cat"), "image 00000004 of", "cannot be decoded: ValueError"),
+    "another resolution": (with_member("00000004.png", image_of((4, 4, 1))), "it is 4x4 where 8x8 is expected"),
+    "colour": (
+        with_member("00000004.png", image_of((8, 8, 3))),
+        "has shape (8, 8, 3) where its manifest says (8, 8, 1)",
+    ),
 }
 
 
@@ -176,10 +141,10 @@ def test_bad_content_that_the_manifest_vouches_for_is_refused_while_reading(tmp_
     path = tmp_path / "000.tar"
     path.write_bytes(change(path))
     other = ShardStream(tmp_path, manifest, 8, 2)
-    refuses(lambda: next(iter(other)), f"{path} is not the file its manifest lists: its SHA-256 is another")
+    sentence_of_error(lambda: next(iter(other)), f"{path} is not the file its manifest lists: its SHA-256 is another")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     stream = ShardStream(tmp_path, replace(manifest, shards=[replace(manifest.shards[0], sha256=digest)]), 8, 2)
-    sentence = refuses(lambda: [None for _ in zip(range(3), stream, strict=False)], str(path), *parts)
+    sentence = sentence_of_error(lambda: [None for _ in zip(range(3), stream, strict=False)], str(path), *parts)
     if case in ("garbage", "a label out of range", "a torn picture"):  # forking workers for all would take long
         batches = iter(DataLoader(stream, batch_size=None, num_workers=2))
         with pytest.raises(InputError) as caught:
@@ -204,6 +169,8 @@ def test_a_shard_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    refuses(lambda: write_shard(tmp_path / "000.tar", [("0", b"new", 1)]), "could not be written: No space left")
+    sentence_of_error(
+        lambda: write_shard(tmp_path / "000.tar", [("0", b"new", 1)]), "could not be written: No space left"
+    )
     assert [s["png"] for s in read_shard(tmp_path / "000.tar")] == [b"old"]
     assert [f.name for f in tmp_path.iterdir()] == ["000.tar"]

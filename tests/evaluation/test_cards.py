@@ -1,9 +1,6 @@
 """Reference cards against numpy, one process against two, and ADM's .npz files, read and written."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import FASHION
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -34,7 +32,6 @@ from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, downscale
 
-FASHION = Path(__file__).parents[2] / "data" / "fashion"
 CNN = "fashion-cnn-64"
 pytestmark = pytest.mark.filterwarnings("ignore:predict returned None", "ignore:.*isinstance.treespec")
 
@@ -117,20 +114,6 @@ def assert_same(one, other):
     (tensors, facts), (others, other_facts) = content(one), content(other)
     assert facts == other_facts and tensors.keys() == others.keys() and len(tensors) == 4
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
-
-
-def test_two_processes_make_the_same_bits_as_one(few, card, tmp_path):
-    command = [
-        sys.executable, "-m", "cdm_lightning", "reference", "--shards", str(few), "--split", "val", "--resolution",
-        "16", "--detector", CNN, "--keep", "130", "--out", str(tmp_path / "two.safetensors"), "--devices", "2",
-        "--accelerator", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("200 images 16x16 of 10 of 10 classes, 64 features") == 1, done.stdout
-    assert_same(tmp_path / "two.safetensors", card.path)
-    assert [p.name for p in tmp_path.iterdir()] == ["two.safetensors"]
 
 
 def test_it_goes_on_after_an_interruption(few, card, tmp_path, monkeypatch):

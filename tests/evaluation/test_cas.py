@@ -1,22 +1,19 @@
 """The classification accuracy score: images that teach and images that do not, the control, the refusals, going on."""
 
 import json
-import os
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
-import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
 import yaml
-from test_cli import refused
-from test_shards import FASHION, make_folder, read_raw, refuses
+from commands import ROOT
+from folders import FASHION, make_folder, read_raw
+from refusals import sentence_of_error, sentence_of_refusal
 
 from cdm_lightning.__main__ import main
-from cdm_lightning.data import ShardDataModule
 from cdm_lightning.data.shards import read_manifest, write_images
 from cdm_lightning.evaluation.cas import classifier as module
 from cdm_lightning.evaluation.cas.cas import cas
@@ -27,7 +24,6 @@ from cdm_lightning.evaluation.real_images import read_images, write_subset
 from cdm_lightning.foundation.images import downscale
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[2]
 QUICK = Recipe(architecture="resnet8", steps=45, batch_size=64, lr=0.1, crop="none", warmup_steps=5)
 COUNTS = [60, 50, 60, 60, 60, 60, 60, 60, 60, 60]
 CPU = {"accelerator": "cpu"}
@@ -156,7 +152,7 @@ def test_it_goes_on_after_the_trainings_that_are_done(scored, toy, tmp_path, mon
         ({"samples": toy / "shuffled"}, "samples"),
     ):
         arguments = {"samples": toy / "samples", "out": tmp_path, "shards": toy / "real", "recipe": recipe, **CPU}
-        refuses(lambda a={**arguments, **options}: cas(**a), "was begun with", name, "choose another folder")
+        sentence_of_error(lambda a={**arguments, **options}: cas(**a), "was begun with", name, "choose another folder")
 
 
 def test_a_training_goes_on_from_its_checkpoint_to_the_same_bits(toy, tmp_path, monkeypatch):
@@ -186,37 +182,13 @@ def test_a_training_goes_on_from_its_checkpoint_to_the_same_bits(toy, tmp_path, 
     assert whole["step"] == 20 and all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
-@pytest.mark.timeout(200)
-def test_two_processes_give_the_figures_of_one(toy, tmp_path):
-    """The whole command on two processes; their last weights tested again on one, to the last image."""
-    command = [
-        sys.executable, "-m", "cdm_lightning", "cas", f"--samples={toy}/samples", f"--shards={toy}/real",
-        f"--out={tmp_path}", "--devices=2", "--accelerator=cpu", "--seeds=[4]", "--recipe.architecture=resnet8",
-        "--recipe.steps=6", "--recipe.batch_size=16",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "results.json").is_file() and done.stdout.count("generated / real") == 1
-    for kind in ("generated", "real"):
-        run = tmp_path / "runs" / f"{kind}-4"
-        result = json.loads((run / "result.json").read_text())
-        classifier, data = Classifier(8, 1, 10, "resnet8"), ShardDataModule(toy / "real", 7, 0)
-        trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
-        last = run / "checkpoints/last.ckpt"
-        [one] = trainer.test(classifier, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
-        assert 0.05 < result["top1"] == pytest.approx(one["test/cas_top1"], abs=1e-6)
-        assert result["top5"] == pytest.approx(one["test/cas_top5"], abs=1e-6)
-        assert result["per_class"] == pytest.approx(classifier.per_class.tolist(), abs=1e-6)
-
-
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_what_cannot_be_scored_is_refused_and_nothing_is_written(toy, tmp_path):
     def score(*words, samples="samples", shards="real", **options):
         out = tmp_path / "out"
-        refuses(lambda: cas(toy / samples, out, toy / shards, **{"recipe": QUICK, **CPU, **options}), *words)
+        sentence_of_error(lambda: cas(toy / samples, out, toy / shards, **{"recipe": QUICK, **CPU, **options}), *words)
         assert not out.exists()
 
     make_folder(toy / "colour/train/8", [30], 8, 3)
@@ -246,7 +218,9 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(toy, tmp_path):
 
 def test_a_class_without_images_is_refused(toy, tmp_path):
     write_subset(toy / "real", "train", 8, [3] * 9 + [0], toy / "lacking", 0)
-    refuses(lambda: cas(toy / "lacking", tmp_path / "x", toy / "real", QUICK), "has no images of class 9 (ankle boot)")
+    sentence_of_error(
+        lambda: cas(toy / "lacking", tmp_path / "x", toy / "real", QUICK), "has no images of class 9 (ankle boot)"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the subset
@@ -272,14 +246,14 @@ def test_a_subset_is_a_random_choice_of_exact_counts(tmp_path):
     assert low.keys() == chosen.keys()
     for k, (image, _) in low.items():
         assert torch.equal(torch.from_numpy(image), downscale(torch.from_numpy(chosen[k][0]), 4))
-    refuses(
+    sentence_of_error(
         lambda: write_subset(tmp_path / "a", "train", 8, [1, 1, 1, 1], tmp_path / "one", 0), "another choice of images"
     )
     for counts, words in (
         ([101, 0, 0, 0], "101 images of class 0 (class 0) are asked for"),
         ([1], "1 counts are given"),
     ):
-        refuses(lambda c=counts: write_subset(tmp_path / "a", "train", 8, c, tmp_path / "x", 0), words)
+        sentence_of_error(lambda c=counts: write_subset(tmp_path / "a", "train", 8, c, tmp_path / "x", 0), words)
     assert not (tmp_path / "x").exists()
 
 
@@ -340,6 +314,6 @@ def test_the_imagenet_recipe_marks_its_numbers():
 def test_the_command_line_refuses_in_one_sentence(capsys, toy, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = ["cas", "--samples", "nowhere", "--out", "x", "--shards", str(toy / "real")]
-    assert refused(capsys, command).startswith("nowhere/train holds no shards")
+    assert sentence_of_refusal(capsys, command).startswith("nowhere/train holds no shards")
     made = subprocess.run(["make", "-n", "cas", "SAMPLES=s", "CAS=o"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "cas --config experiments/fashion/cas.yaml --samples s --out o" in made and not (ROOT / "x").exists()

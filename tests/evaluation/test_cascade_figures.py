@@ -6,8 +6,8 @@ from html import unescape
 import lightning.pytorch as L
 import pytest
 import torch
-from conftest import tiny
-from test_evaluate import CNN, CPU, prepare
+from evaluations import CNN, CPU, prepare_evaluation
+from small_models import smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
@@ -26,7 +26,7 @@ TWO = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"  # quicker, but n
 
 @pytest.fixture(scope="module")
 def toy(few_real, tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("toy"), few_real)
+    return prepare_evaluation(tmp_path_factory.mktemp("toy"), few_real)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_cards_without_a_split_are_logged_under_their_files_names(toy, tmp_path)
 
 
 def test_a_cascade_without_classes_is_measured_against_images_of_ten(toy, tmp_path):
-    write_bundle(tmp_path / "bundle", tiny(num_classes=None), {"classes": read_card(toy.cards[0]).classes})
+    write_bundle(tmp_path / "bundle", smallest_stages(num_classes=None), {"classes": read_card(toy.cards[0]).classes})
     found = run(toy, tmp_path, CascadeModule(tmp_path / "bundle", **SETTING))
     sample(tmp_path / "bundle", tmp_path / "same", count=20, block_size=10, **SETTING, **CPU)
     same = evaluate([tmp_path / "same"], toy.cards, tmp_path / "figures", batch_size=10, seed=4, **CPU)["figures"]
@@ -133,7 +133,7 @@ def changed(card, path, **changes):
     ],
 )
 def test_a_card_of_other_images_than_the_cascade_was_trained_on(toy, tmp_path, changes, sentence):
-    stages = tiny()
+    stages = smallest_stages()
     stages[0].trained = {"crop": "area", "filter": "hamming", "classes": read_card(toy.cards[0]).classes}
     write_bundle(tmp_path / "bundle", stages, {})
     alike = {"crop": "area", "filter": "hamming"}

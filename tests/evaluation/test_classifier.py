@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_shards import FASHION, refuses
+from folders import FASHION
+from refusals import sentence_of_error
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.data import ShardDataModule
@@ -229,12 +230,12 @@ def test_an_ordinary_fit_and_test_give_numpys_figures(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_classified_is_refused():
-    refuses(lambda: Classifier(8, 1, 1), "num_classes 1: a classifier tells 2 classes or more apart")
+    sentence_of_error(lambda: Classifier(8, 1, 1), "num_classes 1: a classifier tells 2 classes or more apart")
     for options in ({"lr": 0.0}, {"momentum": 1.0}, {"label_smoothing": 1.0}):
-        refuses(lambda o=options: Classifier(8, 1, 10, "resnet8", **o), "lr > 0, 0 < momentum < 1")
+        sentence_of_error(lambda o=options: Classifier(8, 1, 10, "resnet8", **o), "lr > 0, 0 < momentum < 1")
     classifier = Classifier(8, 1, 10, "resnet8", lr=7.0)
     other = {"hyper_parameters": {**classifier.hparams, "architecture": "resnet50"}}
-    refuses(lambda: classifier.on_load_checkpoint(other), "its architecture is 'resnet50'", "says 'resnet8'")
+    sentence_of_error(lambda: classifier.on_load_checkpoint(other), "its architecture is 'resnet50'", "says 'resnet8'")
     with torch.no_grad():
         classifier.network.last.bias[3] = float("nan")
-    refuses(classifier.on_test_epoch_start, "not finite", "at lr 7.0 has diverged")
+    sentence_of_error(classifier.on_test_epoch_start, "not finite", "at lr 7.0 has diverged")

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FASHION
+from evaluations import LogOfMean
+from folders import FASHION
 
 from cdm_lightning.data.shards import read_manifest, shards_digest
-from cdm_lightning.evaluation.detectors import Detector, features_of, inception, load_detector
+from cdm_lightning.evaluation.detectors import features_of, inception, load_detector
 from cdm_lightning.evaluation.detectors import loading as detectors
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
 from cdm_lightning.evaluation.real_images import read_images
@@ -47,21 +48,12 @@ def test_autocast_does_not_reach_the_features(held_out):
         assert torch.equal(features_of(detector, image), plain) and plain.dtype == torch.float32
 
 
-class Broken(Detector):
-    """Features that are no numbers for dark images."""
-
-    name, sha256, num_features = "broken", "b", 2
-
-    def forward(self, image):
-        return image.flatten(1).float().mean(1, keepdim=True).log().expand(-1, 2)
-
-
 def test_features_that_are_not_finite_are_refused_by_name():
     image = torch.ones(5, 1, 8, 8, dtype=torch.uint8)
-    assert torch.equal(features_of(Broken(), image), torch.zeros(5, 2))
+    assert torch.equal(features_of(LogOfMean(), image), torch.zeros(5, 2))
     image[3] = 0
     with pytest.raises(InputError, match="detector broken makes features of image 3 of a batch that are not finite"):
-        features_of(Broken(), image)
+        features_of(LogOfMean(), image)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,15 @@
 """`cdm evaluate` on a tiny random cascade: figures as from direct calls, and copies of real images are found."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from html import unescape
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from evaluations import CNN, CPU, N, prepare_evaluation
+from small_models import smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
@@ -30,25 +27,11 @@ from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.sampling.sample import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CNN, CPU, N = "fashion-cnn-64", {"accelerator": "cpu"}, 20
-
-
-def prepare(root, real):
-    """Cards of real images at 16x16, a bundle, and three sets of its samples, in shards of 8, 8 and 4 images."""
-    made = SimpleNamespace(root=root, real=real, bundle=root / "bundle", cards=[])
-    for split, keep in (("val", 100), ("train", 50)):
-        made.cards.append(root / f"{split}.safetensors")
-        reference(real, made.cards[-1], 16, split, CNN, keep=keep, **CPU)
-    write_bundle(made.bundle, tiny(), {"levels": [5], "classes": read_manifest(real / "val" / "32").classes})
-    made.samples = [root / f"samples{seed}" for seed in range(3)]
-    for seed, folder in enumerate(made.samples):
-        sample(made.bundle, folder, count=N, seed=seed, block_size=8, **CPU)
-    return made
 
 
 @pytest.fixture(scope="module")
 def toy(few_real, tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("toy"), few_real)
+    return prepare_evaluation(tmp_path_factory.mktemp("toy"), few_real)
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +78,6 @@ def test_it_goes_on_with_the_features_that_are_there(toy, evaluated, monkeypatch
     monkeypatch.setattr("lightning.pytorch.Trainer.predict", lambda *_, **__: pytest.fail("nothing is left to do"))
     again = evaluate(toy.samples, toy.cards, out, real=toy.real, seed=4, **CPU)
     assert again["figures"] == before["figures"] and again["memorisation"] == before["memorisation"]
-
-
-def test_two_processes_measure_what_one_does(toy, tmp_path):
-    options = dict(samples=toy.samples[:1], references=toy.cards[:1])
-    one = evaluate(out=tmp_path / "one", **options, **CPU)
-    command = [
-        sys.executable, "-m", "cdm_lightning", "evaluate", "--samples", f"[{toy.samples[0]}]", "--references",
-        f"[{toy.cards[0]}]", "--out", str(tmp_path / "two"), "--devices", "2", "--accelerator", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    two = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert two["figures"] == one["figures"] and two["memorisation"] == one["memorisation"]
-    assert done.stdout.count("┃ figure") == 1  # one process speaks
-    assert "Traceback" not in done.stderr
 
 
 def test_another_resolution_and_another_detector(toy, tmp_path):
@@ -177,7 +144,7 @@ def test_cards_of_unknown_split_are_told_apart(toy, tmp_path):
 @pytest.fixture(scope="module")
 def unlabelled(toy):
     """Samples of a cascade without classes, whose bundle knows the names of the classes it was trained on."""
-    stages = tiny(num_classes=None)
+    stages = smallest_stages(num_classes=None)
     for stage in stages:
         stage.trained = {"classes": read_manifest(toy.real / "val" / "32").classes}
     write_bundle(toy.root / "unlabelled", stages, {"levels": [5], "classes": stages[0].trained["classes"]})

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import FASHION
-from test_detectors import Broken
+from evaluations import LogOfMean
+from folders import FASHION
 
 from cdm_lightning.data.shards import read_manifest, read_shard
 from cdm_lightning.evaluation.detectors import load_detector
@@ -72,7 +72,7 @@ def test_a_part_is_the_first_shards(few_real, detector, tmp_path):
 
 def test_features_of_other_images_are_not_gone_on_with(few_real, detector, extracted):
     out, _ = extracted
-    other = Broken()  # another SHA-256
+    other = LogOfMean()  # another SHA-256
     for split, resolution, judge in (("val", 16, detector), ("train", 32, detector), ("train", 16, other)):
         with pytest.raises(InputError, match="holds features of other images or of another detector: give another"):
             extract_features(few_real, split, resolution, judge, out, **CPU)
@@ -80,9 +80,9 @@ def test_features_of_other_images_are_not_gone_on_with(few_real, detector, extra
 
 
 def test_features_that_are_not_finite_are_not_written(few_real, tmp_path, monkeypatch):
-    monkeypatch.setattr(Broken, "forward", lambda self, image: torch.full((len(image), 2), torch.nan))
+    monkeypatch.setattr(LogOfMean, "forward", lambda self, image: torch.full((len(image), 2), torch.nan))
     with pytest.raises(InputError, match="detector broken makes features of image 0 of a batch that are not finite"):
-        extract_features(few_real, "train", 16, Broken(), tmp_path, **CPU)
+        extract_features(few_real, "train", 16, LogOfMean(), tmp_path, **CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
 
 

@@ -41,6 +41,9 @@ def documented(canonical):
     torch.random.set_rng_state(state)
 
 
+EXPECTED = [(0.187478, 20.7331, 736), (0.172203, 19.4608, 736)]  # where KID is the documented one, see below
+
+
 class FirstBlock(torch.nn.Module):
     """The 64 features after the first pooling, of the same script on the same prepared images."""
 
@@ -66,17 +69,28 @@ def measured(metric, sets):
 
 
 @needs_file
+@pytest.mark.long
 def test_fid_on_the_64_features_is_the_documented_one(canonical, documented):
     metric = FrechetInceptionDistance(feature=FirstBlock(canonical))
     assert float(measured(metric, documented)) == pytest.approx(12.6388, abs=6e-5)
 
 
 @needs_file
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # 200 images of 299x299 and 100 subsets of 2,048 features: a busy machine takes minutes
 @pytest.mark.filterwarnings("ignore:Metric `Kernel")
 def test_kid_is_the_documented_one(canonical, documented):
     mean, deviation = measured(KernelInceptionDistance(feature=canonical, subset_size=50), documented)
     assert (float(mean), float(deviation)) == pytest.approx((0.0312, 0.0025), abs=6e-5)
+
+
+@needs_file
+def test_features_of_documented_images_are_those_behind_the_documented_kid(canonical, documented):
+    """Of the first image of either set: their mean, their norm and the place of the largest."""
+    for batches, expected in zip(documented, EXPECTED, strict=True):
+        features = canonical(batches[0][:1])[0].double()
+        found = (float(features.mean()), float(features.norm()), int(features.argmax()))
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 @needs_file

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from evaluations import figure
 
-from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
+from cdm_lightning.evaluation.metrics.figures import Accuracy
 from cdm_lightning.evaluation.report import paper
 from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_table, number, paper_table
 from cdm_lightning.evaluation.report.line_chart import plot
@@ -79,11 +80,6 @@ class Row:
     steps: int
     calls: float
     figures: list
-
-
-def figure(value=7.05, spread=0.08, key="fd", name=OWN, **others):
-    about = dict(spread_of="3 disjoint seeds", against="val", n=500, n_reference=3000, note="")
-    return Figure(key, name, value, spread, **{**about, **others})
 
 
 def level(s, kind, value, spread=0.03, sampler="dpm++", steps=25, **others):

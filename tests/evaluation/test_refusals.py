@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from evaluations import CNN, CPU, N, prepare_evaluation
 from PIL import Image
-from test_cli import refused
-from test_evaluate import CNN, CPU, N, prepare
-from test_shards import refuses
+from refusals import sentence_of_error, sentence_of_refusal
 
 from cdm_lightning.data.shards import (
     read_manifest,
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def toy(few_real, tmp_path_factory):
-    made = prepare(tmp_path_factory.mktemp("toy"), few_real)
+    made = prepare_evaluation(tmp_path_factory.mktemp("toy"), few_real)
     made.bags = made.root / "bags"
     sample(made.bundle, made.bags, count=4, classes=[8], **CPU)
     made.unlike = made.root / "unlike"
@@ -77,7 +76,7 @@ def repacked(path, convert):
 def check(toy, out, *parts, samples=None, references=None, **options):
     """Refused in one sentence; there is nothing that looks like a result."""
     samples, references = toy.samples[:1] if samples is None else samples, references or toy.cards[:1]
-    refuses(lambda: evaluate(samples, references, out / "out", **options, **CPU), *parts)
+    sentence_of_error(lambda: evaluate(samples, references, out / "out", **options, **CPU), *parts)
     left = {path.name for path in (out / "out").rglob("*")}
     assert left <= {"features", "0", "about.json", "000000.safetensors", "000001.safetensors", "000002.safetensors"}
     return left
@@ -150,7 +149,7 @@ def test_files_that_are_not_what_they_should_be(toy, few_real, tmp_path):
     assert not check(toy, tmp_path, "torn.safetensors does not hold the weights of a SmallCNN", detector=torn)
     assert not check(toy, tmp_path, "torn.safetensors is no reference card", references=[torn])
     assert not check(toy, tmp_path, "nowhere.safetensors does not exist", references=[tmp_path / "nowhere.safetensors"])
-    refuses(lambda: evaluate(toy.samples, [], tmp_path / "out"), "references [] names no card")
+    sentence_of_error(lambda: evaluate(toy.samples, [], tmp_path / "out"), "references [] names no card")
     # the shards of another preparation, of which a card knows nothing, and scores that are none
     other = tmp_path / "other"
     shutil.copytree(few_real / "train", other / "val")
@@ -205,5 +204,5 @@ def test_the_command_line_says_it_in_one_sentence(toy, tmp_path, capsys, monkeyp
         "--out",
         f"{tmp_path}/out",
     ]
-    assert "the samples hold 1 of the 10 classes" in refused(capsys, command)
+    assert "the samples hold 1 of the 10 classes" in sentence_of_refusal(capsys, command)
     assert not (tmp_path / "out").exists()

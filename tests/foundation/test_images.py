@@ -1,13 +1,13 @@
 """Images at the border: conversions without loss, means that agree on every path, PNG files, grids."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from folders import FASHION
 from PIL import Image
+from small_models import SMALL
 
 from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.data.stream import ShardStream
@@ -73,7 +73,7 @@ def test_downscale_refuses_what_halving_does_not_reach(low):
 
 
 def test_the_target_of_one_stage_is_the_input_of_the_next_to_the_bit():
-    folder = Path(__file__).parents[2] / "data/fashion/val/32"
+    folder = FASHION / "val/32"
     low, high = (
         next(iter(ShardStream(folder, read_manifest(folder), resolution, 64, flip=True))) for resolution in (16, 32)
     )

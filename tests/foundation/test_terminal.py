@@ -3,8 +3,8 @@
 import io
 
 import pytest
+from evaluations import figure
 from rich.console import Console
-from test_page import figure
 
 from cdm_lightning.evaluation.cas.report import print_table
 from cdm_lightning.evaluation.report.results import print_figures

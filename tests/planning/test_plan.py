@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import refused
+from commands import ROOT
+from refusals import sentence_of_refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.__main__ import main
@@ -24,7 +25,6 @@ from cdm_lightning.planning.step_time import StepTime, measure_step
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
 from cdm_lightning.stages.meter import TrainingLog
 
-ROOT = Path(__file__).parents[2]
 BASE = dict(image_channels=1, num_classes=10, channels=32, channel_mult=[1, 2], num_res_blocks=1, norm_groups=16,
             attention_resolutions=[16], num_heads=2)  # fmt: skip
 
@@ -66,47 +66,66 @@ def on_paper(options, precision="32-true", average=True) -> SimulatedStep:
 
 
 MEASURE = """
-import copy, json, sys
+import copy, json, os, sys
 from pathlib import Path
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from cdm_lightning.stages.kinds import BaseStage
 torch.set_num_threads(1)
-def status(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+def highest():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+class Between(TorchDispatchMode):
+    most = 0
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        self.most = max(self.most, resident())
+        return result
 def train(precision, batch, options):
     stage = BaseStage(**options)
     averaged = copy.deepcopy(stage)
     optimizer = torch.optim.Adam(stage.unet.parameters(), fused=True)
-    size = (batch, stage.image_channels, stage.resolution, stage.resolution)
-    for _ in range(2):
+    size = (stage.image_channels, stage.resolution, stage.resolution)
+    for images in (1, batch):  # the first step makes the moments
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        data = torch.rand(size), torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss = stage.losses(data, "train", by_quarters=True)["loss"].mean()
-        loss.backward()
-        optimizer.step()
+        data = torch.rand(images, *size), torch.zeros(images, dtype=torch.int64), torch.arange(images)
+        with Between() as between:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = stage.losses(data, "train", by_quarters=True)["loss"].mean()
+            loss.backward()
+            optimizer.step()
         optimizer.zero_grad()
-    return status("VmHWM")
+    return between.most, highest()
 options = json.loads(sys.argv[1])
 for precision in sys.argv[3:]:
     train(precision, 1, {**options, "channels": 16})  # libraries load what they need
-    before = status("VmRSS")
-    print(train(precision, int(sys.argv[2]), options) - before)
+    before = resident()
+    print(*(most - before for most in train(precision, int(sys.argv[2]), options)))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process's peak is read from Linux's /proc")
-def test_memory_on_paper_is_that_of_a_real_step():
-    options, batch, precisions = {"resolution": 32, **BASE}, 48, ["32-true", "bf16-mixed"]
+def test_memory_on_paper_is_that_of_a_real_step(monkeypatch):
+    """Between operations it is the same on every processor; what a library takes within one is that library's choice.
+
+    Where a processor lacks instructions for bfloat16, one convolution at a time is computed on float32 copies.
+    """
+    options, batch, precisions = {"resolution": 32, **BASE}, 24, ["32-true", "bf16-mixed"]
     given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", MEASURE, json.dumps(options), str(batch), *precisions]
-    done = subprocess.run(command, env={**os.environ, **given_back}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env={**os.environ, **given_back}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    for precision, measured in zip(precisions, map(int, done.stdout.split()), strict=True):
-        memory = on_paper(options, precision).memory(batch)
-        print(precision, memory.total / 1e6, measured / 1e6)
-        assert memory.activations > 0.7 * memory.total  # else the test says nothing of them
-        assert memory.total == pytest.approx(measured, rel=0.15)
+    whole = {precision: on_paper(options, precision).memory(batch) for precision in precisions}
+    monkeypatch.setattr("cdm_lightning.planning.memory.CONVOLUTIONS", ())  # without what libraries take within one
+    for precision, line in zip(precisions, done.stdout.splitlines(), strict=True):
+        between, highest = map(int, line.split())
+        bare, memory = on_paper(options, precision).memory(batch), whole[precision]
+        print(precision, *(round(size / 1e6, 1) for size in (bare.total, between, memory.total, highest)))
+        assert bare.workspace == 0 and memory.activations > 0.7 * memory.total  # else the test says nothing of them
+        assert bare.total == pytest.approx(between, rel=0.1)
+        most = memory if precision == "32-true" else whole["32-true"]
+        assert 0.85 * memory.total < highest < 1.15 * most.total
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -130,7 +149,7 @@ def test_weights_and_the_gradients_of_before_are_counted_once(precision):
 
 
 def test_what_memory_is_made_of():
-    options = {"resolution": 16, **BASE}
+    options = {"resolution": 16, **BASE, "channel_mult": [1]}
     paper = on_paper(options)
     one, two, many = (paper.memory(n) for n in (64, 128, 192))
     assert many.activations - two.activations == two.activations - one.activations  # linear in the batch
@@ -153,7 +172,8 @@ def plan(tmp_path, *arguments) -> dict:
 
 def test_the_plan_of_sr256_on_eight_gpus(tmp_path, capsys):
     eight = ["--device", "h100", "--devices", "8", "--utilisation", "0.5", "--micro_batch", "8"]
-    found = plan(tmp_path, "sr256", *eight)
+    fewer = "--model.num_res_blocks=1 --model.channel_mult=[1,2]"  # to be quick
+    found = plan(tmp_path, "sr256", *eight, f"--arguments={fewer}")
     assert found["micro_batch"] * found["accumulate"] * 8 == found["batch"] == 1024 and found["fits"]
     assert found["memory"]["total"] == sum(v for k, v in found["memory"].items() if k != "total")
     assert found["memory"]["total"] <= 0.9 * found["capacity"] == 0.9 * 80e9
@@ -165,7 +185,7 @@ def test_the_plan_of_sr256_on_eight_gpus(tmp_path, capsys):
     assert found["days"] == pytest.approx(days) and found["device_days"] == pytest.approx(8 * days)
     said = capsys.readouterr().out
     accumulate = f"--trainer.accumulate_grad_batches {found['accumulate']}"
-    assert f'make train-stage STAGE=sr256 ARGS="--trainer.devices 8 {accumulate}' in said
+    assert f'make train-stage STAGE=sr256 ARGS="{fewer} --trainer.devices 8 {accumulate}' in said
     assert "assumed" in said and "measured" in said
 
 
@@ -176,7 +196,8 @@ def test_a_micro_batch_that_was_asked_for_and_fits_needs_no_checkpointing(tmp_pa
 
 def test_a_command_that_make_would_misread_is_given_as_one_of_cdm(tmp_path):
     options = '--model.attention_resolutions "[8, 4]"'
-    found = plan(tmp_path, "base8", "--experiment", "fashion", "--device", "H100", f"--arguments={options}")
+    about = ["base8", "--experiment", "fashion", "--device", "H100", "--micro_batch", "2"]
+    found = plan(tmp_path, *about, f"--arguments={options}")
     assert found["command"].startswith("cdm fit --config experiments/defaults.yaml") and options in found["command"]
 
 
@@ -232,7 +253,9 @@ def test_images_a_second_count_one_update_for_all_accumulated_batches():
 
 def test_the_largest_micro_batch_that_fits_is_a_divisor():
     with torch.device("meta"):
-        stage = SuperResolutionStage(resolution=16, low_resolution=8, augmentation="blur", **BASE)
+        stage = SuperResolutionStage(
+            resolution=16, low_resolution=8, augmentation="blur", **{**BASE, "channel_mult": [1]}
+        )
     paper = SimulatedStep(stage, "32-true")
     whole = MicroBatchSearch(paper, 24, 1, 1e12)
     assert whole.largest(False) == 24
@@ -271,4 +294,4 @@ def test_measured_rates_are_those_of_this_machine():
     ],
 )
 def test_bad_input_is_one_sentence(capsys, arguments, sentence):
-    assert sentence in refused(capsys, ["plan", *arguments])
+    assert sentence in sentence_of_refusal(capsys, ["plan", *arguments])

@@ -14,16 +14,15 @@ import pytest
 import torch
 import wandb
 import yaml
+from commands import QUICK, ROOT
 from PIL import Image
-from test_cli import refused
-from test_experiments import QUICK
+from refusals import sentence_of_refusal
 from wandb import wandb_agent
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.planning.sweep import grid, read_sweep, sweep, trial_command, trial_id
 
-ROOT = Path(__file__).parents[2]
 SWEEPS = {"level": 10, "augmentation": 5, "blur": 9, "lr": 5}  # and how many combinations each has
 FOLDER = ROOT / "experiments" / "sweeps"
 
@@ -134,7 +133,7 @@ def test_the_command_is_that_of_wandbs_agent(monkeypatch, tmp_path):
         assert started["env"]["WANDB_RUN_ID"] == "abc"
 
 
-def written_by(record, expected, seconds=60):
+def written_by(record, expected, seconds=300):
     """The bytes of a W&B file once they hold `expected`: its service writes on for a moment after the run has ended."""
     until = time.monotonic() + seconds
     while expected not in (content := record.read_bytes()) and time.monotonic() < until:
@@ -193,12 +192,14 @@ def test_the_table_is_sorted_by_the_goal(small, tmp_path, capsys):
 
 def test_a_failing_run_is_named_and_the_others_still_run(small, tmp_path, capsys):
     file = small(parameters={"x": {"values": [0.5, 0.25]}, "y": {"values": ["stop", "on"]}})
-    sentence = refused(capsys, ["sweep", "--file", str(file), "--offline", "true", "--out", str(tmp_path / "out")])
+    sentence = sentence_of_refusal(
+        capsys, ["sweep", "--file", str(file), "--offline", "true", "--out", str(tmp_path / "out")]
+    )
     assert sentence.startswith("2 of 4 runs failed: x = 0.5, y = stop (exit code 2: y says stop); x = 0.25, y = stop")
     found = rows(tmp_path / "out")
     assert [(row["value"], row["failed"]) for row in found] == [(0.25, False), (0.5, False), (None, True), (None, True)]
     assert found[2]["note"] == "exit code 2: y says stop" and (tmp_path / "out" / "sweep.png").is_file()
-    refused(capsys, ["sweep", "--file", str(file), "--offline", "true", "--out", str(tmp_path / "out")])
+    sentence_of_refusal(capsys, ["sweep", "--file", str(file), "--offline", "true", "--out", str(tmp_path / "out")])
     assert len(list((tmp_path / "out").glob("*/logs/version_*"))) == 2  # only the failed ones were tried again
 
 
@@ -237,13 +238,15 @@ def test_refusals(capsys, small, tmp_path, monkeypatch, changes, options, senten
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "out"
     command = ["sweep", "--file", str(small(**changes)), "--offline", "true", "--out", str(out), *options]
-    assert sentence in refused(capsys, command)
+    assert sentence in sentence_of_refusal(capsys, command)
     assert not (out / "results.json").exists()
 
 
 def test_an_unknown_sweep_is_refused_with_those_there_are(capsys):
     command = ["sweep", "--file", "experiments/sweeps/levels.yaml", "--offline", "true"]
-    assert "levels.yaml does not exist: beside it are augmentation, blur, level, lr" in refused(capsys, command)
+    assert "levels.yaml does not exist: beside it are augmentation, blur, level, lr" in sentence_of_refusal(
+        capsys, command
+    )
 
 
 def test_online_ends_in_the_same_table(monkeypatch, tmp_path):
@@ -283,5 +286,5 @@ def test_online_without_a_login_is_one_sentence(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.setenv("WANDB_AGENT_DISABLE_FLAPPING", "true")
     monkeypatch.setattr(wandb, "sweep", nobody)
-    sentence = refused(capsys, ["sweep", "--file", str(FOLDER / "lr.yaml"), "--out", str(tmp_path)])
+    sentence = sentence_of_refusal(capsys, ["sweep", "--file", str(FOLDER / "lr.yaml"), "--out", str(tmp_path)])
     assert "Use `wandb login` to log in. (`--offline true` runs it without W&B's server)" in sentence

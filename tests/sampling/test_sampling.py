@@ -1,15 +1,12 @@
 """`cdm sample`: the same bits from one process and from two, resumable, and shards that training reads."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import awaken
+from folders import hashes
+from small_models import randomise_weights
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
@@ -23,11 +20,6 @@ from cdm_lightning.sampling.sample import sample
 def bundle(stages, tmp_path):
     write_bundle(tmp_path / "b", stages, {"levels": [501, 0], "truncated": False, "classes": list("abcdefghij")})
     return tmp_path / "b"
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".tar", ".json"))
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def test_shards_hold_what_the_cascade_draws(bundle, tmp_path):
@@ -56,49 +48,6 @@ def test_networks_are_compiled_where_asked_and_the_manifest_says_so(bundle, tmp_
     assert json.loads((tmp_path / "out/manifest.json").read_text())["compile"] == "default"
     with pytest.raises(InputError, match="begun with compile default, not None"):
         sample(bundle, tmp_path / "out", count=4, block_size=4, accelerator="cpu")
-
-
-def test_two_processes_draw_the_same_bits_as_one(bundle, tmp_path):
-    options = dict(per_class=1, block_size=3)
-    sample(bundle, tmp_path / "one", **options)
-    command = [
-        sys.executable, "-m", "cdm_lightning", "sample", "--bundle", str(bundle), "--out", str(tmp_path / "two"),
-        "--per_class", "1", "--block_size", "3", "--devices", "2", "--accelerator", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
-    assert len(hashes(tmp_path / "one")) == 3 * 4 + 3 + 1
-
-
-def test_a_slow_process_is_waited_for(bundle, tmp_path):
-    """The first process must not close the folder while another still writes, nor give up where torch would."""
-    script = tmp_path / "slow.py"
-    script.write_text(
-        "import time, cdm_lightning.sampling.blocks as s\n"
-        "from datetime import timedelta\n"
-        "from lightning.pytorch.strategies import DDPStrategy\n"
-        "from cdm_lightning.__main__ import main\n"
-        "usual = DDPStrategy.__init__.__defaults__\n"
-        "assert timedelta(minutes=30) in usual\n"
-        "short = (timedelta(seconds=3) if isinstance(d, timedelta) else d for d in usual)\n"
-        "DDPStrategy.__init__.__defaults__ = tuple(short)\n"
-        "real = s.write_shard\n"
-        "def slow(path, samples):\n"
-        "    if path.name == '000001.tar': time.sleep(3)\n"  # at each of three resolutions
-        "    return real(path, samples)\n"
-        "s.write_shard = slow\n"
-        "main()\n"
-    )
-    command = [
-        sys.executable, str(script), "sample", "--bundle", str(bundle), "--out", str(tmp_path / "s"), "--count", "4",
-        "--block_size", "2", "--devices", "2", "--accelerator", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert read_manifest(tmp_path / "s" / "train" / "32").count == 4
 
 
 def test_it_goes_on_after_a_kill(bundle, tmp_path, monkeypatch):
@@ -146,7 +95,7 @@ def test_a_folder_is_continued_with_nothing_else(bundle, stages, tmp_path):
     (bundle / "bundle.json").write_text(json.dumps({**about, "levels": [0, 0]}))
     with pytest.raises(InputError, match=r"was begun with levels \[501, 0\], not \[0, 0\]"):
         sample(bundle, tmp_path / "s", count=2)
-    write_bundle(bundle, [awaken(stage, seed=1) for stage in stages], {"levels": [501, 0]})
+    write_bundle(bundle, [randomise_weights(stage, seed=1) for stage in stages], {"levels": [501, 0]})
     with pytest.raises(InputError, match="was begun with bundle"):
         sample(bundle, tmp_path / "s", count=2)
 

@@ -1,59 +1,18 @@
 """The training log: the mean over all images since the last row, whatever the processes, and the same after a kill."""
 
-import csv
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, awaken
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import Callback
+from small_training import logged_rows, smallest_stage, train
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.stages import BaseStage
 from cdm_lightning.stages.meter import Meter, quarters
-from cdm_lightning.training import EMA, FiniteSteps
-from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
+from cdm_lightning.training.checkpoints import WholeCheckpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started
-
-
-def base(kind=BaseStage, **options):
-    torch.manual_seed(0)
-    sizes = {**SMALL, "channels": 4, "channel_mult": [1], "num_heads": 1, "attention_resolutions": [], "norm_groups": 2}
-    return awaken(kind(resolution=8, timesteps=20, seed=3, **{**sizes, **options})).train().requires_grad_(True)
-
-
-def fit(stage, root, folder, steps, processes=1, parts=1, every=3, resume=None, callbacks=(), saves=2, **options):
-    """Train in batches of 8; a checkpoint every 2 steps, a row every 3."""
-    saver = ModelCheckpoint(
-        folder / "checkpoints", every_n_train_steps=saves, save_last=True, enable_version_counter=False
-    )
-    # DDP takes a static graph and accumulation each, and not both: the first backward pass must be one that it reduces
-    many = {"strategy": DDPStrategy(start_method=START, static_graph=parts == 1, process_group_backend="gloo")}
-    trainer = Trainer(
-        default_root_dir=folder, max_steps=steps, accelerator="cpu", devices=processes, accumulate_grad_batches=parts,
-        log_every_n_steps=every, logger=CSVLogger(folder, name="logs"), use_distributed_sampler=False,
-        callbacks=[EMA(0.9), FiniteSteps(2), *callbacks, saver], enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, gradient_clip_val=1.0, **(many if processes > 1 else {}), **options,
-    )  # fmt: skip
-    trainer.strategy.checkpoint_io = WholeCheckpoints()
-    data = ShardDataModule(root, batch_size=8, num_workers=0)
-    trainer.fit(stage, data, ckpt_path=folder / "checkpoints/last.ckpt" if resume else None, weights_only=True)
-    return trainer
-
-
-def rows(folder):
-    """step -> name -> the text of the log, over all starts of a run, the newer ones winning."""
-    found = {}
-    for file in sorted(folder.glob("logs/version_*/metrics.csv")):
-        with file.open() as lines:
-            for row in csv.DictReader(lines):
-                values = {name: value for name, value in row.items() if name.startswith("train/") and value}
-                found.setdefault(int(row["step"]), {}).update(values)
-    return found
 
 
 def expected(stage, root, first, last):
@@ -75,9 +34,9 @@ def expected(stage, root, first, last):
 
 @pytest.mark.parametrize(("processes", "parts"), [(1, 1), (1, 4), (2, 2)])
 def test_a_row_is_the_mean_over_every_image_since_the_last(few_real, tmp_path, processes, parts):
-    stage = base(lr=0.0)
-    fit(stage, few_real, tmp_path, 7, processes, parts)
-    found = rows(tmp_path)
+    stage = smallest_stage(lr=0.0)
+    train(stage, few_real, tmp_path, 7, processes, parts)
+    found = logged_rows(tmp_path)
     assert sorted(found) == [2, 5]
     for step, row in found.items():
         for name, value in expected(stage, few_real, 8 * (step - 2), 8 * (step + 1)).items():
@@ -97,7 +56,7 @@ class Looking(WholeCheckpoints):
         self.folder, self.seen = folder, []
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        self.seen.append((checkpoint["global_step"], sorted(rows(self.folder))))
+        self.seen.append((checkpoint["global_step"], sorted(logged_rows(self.folder))))
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -111,8 +70,8 @@ class Early(Callback):
 
 def test_a_row_is_on_disk_before_the_checkpoint_of_its_step(few_real, tmp_path, monkeypatch):
     looking = Looking(tmp_path)
-    monkeypatch.setattr("test_meter.WholeCheckpoints", lambda: looking)
-    fit(base(), few_real, tmp_path, 6, callbacks=[Early()])
+    monkeypatch.setattr("small_training.WholeCheckpoints", lambda: looking)
+    train(smallest_stage(), few_real, tmp_path, 6, callbacks=[Early()])
     assert {step: logged for step, logged in looking.seen} == {2: [], 3: [2], 4: [2], 6: [2, 5]}
 
 
@@ -120,29 +79,29 @@ def test_a_resumed_run_logs_the_bits_of_an_unbroken_one(few_real, tmp_path):
     """Stopped between two rows, on two processes with accumulation and dropout."""
     for folder, ends in (("whole", [9]), ("parts", [4, 9])):
         for end in ends:
-            stage = base(lr=1e-2, dropout=0.1)
-            fit(stage, few_real, tmp_path / folder, end, 2, 2, resume=end != ends[0])
-    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+            stage = smallest_stage(lr=1e-2, dropout=0.1)
+            train(stage, few_real, tmp_path / folder, end, 2, 2, resume=end != ends[0])
+    whole, parts = logged_rows(tmp_path / "whole"), logged_rows(tmp_path / "parts")
     assert whole == parts and sorted(whole) == [2, 5, 8]
 
 
 def test_another_number_of_processes_takes_the_sums_over(few_real, tmp_path):
-    stage = base(lr=0.0)
-    fit(stage, few_real, tmp_path, 4, processes=2)
-    fit(stage, few_real, tmp_path, 6, processes=1, resume=True)
+    stage = smallest_stage(lr=0.0)
+    train(stage, few_real, tmp_path, 4, processes=2)
+    train(stage, few_real, tmp_path, 6, processes=1, resume=True)
     value = expected(stage, few_real, 24, 48)["loss"]
-    assert float(rows(tmp_path)[5]["train/loss"]) == pytest.approx(value, rel=1e-6)
+    assert float(logged_rows(tmp_path)[5]["train/loss"]) == pytest.approx(value, rel=1e-6)
 
 
 def test_checkpoints_without_a_meter_still_load(few_real, tmp_path):
-    fit(base(), few_real, tmp_path, 4)
+    train(smallest_stage(), few_real, tmp_path, 4)
     file = tmp_path / "checkpoints/last.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     assert checkpoint.pop("meter")["groups"]
     checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "FiniteSteps" not in k}
     torch.save(checkpoint, file)
-    fit(base(), few_real, tmp_path, 6, resume=True)
-    assert sorted(rows(tmp_path)) == [2, 5]
+    train(smallest_stage(), few_real, tmp_path, 6, resume=True)
+    assert sorted(logged_rows(tmp_path)) == [2, 5]
 
 
 def test_the_meter_by_hand():

@@ -3,12 +3,12 @@
 import lightning.pytorch as L
 import pytest
 import torch
-from conftest import SMALL, awaken, record
 from lightning.pytorch.callbacks import ModelCheckpoint
+from small_models import SMALL, batch_of, randomise_weights, record_calls
 from torch.utils.data import DataLoader
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import downscale, quantize, to_float, to_uint8
+from cdm_lightning.foundation.images import downscale, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators, rand, randn
 from cdm_lightning.network import UNet
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
@@ -16,16 +16,10 @@ from cdm_lightning.stages.loading import load_stage
 from cdm_lightning.training import EMA
 
 
-def batch_of(stage, count=4, first=0):
-    g = torch.Generator().manual_seed(first)
-    image = quantize(torch.rand(count, 1, stage.resolution, stage.resolution, generator=g) * 2 - 1)
-    return image, torch.arange(count) % 10, torch.arange(first, first + count)
-
-
 def test_conditioning_is_the_same_bits_in_training_and_in_sampling(stages):
     for stage in stages[1:]:
         image, label, index = batch_of(stage)
-        calls = record(stage)
+        calls = record_calls(stage)
         stage.losses((image, label, index), "train")
         x, t, _, seen, level = calls[0]
         assert torch.equal(calls[0].label, label)
@@ -43,7 +37,7 @@ def test_conditioning_is_the_same_bits_in_training_and_in_sampling(stages):
 
 def test_sampling_feeds_the_network_its_level_and_its_low_resolution_image(stages):
     stage = stages[1]
-    calls = record(stage)
+    calls = record_calls(stage)
     low_res = torch.rand(2, 1, 8, 8) * 2 - 1
     stage.sample(torch.tensor([1, 2]), low_res, 501, 0, generators([0, 1], "cpu", "x"))
     assert len(calls) == 4
@@ -57,7 +51,7 @@ def test_sampling_feeds_the_network_its_level_and_its_low_resolution_image(stage
 def test_examples_are_drawn_per_image_and_from_their_index_alone(stages):
     stage = stages[1]
     image, label, index = batch_of(stage, 256)
-    calls = record(stage)
+    calls = record_calls(stage)
     stage.losses((image, label, index), "train")
     x, t, _, conditioning, level = calls[0]
     assert len(set(t.tolist())) > 200 and len(set(level.tolist())) > 200
@@ -83,7 +77,7 @@ def fit(tmp_path, steps, resume=None, **callbacks):
     stage = BaseStage(resolution=8, **{**SMALL, "dropout": 0.1}, lr=1e-2, warmup_steps=2, seed=5)
     if resume is None:
         torch.manual_seed(0)
-        awaken(stage).train().requires_grad_(True)
+        randomise_weights(stage).train().requires_grad_(True)
     image, label, _ = batch_of(stage, 8)
     batches = [(image, label, torch.arange(8 * i, 8 * i + 8)) for i in range(12)]
     ema = EMA(0.9)

@@ -3,15 +3,13 @@
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
-from test_experiments import QUICK, configs
+from commands import QUICK, ROOT, configs
 
 from cdm_lightning.__main__ import main
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "slurm.sh"
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from test_meter import base, fit, rows
+from small_training import logged_rows, smallest_stage, train
 
 from cdm_lightning.foundation.errors import InputError, TrainingFault
 from cdm_lightning.stages import BaseStage
 from cdm_lightning.training import FiniteSteps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[2]
 
 
 class Faulty(BaseStage):
@@ -65,14 +65,14 @@ def same(one, other, names=("weights", "averages", "adam"), close=False):
 
 
 def faulty(of="loss", bad=(), **options):
-    stage = base(Faulty, lr=1e-3, warmup_steps=50, **options)
+    stage = smallest_stage(Faulty, lr=1e-3, warmup_steps=50, **options)
     stage.bad, stage.of = bad, of
     return stage
 
 
 def run(few_real, folder, of, bad, steps, *args, **options):
     """The states of every process after every step."""
-    fit(faulty(of, bad), few_real, folder, steps, *args, callbacks=[States(folder / "states")], **options)
+    train(faulty(of, bad), few_real, folder, steps, *args, callbacks=[States(folder / "states")], **options)
     return [torch.load(file) for file in sorted((folder / "states").glob("*.pt"))]
 
 
@@ -90,7 +90,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_process(few_real, tmp_
         assert states[3]["seen"] == states[2]["seen"] + 8 == 24 and states[3]["rate"] > states[2]["rate"]
         assert all(tensor.isfinite().all() for name in ("weights", "averages", "adam") for tensor in states[5][name])
         assert all(same(states[step], after[0][step]) for step in states)
-    log = rows(tmp_path / "bad")
+    log = logged_rows(tmp_path / "bad")
     assert [float(log[step]["train/skipped_steps"]) for step in range(5)] == [0, 0, 1, 1, 1]
     assert float(log[2]["train/loss"]) < 100 and "train/grad_norm" not in log[2]
     assert float(log[2]["train/nonfinite_images"]) == (of == "loss")
@@ -121,8 +121,10 @@ def test_more_than_a_number_in_a_row_goes_back_once_and_then_stops(few_real, tmp
     with pytest.raises(
         TrainingFault, match=r"3 optimizer steps in a row, the last of them step 15, .* at step 8 already"
     ):
-        fit(stage, few_real, tmp_path, 30, resume=True, saves=1)
-    assert sorted(rows(tmp_path)) == [2, 5, 8, 11] and float(rows(tmp_path)[8]["train/skipped_steps"]) == 3
+        train(stage, few_real, tmp_path, 30, resume=True, saves=1)
+    assert (
+        sorted(logged_rows(tmp_path)) == [2, 5, 8, 11] and float(logged_rows(tmp_path)[8]["train/skipped_steps"]) == 3
+    )
 
 
 def test_going_back_takes_weights_averages_and_adam_from_the_file(few_real, tmp_path):
@@ -135,7 +137,7 @@ def test_without_a_checkpoint_from_before_the_run_stops(few_real, tmp_path):
     with pytest.raises(
         TrainingFault, match="the last of them step 3, and max_skipped is 2: there is no checkpoint from"
     ):
-        fit(faulty("loss", tuple(range(99))), few_real, tmp_path, 9, saves=1)
+        train(faulty("loss", tuple(range(99))), few_real, tmp_path, 9, saves=1)
 
 
 def test_weights_that_are_not_finite_are_never_written(few_real, tmp_path):
@@ -145,7 +147,7 @@ def test_weights_that_are_not_finite_are_never_written(few_real, tmp_path):
                 next(pl_module.parameters()).data[0] = torch.nan
 
     with pytest.raises(TrainingFault, match="are not finite after step 4: no checkpoint is written"):
-        fit(base(), few_real, tmp_path, 9, callbacks=[Break()])
+        train(smallest_stage(), few_real, tmp_path, 9, callbacks=[Break()])
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
@@ -156,7 +158,7 @@ def test_the_gradient_scaler_skips_counts_and_backs_off(few_real, tmp_path):
         0
     ]
     assert same(after[2], after[3]) and not same(after[3], after[4], ["weights"])
-    assert scaler.get_scale() == 4.0 and float(rows(tmp_path)[4]["train/skipped_steps"]) == 1
+    assert scaler.get_scale() == 4.0 and float(logged_rows(tmp_path)[4]["train/skipped_steps"]) == 1
 
 
 class LastWords(FiniteSteps):
@@ -171,9 +173,9 @@ class LastWords(FiniteSteps):
 
 def test_both_processes_stop_at_the_same_step(few_real, tmp_path, monkeypatch):
     """Places of process 1 alone, from the second step on."""
-    monkeypatch.setattr("test_meter.FiniteSteps", LastWords)
+    monkeypatch.setattr("small_training.FiniteSteps", LastWords)
     with pytest.raises(Exception, match="TrainingFault"):
-        fit(faulty("loss", range(9, 400, 2)), few_real, tmp_path, 50, 2, saves=1)
+        train(faulty("loss", range(9, 400, 2)), few_real, tmp_path, 50, 2, saves=1)
     words = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)]
     assert words[0] == words[1] and "the last of them step 7," in words[0] and "at step 4 already" in words[0]
 
@@ -187,8 +189,9 @@ def test_a_number_in_a_row_below_none_is_refused():
 def test_both_processes_of_a_command_stop_with_the_sentence(tmp_path):
     arguments = [
         "fit", "--config", "experiments/defaults.yaml", "--config", "experiments/fashion/defaults.yaml",
-        "--config", "experiments/fashion/base8.yaml", "--config", "tests/reduced.yaml", "--model=test_faults.Faulty",
-        "--trainer.logger=false", "--trainer.max_steps=50", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--config", "experiments/fashion/base8.yaml", "--config", "tests/reduced.yaml",
+        "--model=test_finite_steps.Faulty", "--trainer.logger=false", "--trainer.max_steps=50",
+        "--trainer.accelerator=cpu", "--trainer.devices=2",
         "--trainer.strategy=ddp", "--trainer.limit_val_batches=0", "--data.batch_size=4", "--data.num_workers=0",
         "--model.channels=8", "--model.norm_groups=4", "--model.num_res_blocks=1", "--model.num_heads=1",
         f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false",
@@ -196,10 +199,10 @@ def test_both_processes_of_a_command_stop_with_the_sentence(tmp_path):
     bad = ",".join(str(place) for place in range(5, 400, 4))  # of process 1 alone, from the second step on
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "BAD_PLACES": bad,
-        "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}",
+        "PYTHONPATH": f"{Path(__file__).parent}:{ROOT / 'tests'}:{ROOT}",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "cdm_lightning", *arguments], capture_output=True, text=True, timeout=240,
+        [sys.executable, "-m", "cdm_lightning", *arguments], capture_output=True, text=True, timeout=900,
         env=environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-3000:]

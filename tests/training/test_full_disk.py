@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
-from test_meter import base, fit
+from commands import ROOT
+from small_models import smallest_stages
+from small_training import smallest_stage, train
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import read_bundle, write_bundle
@@ -17,7 +18,6 @@ from cdm_lightning.foundation.images import encode_png
 from cdm_lightning.training.checkpoints import CannotWrite, Trainer, WholeCheckpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[2]
 
 
 def on_a_full_disk(limit, work, *args):
@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_previous_file(tmp_path, kind
         elif kind == "shard":
             write_shard(tmp_path / "0.tar", [(f"{i:05d}", encode_png(image), 1) for i in range(count)])
         else:
-            write_bundle(tmp_path / "bundle", tiny(channels=4 * count), {"levels": [0], "truncated": False})
+            write_bundle(tmp_path / "bundle", smallest_stages(channels=4 * count), {"levels": [0], "truncated": False})
 
     write(1)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -116,10 +116,10 @@ class Listening(Trainer):
 
 
 def test_all_processes_stop_when_the_first_cannot_write(few_real, tmp_path, monkeypatch):
-    monkeypatch.setattr("test_meter.WholeCheckpoints", Full)
-    monkeypatch.setattr("test_meter.Trainer", Listening)
+    monkeypatch.setattr("small_training.WholeCheckpoints", Full)
+    monkeypatch.setattr("small_training.Trainer", Listening)
     with pytest.raises(Exception, match="No space left on device"):
-        fit(base(), few_real, tmp_path, 50, 2)
+        train(smallest_stage(), few_real, tmp_path, 50, 2)
     words = {(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)}
     assert len(words) == 1 and words.pop().endswith("step=4.ckpt could not be written: No space left on device")
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2

@@ -2,24 +2,22 @@
 
 import csv
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_stages import batch_of, record
+from commands import ROOT
+from small_models import batch_of, record_calls
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.images import downscale
 from cdm_lightning.training.pictures import adherence, channel_drift, low_pass_agreement
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_the_loss_by_quarters_is_the_loss_of_the_images_there(stages):
     base, gaussian, blur = stages
     for stage, level in ((base, False), (gaussian, True), (blur, False)):
-        batch, calls = batch_of(stage, 64), record(stage)
+        batch, calls = batch_of(stage, 64), record_calls(stage)
         losses = stage.losses(batch, "train", by_quarters=True)
         assert {name[:6] for name in losses if name[-3:-1] == "_q"} == ({"loss_t", "loss_s"} if level else {"loss_t"})
         for name, values, size in (("t", calls[0][1], stage.diffusion.timesteps), ("s", calls[0][-1], 4001)):

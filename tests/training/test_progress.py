@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import wandb
+from commands import BASE8, ROOT, SR16, fit_command
 from lightning.pytorch.utilities import rank_zero_info
-from test_cli import BASE8, ROOT, SR16, fit
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation import bars
@@ -43,7 +43,7 @@ def at_root(monkeypatch):
 
 def options(folder, steps=6, config=BASE8) -> list[str]:
     """A training of few steps with the bar and the loggers that `fit` of test_cli leaves out."""
-    quick = [word for word in fit(config=config) if "logger" not in word and "progress_bar" not in word]
+    quick = [word for word in fit_command(config=config) if "logger" not in word and "progress_bar" not in word]
     more = [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
     return [*quick, *more, "--data.batch_size=4", f"--trainer.default_root_dir={folder}"]
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import ENVIRONMENT, ROOT
 from lightning.pytorch.callbacks import Callback
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import read_bundle
+from cdm_lightning.data.stream import leave_signals_to_the_parent
 from cdm_lightning.stages.loading import newest_checkpoint
 from cdm_lightning.training.resume import run_id
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = {  # everything that a state must be saved for: averages, accumulation, dropout, workers, a falling rate
     "model.dropout": 0.1, "model.decay_fraction": 0.5, "model.warmup_steps": 4, "model.sampling_steps": 2,
     "data.batch_size": 16, "data.num_workers": 2, "trainer.accumulate_grad_batches": 2, "trainer.accelerator": "cpu",
@@ -45,17 +48,20 @@ def command(run, *more, **options):
     return ["fit", *(f"--config={f}" for f in files), *(f"--{name}={value}" for name, value in options.items())]
 
 
-def start(run, **options):
+def start(run, *more, **options):
     """`cdm fit` in a process group of its own, its output in run/output.txt."""
-    arguments = command(run, **options)
+    arguments = command(run, *more, **options)
     with (run / "output.txt").open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "cdm_lightning", *arguments], stdout=output, stderr=output, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+            env={**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, cwd=ROOT,
         )  # fmt: skip
 
 
 def finish(run, **options):
+    """To the end; one process alone is this one, which is quicker and ends in the same bits."""
+    if options.get("trainer.devices", 1) == 1:
+        return main(command(run, **options))
     process = start(run, **options)
     try:
         assert process.wait(timeout=1500) == 0, (run / "output.txt").read_text()[-3000:]
@@ -67,17 +73,17 @@ def kill(process):
     """SIGKILL for the process, its ranks and their workers."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    process.wait(timeout=300)
 
 
-def wait_for(process, condition, timeout=200):
+def wait_for(process, condition, timeout=500, pause=0.01):
     """Poll until the condition holds; False where the process ended before."""
     end = time.monotonic() + timeout
     while process.poll() is None:
         if condition():
             return True
         assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.0005)
+        time.sleep(pause)
     return False
 
 
@@ -116,17 +122,21 @@ def curve(run):
     return points
 
 
-def survive(tmp_path, kills, seed, **options):
-    """Kill a run at random moments, every third time while a checkpoint is being written; it must end as unbroken."""
+def survive(tmp_path, kills, seed, pause=0.0, **options):
+    """Kill a run at random moments, every third time while a checkpoint is being written; it must end as unbroken.
+
+    pause: seconds before every batch of a run to be killed, so that no machine is too quick to be hit.
+    """
     finish(tmp_path / "whole", **options)
+    more = [{"class_path": "small_training.Pause", "init_args": {"seconds": pause}}]
     parts, chance, torn = tmp_path / "parts", random.Random(seed), 0
     done = 0
     while done < kills:
-        process = start(parts, **options)
+        process = start(parts, *more, **options)
         try:
             versions = len(list(parts.glob("**/metrics.csv")))
             if done % 3 == 2:
-                hit = wait_for(process, lambda: any(parts.glob("checkpoints/*.partial")))
+                hit = wait_for(process, lambda: any(parts.glob("checkpoints/*.partial")), pause=0.0005)
                 torn += hit
             else:
                 begun = (parts / "checkpoints/last.ckpt").stat().st_mtime_ns if newest(parts) else 0
@@ -154,7 +164,7 @@ TWO = {"trainer.devices": 2, "trainer.strategy": "ddp"}
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
-    survive(tmp_path, 1, 0, **NETWORK, **{"trainer.max_steps": 40})
+    survive(tmp_path, 1, 0, 0.1, **NETWORK, **{"trainer.max_steps": 16})
 
 
 @pytest.mark.long
@@ -181,14 +191,14 @@ def test_a_signal_to_one_process_ends_all_after_the_step_in_hand(tmp_path, numbe
             os.killpg(process.pid, number)
         else:
             os.kill(process.pid if rank == 0 else child_rank(process.pid), number)
-        assert process.wait(timeout=200) in (128 + number, -signal.SIGTERM)  # the launcher may end what is at its end
+        assert process.wait(timeout=500) in (128 + number, -signal.SIGTERM)  # the launcher may end what is at its end
     finally:
         kill(process)
     assert "the same command goes on" in (parts / "output.txt").read_text()
     saved = last(parts)["global_step"]
     assert saved >= 2 and last(parts)["ShardDataModule"]["images_seen"] == 16 * saved
-    rest = {**options, "trainer.max_steps": saved + 3, "model.decay_fraction": 0}
-    finish(parts, **rest)
+    rest = {**options, "trainer.max_steps": saved + 3, "model.decay_fraction": 0, "trainer.devices": 1}
+    finish(parts, **{**rest, "trainer.strategy": "auto"})
     assert last(parts)["global_step"] == saved + 3
 
 
@@ -241,28 +251,38 @@ def test_a_run_goes_on_from_every_kind_of_step(whole, tmp_path, halt):
     assert curve(tmp_path) == curve(whole)
 
 
-def test_a_run_by_passes_goes_on_too(tmp_path):
+@pytest.mark.parametrize("halts", [[7], pytest.param([3, 7], marks=pytest.mark.long)])
+def test_a_run_by_passes_goes_on_too(tmp_path, halts):
     """With max_epochs Lightning asks for the loader before it has counted what was done; a pass is 6 steps."""
     passes = {
         "trainer.max_epochs": 2, "trainer.limit_train_batches": 12, "trainer.val_check_interval": 12,
         "trainer.max_steps": 10,
     }  # fmt: skip
     in_process(tmp_path / "whole", **passes)
-    for halt in (3, 7):
+    for halt in halts:
         in_process(tmp_path / f"parts{halt}", halt, **passes)
         in_process(tmp_path / f"parts{halt}", **passes)
         assert same_run(tmp_path / "whole", tmp_path / f"parts{halt}") == []
         assert curve(tmp_path / f"parts{halt}") == curve(tmp_path / "whole")
 
 
+EVEN = {"model.dropout": 0.0, "trainer.limit_val_batches": 0, "trainer.max_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory):
+    """An unbroken run of six steps without dropout, whose steps are the same in batches of any size."""
+    run = tmp_path_factory.mktemp("even")
+    in_process(run, **EVEN)
+    return last(run)
+
+
 @pytest.mark.parametrize("before, now", [(2, 8), (8, 2), (1, 4)])
-def test_a_run_goes_on_with_another_accumulation(tmp_path, before, now):
+def test_a_run_goes_on_with_another_accumulation(even, tmp_path, before, now):
     """No image is left out or seen twice, and every step is of the whole batch: the weights of any other run."""
-    options = {"model.dropout": 0.0, "trainer.limit_val_batches": 0, "trainer.max_steps": 6}
-    in_process(tmp_path / "whole", **options)
-    in_process(tmp_path / "parts", 3, **options, **{"trainer.accumulate_grad_batches": before})
-    in_process(tmp_path / "parts", **options, **{"trainer.accumulate_grad_batches": now})
-    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    in_process(tmp_path, 3, **EVEN, **{"trainer.accumulate_grad_batches": before})
+    in_process(tmp_path, **EVEN, **{"trainer.accumulate_grad_batches": now})
+    whole, parts = even, last(tmp_path)
     assert parts["global_step"] == 6 and parts["ShardDataModule"]["images_seen"] == 96
     for name, value in whole["current_model_state"].items():
         torch.testing.assert_close(value, parts["current_model_state"][name], rtol=1e-3, atol=2e-5, msg=name)
@@ -291,6 +311,14 @@ def test_what_cannot_be_gone_on_from_is_one_sentence(tmp_path, capsys, options, 
     with pytest.raises(SystemExit) as stop:
         main(command(tmp_path / "run", **NETWORK, **added, **options))
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory):
+    """The run of ten steps, cut short when step 5 would begin."""
+    run = tmp_path_factory.mktemp("halted")
+    in_process(run, 5)
+    return run
 
 
 def forget_averages(c):
@@ -332,9 +360,9 @@ def forget_steps(c):
     "forget",
     [None, forget_averages, forget_weights, forget_moments, forget_rate, forget_data, forget_batches, forget_steps],
 )
-def test_every_state_that_is_saved_is_needed(whole, tmp_path, forget):
+def test_every_state_that_is_saved_is_needed(whole, halted, tmp_path, forget):
     """With any one of them left out of the checkpoint, the comparison with the unbroken run goes red."""
-    in_process(tmp_path, 5)
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
     if forget:
         checkpoint = last(tmp_path)
         forget(checkpoint)
@@ -385,15 +413,18 @@ def test_the_loss_scaler_goes_on_too(tmp_path):
 
 
 def test_a_reader_leaves_the_first_sigterm_to_its_parent_and_ends_at_the_second():
-    program = """
-import os, signal, time
-from cdm_lightning.data.stream import leave_signals_to_the_parent
-leave_signals_to_the_parent(0)
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    os.kill(os.getpid(), number)
-print(signal.alarm(0), flush=True)
-os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(60)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
-    assert 290 < int(done.stdout) <= 300 and done.returncode == -signal.SIGTERM
+    def read(pipe):
+        leave_signals_to_the_parent(0)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        pipe.send(signal.alarm(0))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(900)
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    reader = context.Process(target=read, args=(theirs,), daemon=True)
+    reader.start()
+    assert 200 < ours.recv() <= 300
+    reader.join(300)
+    assert reader.exitcode == -signal.SIGTERM

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny
+from commands import ROOT
 from matplotlib import pyplot
 from scipy.stats import theilslopes
+from small_models import smallest_stages
 
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.stages.loading import load_stage
 
-ROOT = Path(__file__).parents[2]
 MIB, WARM, GROWTH = 2**20, 0.2, 16.0  # warm: first part of the time, not judged. growth: MiB allowed over the rest
 LOGGER = """
 trainer:
@@ -139,7 +139,7 @@ def test_training_and_sampling_do_not_grow(tmp_path):
     out.mkdir(parents=True, exist_ok=True)
     for name in ("fit", "samples", "again"):
         shutil.rmtree(out / name, ignore_errors=True)
-    write_bundle(out / "bundle", tiny(("gaussian",), sampling_steps=10), {"levels": [7], "truncated": False})
+    write_bundle(out / "bundle", smallest_stages(("gaussian",), sampling_steps=10), {"levels": [7], "truncated": False})
     (out / "logger.yaml").write_text(LOGGER)
     configs = ["experiments/defaults.yaml", "experiments/fashion/defaults.yaml", "experiments/fashion/base8.yaml"]
     fit = ["fit", *(f"--config={file}" for file in (*configs, out / "logger.yaml"))]
