@@ -14,12 +14,13 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import ProgressBar as ProgressBarCallback
 from lightning.pytorch.loggers import WandbLogger
 from tqdm.contrib import DummyTqdmFile
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.foundation.bars import Bar
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.foundation.terminal import whole_console, whole_table
 from cdm_lightning.stages import SuperResolutionStage
 from cdm_lightning.training.finite_steps import folders
@@ -29,7 +30,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {elapsed} gone, 
 WINDOW = 100  # optimizer steps that images a second are taken over
 
 
-class Progress(ProgressBar):
+class Progress(ProgressBarCallback):
     """One bar over all steps of a training: elapsed and remaining time, images a second, and the loss.
 
     A validation in between is a word on it. Images are counted over all processes and accumulated batches, and without
@@ -40,7 +41,7 @@ class Progress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        self.bar: Bar | None = None
+        self.bar: ProgressBar | None = None
         self.looks: deque[float] = deque(maxlen=WINDOW + 1)  # when the last optimizer steps ended
         self.rate = 0.0  # images a second
         self.undo = ExitStack()
@@ -59,7 +60,7 @@ class Progress(ProgressBar):
         if not self.enabled:
             return
         count = int(total) if math.isfinite(total) else None
-        self.bar = Bar(
+        self.bar = ProgressBar(
             desc=name, total=count, initial=done, unit=unit, leave=stays, words=self.words, line=LINE, file=sys.stdout,
             bar_format=TERMINAL, smoothing=0, miniters=1, mininterval=0.25, dynamic_ncols=True,
         )  # fmt: skip

@@ -14,7 +14,7 @@ LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}
 BETWEEN = (30.0, 600.0)  # seconds between two lines: at least, and at most where a tenth of the way takes longer
 
 
-class Bar(tqdm):
+class ProgressBar(tqdm):
     """tqdm's bar; in a file or a pipe a line every tenth of the way, no more than two a minute, and the last one.
 
     A bar within another goes when it is full, and prints no line if it was quick.
