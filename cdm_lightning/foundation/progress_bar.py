@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and whole lines now and then where output is none."""
+"""Progress of long work: tqdm's bar on a terminal, and now and then a printed line in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -10,53 +10,61 @@ from typing import Any
 
 from tqdm import tqdm
 
-LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-BETWEEN = (30.0, 600.0)  # seconds between two lines: at least, and at most where a tenth of the way takes longer
+LINE_FORMAT = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+SHORTEST_PAUSE = 30.0  # seconds between two lines, at least
+LONGEST_PAUSE = 600.0  # seconds after which a line is printed before a tenth of the work is done
 
 
 class ProgressBar(tqdm):
-    """tqdm's bar; in a file or a pipe a line every tenth of the way, no more than two a minute, and the last one.
+    """tqdm's bar on a terminal. In a file or a pipe it prints lines instead.
 
-    A bar within another goes when it is full, and prints no line if it was quick.
+    A line is printed for every tenth of the work, but at most two a minute and at least one every ten minutes, and at
+    the end. A bar inside another one disappears when it closes; in a file it prints a last line only if it has printed
+    one before.
 
     Args:
-        words: What follows the counts, asked for when they are shown.
-        line: Format of a line.
-        kwargs: What tqdm takes.
+        status: Returns the text after the counts; called each time the bar is shown.
+        line_format: tqdm's bar_format for a printed line.
+        kwargs: Further arguments of tqdm.
     """
 
     def __init__(
-        self, *args: Any, words: Callable[[], str] | None = None, line: str = LINE, file: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        status: Callable[[], str] | None = None,
+        line_format: str = LINE_FORMAT,
+        file: Any = None,
+        **kwargs: Any,
     ) -> None:
-        self.words, self.stream = words, sys.stderr if file is None else file
-        self.in_lines, self.printed = not self.stream.isatty(), False
-        self.last_line = time.monotonic(), kwargs.get("initial", 0)  # when, and what was done
-        if self.in_lines:
-            kwargs["bar_format"] = line
-        super().__init__(*args, **{"leave": None, **kwargs}, file=io.StringIO() if self.in_lines else self.stream)
+        self.status, self.stream = status, sys.stderr if file is None else file
+        self.prints_lines, self.has_printed = not self.stream.isatty(), False
+        self.last_time, self.last_count = time.monotonic(), kwargs.get("initial", 0)  # of the last line
+        if self.prints_lines:
+            kwargs["bar_format"] = line_format
+        super().__init__(*args, **{"leave": None, **kwargs}, file=io.StringIO() if self.prints_lines else self.stream)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
-        if not self.in_lines:
-            self.ask()
+        if not self.prints_lines:
+            self.update_status()
             return super().display(msg, pos)
-        waited, went = time.monotonic() - self.last_line[0], self.n - self.last_line[1]
-        far = went >= (self.total or 0) / 10
-        if went and (waited >= BETWEEN[1] or (far and waited >= BETWEEN[0])):
+        pause, advance = time.monotonic() - self.last_time, self.n - self.last_count
+        is_tenth = advance >= (self.total or 0) / 10
+        if advance and (pause >= LONGEST_PAUSE or (is_tenth and pause >= SHORTEST_PAUSE)):
             self.print_line()
         return True
 
-    def ask(self) -> None:
-        if self.words is not None:
-            self.set_postfix_str(self.words(), refresh=False)
+    def update_status(self) -> None:
+        if self.status is not None:
+            self.set_postfix_str(self.status(), refresh=False)
 
     def print_line(self) -> None:
-        self.ask()
-        self.last_line, self.printed = (time.monotonic(), self.n), True
+        self.update_status()
+        self.last_time, self.last_count, self.has_printed = time.monotonic(), self.n, True
         print(str(self), file=self.stream, flush=True)
 
     def close(self) -> None:
-        if not self.disable and self.in_lines and self.n != self.last_line[1]:
-            stays = self.pos == 0 if self.leave is None else self.leave
-            if stays or self.printed:
+        if not self.disable and self.prints_lines and self.n != self.last_count:
+            is_outermost = self.pos == 0 if self.leave is None else self.leave
+            if is_outermost or self.has_printed:
                 self.print_line()
         super().close()

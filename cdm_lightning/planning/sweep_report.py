@@ -13,7 +13,7 @@ from typing import Any
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def report(folder: Path, about: Mapping[str, Any], metric: str, goal: str, trial
     write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     if trials:
         plot(folder / "sweep.png", metric, trials)
-    console = whole_console()
-    table = whole_table(*(trials[0].parameters if trials else ()), f"{metric} ({goal})", "run")
+    console = table_console()
+    table = folding_table(*(trials[0].parameters if trials else ()), f"{metric} ({goal})", "run")
     for trial in ranked:
         found = trial.note if trial.value is None else f"{trial.value:.6g}"
         table.add_row(*(str(value) for value in trial.parameters.values()), found, trial.run)

@@ -35,8 +35,8 @@ class BlockWriter(BasePredictionWriter):
             self.bar = ProgressBar(
                 desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), mininterval=1
             )
-            if self.bar.in_lines and self.bar.n:
-                self.bar.print_line()  # where it goes on
+            if self.bar.prints_lines and self.bar.n:
+                self.bar.print_line()  # says how much was done before
 
     def done(self) -> int:
         """How many images are stored at the last resolution, which is written last."""

@@ -14,7 +14,7 @@ from cdm_lightning.data import ShardDataModule
 from cdm_lightning.stages import BaseStage
 from cdm_lightning.stages.meter import Meter, quarters
 from cdm_lightning.training import EMA, FiniteSteps
-from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
+from cdm_lightning.training.checkpoints import AtomicCheckpointIO, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started
@@ -39,7 +39,7 @@ def fit(stage, root, folder, steps, processes=1, parts=1, every=3, resume=None, 
         callbacks=[EMA(0.9), FiniteSteps(2), *callbacks, saver], enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0, gradient_clip_val=1.0, **(many if processes > 1 else {}), **options,
     )  # fmt: skip
-    trainer.strategy.checkpoint_io = WholeCheckpoints()
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     data = ShardDataModule(root, batch_size=8, num_workers=0)
     trainer.fit(stage, data, ckpt_path=folder / "checkpoints/last.ckpt" if resume else None, weights_only=True)
     return trainer
@@ -90,7 +90,7 @@ def test_a_row_is_the_mean_over_every_image_since_the_last(few_real, tmp_path, p
         assert float(row["train/ema_decay"]) == pytest.approx(min(0.9, (1 + updates) / (10 + updates)))
 
 
-class Looking(WholeCheckpoints):
+class Looking(AtomicCheckpointIO):
     """Notes which rows are in the log when a checkpoint is written."""
 
     def __init__(self, folder):
@@ -111,7 +111,7 @@ class Early(Callback):
 
 def test_a_row_is_on_disk_before_the_checkpoint_of_its_step(few_real, tmp_path, monkeypatch):
     looking = Looking(tmp_path)
-    monkeypatch.setattr("test_meter.WholeCheckpoints", lambda: looking)
+    monkeypatch.setattr("test_meter.AtomicCheckpointIO", lambda: looking)
     fit(base(), few_real, tmp_path, 6, callbacks=[Early()])
     assert {step: logged for step, logged in looking.seen} == {2: [], 3: [2], 4: [2], 6: [2, 5]}
 

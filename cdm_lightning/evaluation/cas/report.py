@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 KINDS = ("generated", "real")
 FIGURES = ("top1", "top5", "per_class")
@@ -70,14 +70,14 @@ def text(figure: Mapping[str, Any] | None, scale: float = 100, digits: int = 2) 
 
 def print_table(results: Mapping[str, Any]) -> None:
     """Top-1 and top-5 of both kinds in per cent, and their ratio."""
-    console = whole_console()
+    console = table_console()
     console.print(
         f"Classification accuracy score: {results['recipe']['architecture']}, {results['recipe']['steps']} steps on "
         f"{results['n']:,} images of {results['resolution']}x{results['resolution']}, tested on "
         f"{results['n_validation']:,} real ones, seeds {results['seeds']}",
         highlight=False,
     )
-    table = whole_table("trained on", "top-1 %", "top-5 %")
+    table = folding_table("trained on", "top-1 %", "top-5 %")
     for kind in KINDS:
         table.add_row(f"{kind} images", text(results[kind]["top1"]), text(results[kind]["top5"]))
     ratio = results["ratio"]

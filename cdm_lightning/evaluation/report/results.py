@@ -19,7 +19,7 @@ from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.report.page import Command, Section
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "diffusers")
 
@@ -43,12 +43,12 @@ def provenance() -> dict[str, str]:
 
 def print_figures(figures: Sequence[Figure]) -> None:
     """The figures as lines, with their error bars and what those are."""
-    table = whole_table("figure", "value", "±", "over", "against", "n", "n real")
+    table = folding_table("figure", "value", "±", "over", "against", "n", "n real")
     for f in figures:
         spread = "" if f.spread is None else f"{f.spread:.4g}"
         over = f.spread_of if spread else ""
         table.add_row(f.name, f"{f.value:.4f}", spread, over, f.against, str(f.n), str(f.n_reference or ""))
-    console = whole_console()
+    console = table_console()
     console.print(table)
     for note in dict.fromkeys(f.note for f in figures if f.note):
         console.print(f"note: {note}", highlight=False)

@@ -15,19 +15,19 @@ from cdm_lightning.evaluation.report.results import facts_of, made_sections, pro
 from cdm_lightning.evaluation.report.stored_samples import sheet, stage_rows
 from cdm_lightning.evaluation.search.level_tables import REAL, costs, curves, gap_table
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 
 def print_rows(rows: Sequence[Any], chosen: Any) -> None:
     """The points of a search as lines, the chosen one marked by a star."""
     first = rows[0].figures
-    table = whole_table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
+    table = folding_table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
     for row in rows:
         star = " *" if row is chosen else ""
         cells = [f"{f.value:.4g}" + ("" if f.spread is None else f" ± {f.spread:.2g}") for f in row.figures[:2]]
         cells[0] += star
         table.add_row(row.stage, str(row.s), row.kind, row.sampler, str(row.steps), str(row.calls), *cells)
-    console = whole_console()
+    console = table_console()
     console.print(table)
     over = dict.fromkeys(f"{f.name}: ± over {f.spread_of}" for f in first if f.spread is not None)
     console.print(f"* chosen. {'; '.join(over)}. n = {first[0].n} images a seed.", highlight=False)
