@@ -66,7 +66,7 @@ class CommandLine(LightningCLI):
         given = self.config[self.subcommand]
         if given.ckpt_path and given.ckpt_path not in ("last", "best", "hpc"):
             if not Path(given.ckpt_path).is_file():
-                raise InputError(f"ckpt_path {given.ckpt_path} is not a file: give a checkpoint, or the word last")
+                raise InputError(f"ckpt_path {given.ckpt_path} is no file: give a checkpoint, or the word last")
             check_checkpoint(given.ckpt_path)
 
     def last_checkpoint(self) -> Path | None:
