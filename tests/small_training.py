@@ -12,7 +12,7 @@ from small_models import SMALLEST, randomise_weights
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.stages import BaseStage
 from cdm_lightning.training import EMA, FiniteSteps
-from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
+from cdm_lightning.training.checkpoints import AtomicCheckpointIO, Trainer
 
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started
 
@@ -47,7 +47,7 @@ def train(stage, root, folder, steps, processes=1, parts=1, every=3, resume=None
         callbacks=[EMA(0.9), FiniteSteps(2), *callbacks, saver], enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0, gradient_clip_val=1.0, **(many if processes > 1 else {}), **options,
     )  # fmt: skip
-    trainer.strategy.checkpoint_io = WholeCheckpoints()
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     data = ShardDataModule(root, batch_size=8, num_workers=0)
     trainer.fit(stage, data, ckpt_path=folder / "checkpoints/last.ckpt" if resume else None, weights_only=True)
     return trainer

@@ -14,7 +14,7 @@ from cdm_lightning.evaluation.detectors import Detector, load_detector, load_hea
 from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.references.cards import ReferenceCard, card_summaries, read_card
 from cdm_lightning.evaluation.report.evaluation_pages import write_evaluation
-from cdm_lightning.evaluation.report.memorisation import real_folder, searched
+from cdm_lightning.evaluation.report.memorisation import card_to_search, real_folder
 from cdm_lightning.evaluation.report.results import print_figures, read_cas
 from cdm_lightning.evaluation.samples import check_manifest, sample_folders
 from cdm_lightning.foundation.errors import InputError
@@ -71,8 +71,8 @@ def evaluate(
         check_score(network, manifests[0].count)
         network.head = load_head(head)  # type: ignore[attr-defined]  # an Inception, as was checked
     score = None if cas is None else read_cas(cas, manifests)
-    if real is not None and searched(cards).features is not None:
-        real_folder(searched(cards), real)
+    if real is not None and card_to_search(cards).features is not None:
+        real_folder(card_to_search(cards), real)
     # All input is checked: from here on time is spent.
     places = [Path(out) / "features" / str(number) for number in range(len(folders))]
     for folder, place in zip(folders, places, strict=True):

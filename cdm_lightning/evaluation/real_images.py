@@ -21,9 +21,9 @@ from cdm_lightning.data.shards import (
     write_manifest,
     write_shard,
 )
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale, encode_png, stored_to_tensor
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.foundation.randomness import key
 
 IMAGES_PER_SHARD = 1000
@@ -103,7 +103,7 @@ def write_subset(root: Path, split: str, resolution: int, counts: Sequence[int],
         if asked > held:
             raise InputError(f"{asked} images of class {c} ({manifest.classes[c]}) are asked for, {source} has {held}")
     shards: list[Shard] = []
-    with Bar(total=sum(counts), desc=f"subset of {source}", unit="image") as bar:
+    with ProgressBar(total=sum(counts), desc=f"subset of {source}", unit="image") as bar:
         chosen = chosen_samples(source, manifest, resolution, counts, seed)
         while samples := list(islice(chosen, IMAGES_PER_SHARD)):
             shards.append(write_shard(folder / f"{len(shards):06d}.tar", samples))

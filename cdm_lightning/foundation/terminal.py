@@ -1,4 +1,4 @@
-"""The terminal: tables whose names stay whole, and libraries kept from talking about themselves."""
+"""Printing to the terminal: tables that never cut a name, and a filter for the messages of libraries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-WIDE = 1000  # columns; a table takes what it needs of them
-HARMLESS = (  # warnings of libraries about each other, or about what is so on purpose
+FILE_WIDTH = 1000  # columns of a file or a pipe; a table takes only what it needs
+HARMLESS_WARNINGS = (  # warnings of libraries about each other, or about something that is intended here
     ".*`IterableDataset` has `__len__` defined.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*there is no last checkpoint available.*",
@@ -24,44 +24,45 @@ HARMLESS = (  # warnings of libraries about each other, or about what is so on p
     ".*is smaller than the logging interval.*",
     ".*loading a checkpoint outside the 'fit' stage.*",
 )
-# Modules of Lightning whose notes are about its own settings, or are said better by the first lines of a command.
-CHATTER = (
+# Lightning modules whose info messages are not shown: they list its settings, or repeat what a command prints first.
+SILENCED_MODULES = (
     *("setup", "seed", "trainer", "fit_loop", "cuda", "distributed"),
     *("accelerator_connector", "callback_connector", "checkpoint_connector", "logger_connector"),
     "weight_averaging",
 )
-NOTES = (  # where Lightning logs them
+FILTERED_LOGGERS = (  # the loggers that those modules write to
     *("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"),
     *("lightning.fabric.utilities.seed", "lightning.fabric.utilities.distributed"),
     *("lightning.pytorch.accelerators.cuda", "lightning.pytorch.trainer.connectors.checkpoint_connector"),
 )
 
 
-def whole_console() -> Console:
-    """A console for tables: as wide as its terminal, and where output is none, wide enough to cut and wrap nothing.
+def table_console() -> Console:
+    """A console for tables: as wide as the terminal; in a file or a pipe so wide that nothing is cut or wrapped.
 
-    rich takes 80 columns for a file or a pipe, and shortens names to fit.
+    rich assumes 80 columns for a file or a pipe, and shortens names to fit.
     """
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
 
 
-def whole_table(*heads: str) -> Table:
-    """A table that folds what does not fit into a narrow terminal, where rich would cut it."""
+def folding_table(*headings: str) -> Table:
+    """A table that folds long cells in a narrow terminal; rich would cut them."""
     from rich.table import Column, Table
 
-    return Table(*(Column(head, overflow="fold") for head in heads))
+    return Table(*(Column(heading, overflow="fold") for heading in headings))
 
 
 def quiet_libraries() -> None:
-    """Leave out what libraries print about themselves and each other."""
-    for message in HARMLESS:
+    """Hide the warnings and info messages of libraries that tell the user nothing."""
+    for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in NOTES:
-        logging.getLogger(name).addFilter(of_interest)
+    for name in FILTERED_LOGGERS:
+        logging.getLogger(name).addFilter(is_shown)
 
 
-def of_interest(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.INFO or record.module not in CHATTER
+def is_shown(record: logging.LogRecord) -> bool:
+    """Whether a log record is printed: everything but info messages of SILENCED_MODULES."""
+    return record.levelno > logging.INFO or record.module not in SILENCED_MODULES

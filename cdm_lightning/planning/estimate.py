@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.foundation.bars import Bar
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.planning.devices import DataSheet, available_memory, current_device, device_name, measure_rates
 from cdm_lightning.planning.flops import forward_flops, training_flops
 from cdm_lightning.planning.memory import AUTOCAST, Memory, SimulatedStep
@@ -79,7 +79,7 @@ class MicroBatchSearch:
     def __init__(self, simulated: SimulatedStep, share: int, devices: int, limit: float) -> None:
         self.simulated, self.share, self.devices, self.limit = simulated, share, devices, limit
         self.known: dict[tuple[int, bool], Memory] = {}
-        self.bar = Bar(desc="steps without data", unit=" steps", leave=False)
+        self.bar = ProgressBar(desc="steps without data", unit=" steps", leave=False)
 
     def memory(self, batch: int, checkpointing: bool) -> Memory:
         """The memory of a step with micro-batches of `batch` images."""

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 from cdm_lightning.planning.devices import current_device, data_sheet
 
 
@@ -87,7 +87,7 @@ def print_plan(figures: dict[str, Any]) -> None:
     """Print a plan as a table. 1 GB is 10^9 bytes."""
     memory = {name: f"{size / 1e9:.3g}" for name, size in figures["memory"].items()}
     parts = ", ".join(f"{name} {size}" for name, size in memory.items() if name != "total")
-    table = whole_table(str(figures["stage"]), "")
+    table = folding_table(str(figures["stage"]), "")
     rows = {
         "device": f"{figures['devices']} x {figures['device']}, {figures['precision']}",
         "parameters": f"{figures['parameters'] / 1e6:,.2f} M",
@@ -110,6 +110,6 @@ def print_plan(figures: dict[str, Any]) -> None:
         rows["GFLOP/s here"] = "matrix product {}, 3x3 convolution {}".format(*rates)
     for name, value in rows.items():
         table.add_row(name, escape(value))
-    console = whole_console()
+    console = table_console()
     console.print(table)
     console.print(escape(figures["command"] or "no micro-batch fits: another device, or fewer images per pass"))

@@ -17,7 +17,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.training import EMA
 from cdm_lightning.training.checkpoints import Trainer
-from cdm_lightning.training.lightning_cli import refuse_moved
+from cdm_lightning.training.lightning_cli import refuse_old_class_paths
 
 EXPERIMENTS = Path("experiments")
 
@@ -59,7 +59,7 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
     for path in configs:
         if not path.is_file():
             raise InputError(f"configuration {path} does not exist")
-    refuse_moved([*map(str, configs), *shlex.split(arguments)])
+    refuse_old_class_paths([*map(str, configs), *shlex.split(arguments)])
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     parser = LightningArgumentParser(parser_mode="omegaconf+", prog="cdm plan")
     parser.add_argument("--config", action=ActionConfigFile)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cdm_lightning.foundation.bars import Bar
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.planning.memory import AUTOCAST, checkpointing_set_to
 from cdm_lightning.stages import DiffusionStage
 
@@ -66,7 +66,7 @@ def measure_step(
                 torch._foreach_lerp_(averaged, weights, 0.001)
 
     times: list[tuple[float, float]] = []
-    with checkpointing_set_to(stage, checkpointing), Bar(desc="training steps", unit=" steps") as bar:
+    with checkpointing_set_to(stage, checkpointing), ProgressBar(desc="training steps", unit=" steps") as bar:
         start = 0.0
         while len(times) < 5 or time.perf_counter() - start < seconds:
             if len(times) == 2:  # compilation is done by now

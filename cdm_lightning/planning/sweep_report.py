@@ -1,4 +1,4 @@
-"""What a sweep found: its trials, the table of them, and the picture of the metric against the parameters."""
+"""The report of a sweep: its trials, the ranked table, results.json, and a chart of metric over parameter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of the parameters, the id of its run, and the last value of the metric, where there is one."""
+    """One combination of parameters, the id of its run, and the last value of the metric; None if there is none."""
 
     parameters: dict[str, Any]
     run: str
@@ -33,7 +33,10 @@ class Trial:
     def ended(
         self, metrics: Mapping[str, Any] | None = None, metric: str = "", note: str = "", failed: bool = False
     ) -> Trial:
-        """This trial with the metric among what its run logged, or with the reason that there is none."""
+        """This trial with its metric from the logged metrics, or with a note that says why there is none.
+
+        Raises InputError if the run logged other metrics only.
+        """
         if metrics is None:
             return replace(self, note=note, failed=failed)
         if metric not in metrics:
@@ -44,15 +47,15 @@ class Trial:
 
 
 def report(folder: Path, about: Mapping[str, Any], metric: str, goal: str, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Print the table, best first, and write results.json and sweep.png. goal: minimize or maximize."""
+    """Print the trials, best first, and write results.json and sweep.png into `folder`. goal: minimize or maximize."""
     sign = 1 if goal == "minimize" else -1
     ranked = sorted(trials, key=lambda trial: (trial.value is None, sign * (trial.value or 0)))
     results = {**about, "metric": metric, "goal": goal, "rows": [asdict(trial) for trial in ranked]}
     write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     if trials:
         plot(folder / "sweep.png", metric, trials)
-    console = whole_console()
-    table = whole_table(*(trials[0].parameters if trials else ()), f"{metric} ({goal})", "run")
+    console = table_console()
+    table = folding_table(*(trials[0].parameters if trials else ()), f"{metric} ({goal})", "run")
     for trial in ranked:
         found = trial.note if trial.value is None else f"{trial.value:.6g}"
         table.add_row(*(str(value) for value in trial.parameters.values()), found, trial.run)
@@ -62,11 +65,11 @@ def report(folder: Path, about: Mapping[str, Any], metric: str, goal: str, trial
 
 
 def plot(path: Path, metric: str, trials: Sequence[Trial]) -> None:
-    """Save the metric against the first parameter that varies as a PNG, a line per combination of the others.
+    """Save a chart as PNG: the metric over the first parameter that varies, one line per combination of the others.
 
-    Numbers lie to scale, logarithmic where they span a factor of 30; other values lie side by side, in their order.
+    The axis of a number is logarithmic if its values span a factor of 30 or more. Other values are evenly spaced.
     """
-    from matplotlib.figure import Figure  # here, because it takes long and most commands draw nothing
+    from matplotlib.figure import Figure  # slow to import, and most commands draw nothing
 
     values = {name: [trial.parameters[name] for trial in trials] for name in trials[0].parameters}
     across, *others = [name for name in values if len(set(map(str, values[name]))) > 1] or list(values)[:1]

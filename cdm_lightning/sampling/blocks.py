@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader, Dataset
 
 from cdm_lightning.data.shards import open_images, read_manifest, write_shard
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png, stored_to_tensor
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.manifest import SampleManifest, shard_name
 
 
@@ -32,9 +32,11 @@ class BlockWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self.bar = Bar(desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), mininterval=1)
-            if self.bar.in_lines and self.bar.n:
-                self.bar.print_line()  # where it goes on
+            self.bar = ProgressBar(
+                desc="sampling", unit="image", total=self.manifest.count, initial=self.done(), mininterval=1
+            )
+            if self.bar.prints_lines and self.bar.n:
+                self.bar.print_line()  # says how much was done before
 
     def done(self) -> int:
         """How many images are stored at the last resolution, which is written last."""

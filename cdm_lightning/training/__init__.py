@@ -1,4 +1,4 @@
-"""Around the training of a stage: averaged weights, checkpoints, resuming, faults, pictures, `cdm fit` itself."""
+"""Training of a stage: `cdm fit`, EMA weights, checkpoints, resuming, non-finite steps, progress and pictures."""
 
 from cdm_lightning.training.averaging import EMA
 from cdm_lightning.training.finite_steps import FiniteSteps

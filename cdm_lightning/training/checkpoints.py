@@ -1,4 +1,4 @@
-"""Checkpoints as files: written whole or not at all, and a trainer that stops all processes where one cannot write."""
+"""Checkpoint files: atomic writes, loading without unpickling, and a clean stop of all processes if a write fails."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages.loading import load_safely
 
 
-class CannotWrite(InputError):
-    """The process that writes checkpoints could not."""
+class CheckpointWriteError(InputError):
+    """A checkpoint could not be written. The message names the file and the reason."""
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer, where a checkpoint that the first process cannot write stops all of them alike.
+    """Lightning's trainer, but if the first process cannot write a checkpoint, all raise CheckpointWriteError.
 
-    Lightning would leave the others waiting for a process that is gone.
+    With Lightning's own trainer, the other processes would wait for the first one forever.
     """
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        failed = None
+        message = None
         try:
             super().save_checkpoint(*args, **kwargs)
-        except CannotWrite as error:
-            failed = str(error)
-            self.strategy.barrier("Trainer.save_checkpoint")  # where the others are
-        if (failed := self.strategy.broadcast(failed)) is not None:
-            raise CannotWrite(failed)
+        except CheckpointWriteError as error:
+            message = str(error)
+            self.strategy.barrier("Trainer.save_checkpoint")  # the other processes wait at it
+        if (message := self.strategy.broadcast(message)) is not None:
+            raise CheckpointWriteError(message)
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, each holding all of a checkpoint or what it held before, whatever befalls the disk.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically: a file holds a complete checkpoint, even after a power cut.
 
-    A checkpoint is written to <name>.partial beside its final name, which is the same file system and needs no second
-    copy in memory, reaches the disk, and is renamed. A write that fails is one sentence, and leaves nothing behind.
+    The checkpoint is written to <name>.partial in the same folder, flushed to disk, and renamed. Nothing is copied in
+    memory. If the write fails, the partial file is removed and the old checkpoint stays as it was.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -54,7 +54,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             partial.replace(path)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
-            raise CannotWrite(f"{path} could not be written: {reason(error)}") from error
+            raise CheckpointWriteError(f"{path} could not be written: {system_message(error)}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
         if not Path(path).is_file():
@@ -62,8 +62,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         return load_safely(path, map_location=map_location)
 
 
-def reason(error: BaseException) -> str:
-    """What the operating system said, which torch's writer of archives wraps in an error of its own."""
+def system_message(error: BaseException) -> str:
+    """The operating system's message behind an error; torch wraps it in an error of its own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -1,4 +1,4 @@
-"""What a training does about numbers that are not finite: skip the step, go back once, stop with what happened."""
+"""Non-finite losses and gradients in training: skip the step, return to a checkpoint once, then stop with an error."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from lightning.pytorch.utilities import rank_zero_warn
 from cdm_lightning.foundation.errors import InputError, TrainingFault
 from cdm_lightning.stages.loading import load_safely, newest_checkpoint
 
-PINNED = "before_skipped_steps.ckpt"
+PINNED = "before_skipped_steps.ckpt"  # the checkpoint from before the skipped steps, kept until they are over
 
 
 class FiniteSteps(Callback):
-    """Skips every optimizer step whose loss or gradient is not finite, on all processes alike, and counts it.
+    """Skips and counts every optimizer step whose loss or gradient is not finite, on all processes alike.
 
-    A skipped step leaves the weights, Adam's moments and its step counts, and the averaged weights as they were; the
-    place in the data, `global_step` and the learning rate's schedule go on. The running count is logged as
-    `train/skipped_steps`, the gradient's norm before clipping as `train/grad_norm`, and all of it is saved.
+    A skipped step does not change the weights, the averaged weights or Adam's state. `global_step`, the learning rate
+    schedule and the position in the data advance as usual. The count is logged as `train/skipped_steps`, and the
+    gradient norm before clipping as `train/grad_norm`. The counters are saved in checkpoints.
 
-    More than `max_skipped` in a row: weights, averaged weights and Adam's state go back to the newest whole checkpoint
-    from before the first of them. Steps and data do not go back: every draw of an image is keyed by its place, so the
-    same images from the same state would only repeat the fault. That happens once in a run, which a checkpoint written
-    at once remembers; the next time, or where there is no such checkpoint, the run stops with a TrainingFault.
+    After more than `max_skipped` skipped steps in a row, the weights, the averaged weights and Adam's state return to
+    the newest complete checkpoint from before them. The step and the position in the data do not return: the random
+    draws of an example depend only on its position, so the same examples would cause the same fault again. A run
+    returns once, and saves a checkpoint at once that says so. The second time, or without such a checkpoint, the run
+    stops with a TrainingFault.
 
-    No process asks another. A non-finite loss is made to have a non-finite gradient, which stays so through
-    accumulation and DDP's sum over processes, after which all hold the same gradients and so the same norm. Reading
-    that norm waits for the device once per optimizer step, as the averaged weights do anyway. The gradient scaler of
-    16-mixed skips such steps by itself and lowers its scale; they are counted like the others.
+    The processes need no communication. A non-finite loss gets a non-finite gradient, and this survives accumulation
+    and DDP's sum over processes. After that sum all processes have the same gradients, and therefore the same norm.
+    Reading the norm waits for the device once per optimizer step. The gradient scaler of 16-mixed skips such steps
+    itself and lowers its scale; they are counted too.
+
+    Every process needs the complete gradients: this works with DDP, not with sharded strategies.
 
     Args:
-        max_skipped: Steps in a row that may be skipped. Whole gradients on every process are needed: DDP, not sharding.
+        max_skipped: How many steps in a row may be skipped.
     """
 
     def __init__(self, max_skipped: int = 10) -> None:
@@ -45,14 +48,14 @@ class FiniteSteps(Callback):
             raise InputError(f"max_skipped {max_skipped} must be at least 0")
         self.max_skipped = max_skipped
         self.skipped = self.in_a_row = 0
-        self.last = 0  # global_step after the last step that was skipped
-        self.owed = False  # a checkpoint that remembers the return
-        self.rolled_back_at = 0  # global_step of the one return to a checkpoint
+        self.last = 0  # global_step after the last skipped step
+        self.must_save = False  # the return to a checkpoint is not saved yet
+        self.rolled_back_at = 0  # global_step of the return to a checkpoint; 0: none yet
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        """Let a non-finite loss have a non-finite gradient: x^2 overflows where its derivative 2 x does not."""
-        poison = 1 + 0 * loss.detach()  # exactly 1, or NaN
-        loss.register_hook(lambda gradient: gradient * poison)
+        """Give a non-finite loss a non-finite gradient: x^2 can overflow when its derivative 2 x does not."""
+        factor = 1 + 0 * loss.detach()  # exactly 1, or NaN
+        loss.register_hook(lambda gradient: gradient * factor)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -60,53 +63,53 @@ class FiniteSteps(Callback):
         pl_module.meter.add({"grad_norm": norm[None]})
         if norm.isfinite():
             if self.in_a_row and trainer.is_global_zero:
-                self.unpin(trainer)
+                self.release_checkpoint(trainer)
             self.in_a_row = 0
         else:
             for parameter in parameters:
-                parameter.grad = None  # zeros would still move Adam
+                parameter.grad = None  # with zeros, Adam would still change the weights
             if not self.in_a_row and trainer.is_global_zero:
-                self.pin(trainer)
+                self.keep_checkpoint(trainer)
             self.skipped, self.in_a_row, self.last = self.skipped + 1, self.in_a_row + 1, trainer.global_step + 1
         pl_module.meter.latest["skipped_steps"] = self.skipped
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         if self.in_a_row <= self.max_skipped:
             return
-        happened = (
+        fault = (
             f"the loss or its gradient was not finite in {self.in_a_row} optimizer steps in a row, the last of them "
             f"step {trainer.global_step}, and max_skipped is {self.max_skipped}"
         )
         if self.rolled_back_at:
-            raise TrainingFault(f"{happened}: the run went back to a checkpoint at step {self.rolled_back_at} already")
-        before = self.last - self.in_a_row  # a checkpoint written since then holds the same weights
+            raise TrainingFault(f"{fault}: the run went back to a checkpoint at step {self.rolled_back_at} already")
+        before = self.last - self.in_a_row  # skipped steps change nothing, so later checkpoints are no help
         path = trainer.strategy.broadcast(
-            newest_checkpoint(folders(trainer), before) if trainer.is_global_zero else None
+            newest_checkpoint(checkpoint_folders(trainer), before) if trainer.is_global_zero else None
         )
         if path is None:
-            raise TrainingFault(f"{happened}: there is no checkpoint from before them to go back to")
-        go_back(trainer, pl_module, load_safely(path))
-        rank_zero_warn(f"{happened}: weights, averages and Adam's state go back to {path}, steps and data go on")
-        self.rolled_back_at, self.in_a_row, self.owed = trainer.global_step, 0, True
+            raise TrainingFault(f"{fault}: there is no checkpoint from before them to go back to")
+        restore_weights(trainer, pl_module, load_safely(path))
+        rank_zero_warn(f"{fault}: weights, averages and Adam's state return to {path}; steps and data go on")
+        self.rolled_back_at, self.in_a_row, self.must_save = trainer.global_step, 0, True
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """After a return, a checkpoint that remembers it; not before the validation that may be due (resume.py)."""
-        if self.owed:
-            self.owed = False
-            trainer.save_checkpoint(folders(trainer)[0] / "last.ckpt")
+        """Save the return in last.ckpt; here, because a validation of the last step may come before this batch."""
+        if self.must_save:
+            self.must_save = False
+            trainer.save_checkpoint(checkpoint_folders(trainer)[0] / "last.ckpt")
             if trainer.is_global_zero:
-                self.unpin(trainer)
+                self.release_checkpoint(trainer)
 
-    def pin(self, trainer: L.Trainer) -> None:
-        """Give the newest checkpoint a second name, since ModelCheckpoint deletes it when it writes the next."""
-        for folder in folders(trainer):
+    def keep_checkpoint(self, trainer: L.Trainer) -> None:
+        """Give the newest checkpoint a second name, PINNED; ModelCheckpoint deletes the first one at its next save."""
+        for folder in checkpoint_folders(trainer):
             files = [file for file in folder.glob("*.ckpt") if file.name != PINNED]
             if files:
                 newest, partial = max(files, key=lambda f: f.stat().st_mtime), folder / f"{PINNED}.partial"
                 partial.unlink(missing_ok=True)
                 try:
                     os.link(newest, partial)
-                except OSError:  # a file system without links
+                except OSError:  # the file system has no hard links
                     with suppress(OSError):
                         shutil.copy2(newest, partial)
                         partial.replace(folder / PINNED)
@@ -114,17 +117,18 @@ class FiniteSteps(Callback):
                 else:
                     partial.replace(folder / PINNED)
 
-    def unpin(self, trainer: L.Trainer) -> None:
-        for folder in folders(trainer):
+    def release_checkpoint(self, trainer: L.Trainer) -> None:
+        """Delete the second name, which is no longer needed."""
+        for folder in checkpoint_folders(trainer):
             (folder / PINNED).unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse to write weights that are not finite over ones that are."""
+        """Refuse to save non-finite weights; the last good checkpoint would be overwritten."""
         parts = [checkpoint.get(name) for name in ("state_dict", "current_model_state", "optimizer_states")]
         if not all(value.isfinite().all() for value in tensors(parts)):
             raise TrainingFault(
                 f"weights, averages or Adam's state are not finite after step {trainer.global_step}: "
-                "no checkpoint is written, and the one before is as it was"
+                "no checkpoint is written, and the previous one stays as it was"
             )
 
     def state_dict(self) -> dict[str, int]:
@@ -135,19 +139,19 @@ class FiniteSteps(Callback):
             setattr(self, name, value)
 
 
-def go_back(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Weights, averaged weights and optimizer state as in a checkpoint, in place; rates, steps and data as they are."""
+def restore_weights(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Load weights, averaged weights and optimizer state from a checkpoint; learning rates, steps and data stay."""
     pl_module.load_state_dict(checkpoint["state_dict"])
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # untyped there
-        if isinstance(callback, WeightAveraging):  # its checkpoints hold the averages there, and the weights elsewhere
+        if isinstance(callback, WeightAveraging):  # state_dict held the averages; this loads the raw weights
             callback.on_load_checkpoint(trainer, pl_module, checkpoint)
     for optimizer, saved in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         rates = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": rates})
 
 
-def folders(trainer: L.Trainer) -> list[Path]:
-    """Where this run's checkpoints are."""
+def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
+    """The folders in which this run saves checkpoints."""
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return [Path(saver.dirpath) for saver in savers if saver.dirpath]
 

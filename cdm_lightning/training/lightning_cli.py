@@ -1,4 +1,4 @@
-"""`cdm fit`, `validate`, `test` and `predict`: Lightning's command line for stages and cascades."""
+"""`cdm fit`, `cdm validate`, `cdm test` and `cdm predict`: Lightning's command line for stages and cascades."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
-from cdm_lightning.training.checkpoints import Trainer, WholeCheckpoints
-from cdm_lightning.training.progress import FirstAndLastWords, Progress
+from cdm_lightning.training.checkpoints import AtomicCheckpointIO, Trainer
+from cdm_lightning.training.progress import Progress, RunSummary
 from cdm_lightning.training.resume import run_id
 
-MOVED = {  # class paths of version 0.1, and where the classes are now
+MOVED_CLASSES = {  # class paths of version 0.1 -> today's
     "callbacks.EMA": "training.EMA",
     "callbacks.LossCurve": "training.LossCurve",
     "callbacks.SampleGrid": "training.SampleGrid",
@@ -41,45 +41,45 @@ MOVED = {  # class paths of version 0.1, and where the classes are now
 }
 
 
-def refuse_moved(words: Iterable[str]) -> None:
-    """Refuse a class path of version 0.1 in options or in the configurations that they name, and name the new one."""
-    for word in words:
-        where, text = "", word
-        path = Path(word.removeprefix("--config="))
+def refuse_old_class_paths(arguments: Iterable[str]) -> None:
+    """Raise InputError for a class path of version 0.1 in the arguments or their YAML files; it names the new path."""
+    for argument in arguments:
+        where, text = "", argument
+        path = Path(argument.removeprefix("--config="))
         if path.suffix in (".yaml", ".yml"):
-            with suppress(OSError, UnicodeDecodeError):  # the parser has a sentence for those
+            with suppress(OSError, UnicodeDecodeError):  # the parser reports these errors
                 where, text = f"{path}: ", path.read_text()
-        for old, new in MOVED.items():
+        for old, new in MOVED_CLASSES.items():
             if re.search(rf"\bcdm_lightning\.{re.escape(old)}\b", text):
                 raise InputError(f"{where}cdm_lightning.{old} is cdm_lightning.{new} now")
 
 
 class CommandLine(LightningCLI):
-    """Lightning's command line with one seed for everything that draws."""
+    """Lightning's command line, with one seed for model and data, and checks of what the user asks for."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a file that is no whole checkpoint, which nothing in Lightning has a sentence for."""
+        """Raise InputError if the given ckpt_path is not a complete checkpoint."""
         given = self.config[self.subcommand]
         if given.ckpt_path and given.ckpt_path not in ("last", "best", "hpc"):
             if not Path(given.ckpt_path).is_file():
-                raise InputError(f"ckpt_path {given.ckpt_path} is no file: a checkpoint is expected, or the word last")
+                raise InputError(f"ckpt_path {given.ckpt_path} is no file: give a checkpoint, or the word last")
             check_checkpoint(given.ckpt_path)
 
-    def newest(self) -> Path | None:
-        """The checkpoint that `ckpt_path: last` means."""
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint that `ckpt_path: last` stands for; None if the run has none."""
         savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
         root = Path(self.trainer.default_root_dir) / "checkpoints"
         return newest_checkpoint({root, *(Path(saver.dirpath) for saver in savers if saver.dirpath)})
 
     def before_fit(self) -> None:
-        """Refuse what would not be done as it was asked for, and settle where the run goes on."""
+        """Refuse settings that cannot work together, resolve `ckpt_path: last`, and set the W&B run id."""
         precision = str(self.config.fit.trainer.precision)
         if precision.startswith("16") and isinstance(self.trainer.accelerator, CPUAccelerator):
-            raise InputError(f"precision {precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
+            raise InputError(f"precision {precision} needs a GPU: a CPU offers 32-true and bf16-mixed")
         options = getattr(self.trainer.strategy, "_ddp_kwargs", {})
         if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
             number = self.trainer.accumulate_grad_batches
@@ -90,63 +90,65 @@ class CommandLine(LightningCLI):
                 f"compile {mode} and accumulate_grad_batches {number} exclude each other: CUDA graphs reuse memory"
             )
         if self.config.fit.ckpt_path == "last" and not self.config.fit.trainer.fast_dev_run:
-            self.config_init.fit.ckpt_path = self.newest()
-        elif self.config.fit.ckpt_path is None and (older := self.newest()):
-            rank_zero_warn(f"ckpt_path is null beside {older}: of both runs, `last` will mean the one of more steps")
+            self.config_init.fit.ckpt_path = self.last_checkpoint()
+        elif self.config.fit.ckpt_path is None and (older := self.last_checkpoint()):
+            rank_zero_warn(
+                f"ckpt_path is null, but {older} exists: `ckpt_path: last` will later resume the run with more steps"
+            )
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero and "WANDB_RUN_ID" not in os.environ:
                 logger._wandb_init["id"] = logger._wandb_init.get("id") or run_id(Path(self.trainer.default_root_dir))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The trainer, its checkpoints written whole, with our words and our bar.
+        """The trainer with RunSummary, Progress and AtomicCheckpointIO.
 
-        A CheckpointIO among the configured plugins stays, and so does a progress bar among the callbacks.
+        A progress bar among the configured callbacks, or a CheckpointIO among the plugins, is used instead of ours.
         """
         given = self.config_init[self.subcommand].trainer
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks or ()]
-        callbacks = [*filter(None, callbacks), FirstAndLastWords()]
+        callbacks = [*filter(None, callbacks), RunSummary()]
         if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Progress())
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpoints()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and not logger._wandb_init.get("anonymous"):
-                logger._wandb_init.pop("anonymous", None)  # W&B warns of it whatever it says
+                logger._wandb_init.pop("anonymous", None)  # W&B warns about this option, whatever its value
         return trainer
 
     def before_validate(self) -> None:
-        """Refuse to measure weights that nothing has trained, where Lightning would only warn."""
+        """Resolve `ckpt_path: last`. Raises InputError if there is none; Lightning would take untrained weights."""
         if self.config[self.subcommand].ckpt_path == "last":
-            if (newest := self.newest()) is None:
+            if (newest := self.last_checkpoint()) is None:
                 folder = Path(self.trainer.default_root_dir) / "checkpoints"
-                raise InputError(f"{folder} holds no whole checkpoint, and ckpt_path last asks for the newest of them")
+                raise InputError(f"{folder} holds no whole checkpoint, and ckpt_path last asks for the newest one")
             check_checkpoint(newest)
             self.config_init[self.subcommand].ckpt_path = newest
 
     before_test = before_predict = before_validate
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        refuse_moved(sys.argv[1:])
+        refuse_old_class_paths(sys.argv[1:])
         try:
             super().parse_arguments(parser, args)
-        except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse has a sentence for all others
+        except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse reports all other errors
             raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
-        """Unpickle nothing unless told to, and print figures once, whatever configurations are given."""
+        """Set defaults: weights_only true, which unpickles nothing, and verbose false, so that metrics print once."""
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
         parser.set_defaults({"weights_only": True})
         if "verbose" in parser.get_defaults():
-            parser.set_defaults({"verbose": False})  # our table is as wide as its names
+            parser.set_defaults({"verbose": False})  # RunSummary prints them
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone, where Lightning would pour a checkpoint's hyper-parameters into it."""
+        """Do nothing; Lightning would overwrite the configuration with the hyper-parameters of the checkpoint."""
 
 
 def run() -> None:
-    """Carry out the command in sys.argv, which the processes that Lightning starts repeat."""
+    """Run the command in sys.argv. Lightning starts further processes with the same sys.argv."""
     if not logged_in():
         os.environ.setdefault("WANDB_MODE", "offline")
     quiet_wandb()
@@ -156,7 +158,7 @@ def run() -> None:
         ShardDataModule,
         subclass_mode_model=True,
         trainer_class=Trainer,
-        trainer_defaults={"enable_model_summary": False},  # the first line says how many parameters
+        trainer_defaults={"enable_model_summary": False},  # RunSummary prints the number of parameters
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
@@ -165,14 +167,14 @@ def run() -> None:
 
 
 def quiet_wandb() -> None:
-    """Keep W&B from printing, unless the environment says how loud it shall be, or it may have to ask for a key."""
+    """Silence W&B, except if an environment variable sets its verbosity, or if it may have to ask for an API key."""
     offline = os.environ.get("WANDB_MODE", "online") != "online"
     if (offline or logged_in()) and os.environ.keys().isdisjoint(("WANDB_SILENT", "WANDB_QUIET")):
         os.environ["WANDB_SILENT"] = "true"
 
 
 def logged_in() -> bool:
-    """Whether `wandb login` has left a key; asks the file, since asking wandb settles its mode before it can be set."""
+    """Whether W&B has an API key, in the environment or in .netrc. Importing wandb to ask would fix WANDB_MODE."""
     server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
         return bool(os.environ.get("WANDB_API_KEY") or netrc().authenticators(server or ""))

@@ -1,4 +1,4 @@
-"""What a training shows of itself: what runs, one bar over all steps, and at the end what came of it."""
+"""What a run prints: the model, data and plan at its start, a progress bar, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import ProgressBar as ProgressBarCallback
 from lightning.pytorch.loggers import WandbLogger
 from tqdm.contrib import DummyTqdmFile
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.foundation.bars import Bar
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.progress_bar import ProgressBar
+from cdm_lightning.foundation.terminal import folding_table, table_console
 from cdm_lightning.stages import SuperResolutionStage
-from cdm_lightning.training.finite_steps import folders
+from cdm_lightning.training.finite_steps import checkpoint_folders
 
-TERMINAL = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
-LINE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {elapsed} gone, {remaining} left{postfix}"
-WINDOW = 100  # optimizer steps that images a second are taken over
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
+LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {elapsed} gone, {remaining} left{postfix}"
+RATE_STEPS = 100  # optimizer steps over which images per second are averaged
 
 
-class Progress(ProgressBar):
-    """One bar over all steps of a training: elapsed and remaining time, images a second, and the loss.
+class Progress(ProgressBarCallback):
+    """One progress bar over all optimizer steps: elapsed and remaining time, images per second and the loss.
 
-    A validation in between is a word on it. Images are counted over all processes and accumulated batches, and without
-    the time of validations. `validate`, `test` and `predict` have a bar over their batches, which goes when they end.
-    Where output is no terminal, there are lines instead.
+    The rate counts the images of all processes and accumulated batches, and leaves out the time of validations.
+    `validate`, `test` and `predict` have a bar over their batches, which disappears at the end. Where the output is not
+    a terminal, lines are printed instead.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        self.bar: Bar | None = None
-        self.looks: deque[float] = deque(maxlen=WINDOW + 1)  # when the last optimizer steps ended
-        self.rate = 0.0  # images a second
-        self.undo = ExitStack()
+        self.bar: ProgressBar | None = None
+        self.step_times: deque[float] = deque(maxlen=RATE_STEPS + 1)  # when each of the last optimizer steps ended
+        self.rate = 0.0  # images per second
+        self.cleanup = ExitStack()
 
     def disable(self) -> None:
         self.enabled = False
@@ -51,218 +52,218 @@ class Progress(ProgressBar):
     def enable(self) -> None:
         self.enabled = True
 
-    # -- the bar, or the lines
+    # -- opening and closing the bar
 
-    def begin(self, name: str, total: float, unit: str, done: int = 0, stays: bool = False) -> None:
-        """Show a new bar, or be ready to print lines."""
-        self.close()
+    def open_bar(self, name: str, total: float, unit: str, done: int = 0, stays: bool = False) -> None:
+        """Start a new bar. stays: leave it on the screen when it closes."""
+        self.close_bar()
         if not self.enabled:
             return
-        count = int(total) if math.isfinite(total) else None
-        self.bar = Bar(
-            desc=name, total=count, initial=done, unit=unit, leave=stays, words=self.words, line=LINE, file=sys.stdout,
-            bar_format=TERMINAL, smoothing=0, miniters=1, mininterval=0.25, dynamic_ncols=True,
-        )  # fmt: skip
+        self.bar = ProgressBar(
+            desc=name,
+            total=int(total) if math.isfinite(total) else None,
+            initial=done,
+            unit=unit,
+            leave=stays,
+            status=self.status,
+            line_format=LINE_FORMAT,
+            bar_format=BAR_FORMAT,
+            file=sys.stdout,
+            smoothing=0,
+            miniters=1,
+            mininterval=0.25,
+            dynamic_ncols=True,
+        )
         if sys.stdout.isatty() and sys.stderr.isatty():
-            self.lead_around(sys.stderr)
+            self.print_above_bar(sys.stderr)
 
-    def lead_around(self, stream: Any) -> None:
-        """Write what goes to a stream of this terminal above the bar, until it closes."""
+    def print_above_bar(self, stream: Any) -> None:
+        """Print what is written to `stream` above the bar instead of over it, until the bar closes."""
         above = DummyTqdmFile(sys.stdout)
-        self.undo.enter_context(redirect_stderr(above))
+        self.cleanup.enter_context(redirect_stderr(above))
         for name in ("lightning.pytorch", "lightning.fabric"):
             for handler in logging.getLogger(name).handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
                     handler.setStream(above)
-                    self.undo.callback(handler.setStream, stream)
+                    self.cleanup.callback(handler.setStream, stream)
 
-    def words(self) -> str:
-        """Images a second and the loss, where there are some."""
-        rate = [f"{self.rate:,.0f} images/s" if self.rate >= 10 else f"{self.rate:.2g} images/s"] if self.rate else []
+    def status(self) -> str:
+        """Images per second and the latest loss, as far as they are known."""
+        parts = []
+        if self.rate:
+            parts.append(f"{self.rate:,.0f} images/s" if self.rate >= 10 else f"{self.rate:.2g} images/s")
         loss = self.trainer.callback_metrics.get("train/loss")
-        return ", ".join(rate + ([] if loss is None else [f"loss {float(loss):#.3g}"]))
+        if loss is not None:
+            parts.append(f"loss {float(loss):#.3g}")
+        return ", ".join(parts)
 
-    def close(self) -> None:
+    def close_bar(self, *args: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        self.undo.close()
+        self.cleanup.close()
 
     # -- training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.looks.clear()  # before the first step, data are awaited and networks compiled
+        self.step_times.clear()  # the first step is not timed: it waits for data and compilation
         self.rate = 0.0
-        self.begin(name_of(pl_module), trainer.estimated_stepping_batches, "steps", trainer.global_step, stays=True)
+        name, total = model_name(pl_module), trainer.estimated_stepping_batches
+        self.open_bar(name, total, "steps", trainer.global_step, stays=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         if self.bar is None or trainer.global_step == self.bar.n:
-            return  # amid accumulated batches
-        self.looks.append(time.monotonic())
+            return  # the optimizer step still accumulates batches
+        self.step_times.append(time.monotonic())
         batch = getattr(trainer.datamodule, "batch_size", 0)  # type: ignore[attr-defined]  # set by a connector
-        if len(self.looks) > 1:
-            self.rate = batch * (len(self.looks) - 1) / (self.looks[-1] - self.looks[0])
+        if len(self.step_times) > 1:
+            self.rate = batch * (len(self.step_times) - 1) / (self.step_times[-1] - self.step_times[0])
         self.bar.update(trainer.global_step - self.bar.n)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.close()
 
     # -- validation, test, prediction
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
-            self.begin("validating", total(trainer.num_val_batches), "batches")
+            self.open_bar("validating", sum(trainer.num_val_batches), "batches")
         elif self.bar is not None:
-            self.looks.clear()
-            self.bar.set_description_str(f"{name_of(pl_module)}, validating")
+            self.step_times.clear()
+            self.bar.set_description_str(f"{model_name(pl_module)}, validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
-            self.close()
+            self.close_bar()
         elif self.bar is not None:
-            self.bar.set_description_str(name_of(pl_module))
+            self.bar.set_description_str(model_name(pl_module))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.begin("testing", total(trainer.num_test_batches), "batches")
+        self.open_bar("testing", sum(trainer.num_test_batches), "batches")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.begin("predicting", total(trainer.num_predict_batches), "batches")
+        self.open_bar("predicting", sum(trainer.num_predict_batches), "batches")
 
     def count_batch(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn != "fit" and self.bar is not None:
             self.bar.update()
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = count_batch
-
-    def over(self, *args: Any) -> None:
-        self.close()
-
-    on_test_end = on_predict_end = on_exception = over  # type: ignore[assignment]
+    on_train_end = on_test_end = on_predict_end = on_exception = close_bar  # type: ignore[assignment]
 
 
-class FirstAndLastWords(Callback):
-    """What runs on what, printed when it starts; at its end, where a training left what, or the figures of a test."""
+class RunSummary(Callback):
+    """Prints the model, the data and the plan when a run starts; at the end, the files of a training or the metrics."""
 
     def __init__(self) -> None:
-        self.began: tuple[float, int] | None = None  # when, and at which step
+        self.start: tuple[float, int] | None = None  # time and optimizer step at which training started
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.began = time.monotonic(), trainer.global_step
-        say(trainer, *about(trainer, pl_module, "train"), plan(trainer), *wandb_mode(trainer))
+        self.start = time.monotonic(), trainer.global_step
+        lines = [*model_and_data(trainer, pl_module, "train"), training_plan(trainer), *wandb_lines(trainer)]
+        print_once(trainer, *lines)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        name, done, most = name_of(pl_module), trainer.global_step, trainer.max_steps
-        if self.began is None:
-            happened = f"{name}: all {done:,} steps were done before"
+        name, done, target = model_name(pl_module), trainer.global_step, trainer.max_steps
+        if self.start is None:
+            outcome = f"{name}: all {done:,} steps are already done"
         else:
-            seconds, first = time.monotonic() - self.began[0], self.began[1]
-            here = f" ({done - first:,} of them now)" if first else ""
-            happened = f"{name} is trained: {done:,} steps{here} in {timedelta(seconds=round(seconds))}"
-            if done < most:
-                happened = happened.replace("is trained", f"stopped before step {most:,}")
-        root = run(trainer)
-        files = [*(folder / "last.ckpt" for folder in folders(trainer)), *(root / file for file in RESULTS)]
-        there = [str(f.relative_to(root) if f.is_relative_to(root) else f) for f in files if f.exists()]
-        holds = f"; {root} holds {', '.join(there)}" if there else ""
-        say(trainer, ", ".join([happened, *losses(trainer)]) + holds)
+            seconds, first = time.monotonic() - self.start[0], self.start[1]
+            reached = f"stopped after {done:,} of {target:,} steps" if done < target else f"trained {done:,} steps"
+            now = f" ({done - first:,} of them now)" if first else ""
+            outcome = f"{name}: {reached}{now} in {timedelta(seconds=round(seconds))}"
+        root = Path(trainer.default_root_dir)
+        files = [folder / "last.ckpt" for folder in checkpoint_folders(trainer)] + [root / file for file in PICTURES]
+        written = [str(f.relative_to(root) if f.is_relative_to(root) else f) for f in files if f.exists()]
+        holds = f"; {root} holds {', '.join(written)}" if written else ""
+        print_once(trainer, ", ".join([outcome, *latest_losses(trainer)]) + holds)
 
-    def before(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def print_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
-            weights = [f"weights of {trainer.ckpt_path}"] if trainer.ckpt_path else []
-            say(trainer, *about(trainer, pl_module, "val"), *weights, *wandb_mode(trainer))
+            weights = [f"weights from {trainer.ckpt_path}"] if trainer.ckpt_path else []
+            print_once(trainer, *model_and_data(trainer, pl_module, "val"), *weights, *wandb_lines(trainer))
 
-    def after(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def print_metrics(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" and trainer.is_global_zero:
-            table = whole_table("figure", "value")
+            table = folding_table("metric", "value")
             for name, value in sorted(trainer.callback_metrics.items()):
                 table.add_row(name, f"{float(value):.4g}")
-            whole_console().print(table)
+            table_console().print(table)
 
-    on_validation_start = on_test_start = on_predict_start = before
-    on_validation_end = on_test_end = after
-
-
-RESULTS = ("loss.png", "grids")  # what the callbacks of a training leave in its folder
+    on_validation_start = on_test_start = on_predict_start = print_start
+    on_validation_end = on_test_end = print_metrics
 
 
-def say(trainer: L.Trainer, *lines: str) -> None:
-    """Print lines, in the first process."""
+PICTURES = ("loss.png", "grids")  # written by the callbacks of a training into the run's folder
+
+
+def print_once(trainer: L.Trainer, *lines: str) -> None:
+    """Print lines, in the first process only."""
     if trainer.is_global_zero:
         print(*lines, sep="\n", flush=True)
 
 
-def about(trainer: Any, module: Any, split: str) -> list[str]:
-    """A line of the model, and one of the images of a split where shards hold them."""
-    what, classes = type(module).__name__, getattr(module, "num_classes", None)
+def model_and_data(trainer: Any, module: Any, split: str) -> list[str]:
+    """One line about the model, and one about the images of a split if they come from shards."""
+    description, classes = type(module).__name__, getattr(module, "num_classes", None)
     if stages := getattr(module, "stages", None):
-        what = f"{what}, {' -> '.join(stage.name for stage in stages)}"
+        description += f", {' -> '.join(stage.name for stage in stages)}"
     elif isinstance(module, SuperResolutionStage):
-        low, high, kind = module.low_resolution, module.resolution, module.hparams["augmentation"]
-        what = f"{what}, {low}x{low} -> {high}x{high}, conditioning augmentation {kind}"
+        low, high, augmentation = module.low_resolution, module.resolution, module.hparams["augmentation"]
+        description += f", {low}x{low} -> {high}x{high}, conditioning augmentation {augmentation}"
     elif size := getattr(module, "resolution", None):
-        what = f"{what}, {f'{classes} classes -> ' if classes else ''}{size}x{size}"
+        description += f", {f'{classes} classes -> ' if classes else ''}{size}x{size}"
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    named = f"{module.name}: " if hasattr(module, "name") else ""
-    lines = [f"{named}{what}, {parameters / 1e6:.2f} M parameters"]
+    prefix = f"{module.name}: " if hasattr(module, "name") else ""
+    lines = [f"{prefix}{description}, {parameters / 1e6:.2f} M parameters"]
     if isinstance(trainer.datamodule, ShardDataModule):
-        folder, images = trainer.datamodule.manifest(split)
-        size, kinds = images.resolution, len(images.classes)
-        lines.append(f"{folder}: {images.count:,} images of {size}x{size} in {kinds:,} class{'es' * (kinds != 1)}")
+        folder, manifest = trainer.datamodule.manifest(split)
+        size, classes = manifest.resolution, len(manifest.classes)
+        plural = "class" if classes == 1 else "classes"
+        lines.append(f"{folder}: {manifest.count:,} images of {size}x{size} in {classes:,} {plural}")
     return lines
 
 
-def plan(trainer: Any) -> str:
-    """Steps, batch, devices, precision and folder of a training, and where it begins."""
+def training_plan(trainer: Any) -> str:
+    """One line: steps, batch, devices, precision and folder of a training, and the step at which it resumes."""
     steps = trainer.estimated_stepping_batches
+    count = f"{steps:,} steps" if math.isfinite(steps) else "steps without limit"
     batch, parts = getattr(trainer.datamodule, "batch_size", None), trainer.accumulate_grad_batches
-    of = f" of {batch:,} images" if batch else ""
-    split = f" in {parts} accumulated batches" if parts > 1 else ""
-    device, number = trainer.strategy.root_device, trainer.world_size
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    where = f"{number} x {kind}" if number > 1 else kind
-    done = trainer.global_step
-    start = f"goes on after step {done:,} of {trainer.ckpt_path}" if done else "begins"
-    count = f"{steps:,} steps" if math.isfinite(steps) else "steps without end"
-    return f"{count}{of}{split} on {where} in {trainer.precision}: the run in {run(trainer)} {start}"
+    images = f" of {batch:,} images" if batch else ""
+    accumulated = f" in {parts} accumulated batches" if parts > 1 else ""
+    device, processes = trainer.strategy.root_device, trainer.world_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    devices = f"{processes} x {name}" if processes > 1 else name
+    done, folder = trainer.global_step, trainer.default_root_dir
+    run = f"resuming {folder} after step {done:,} from {trainer.ckpt_path}" if done else f"new run in {folder}"
+    return f"{count}{images}{accumulated} on {devices}, precision {trainer.precision}; {run}"
 
 
-def wandb_mode(trainer: L.Trainer) -> list[str]:
-    """Where Weights & Biases has the run, a line for each of its loggers."""
+def wandb_lines(trainer: L.Trainer) -> list[str]:
+    """For each Weights & Biases logger, one line that says where the run is."""
     lines = []
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):
-            made: Any = logger.experiment
-            if url := getattr(made, "url", None):
+            run: Any = logger.experiment
+            if url := getattr(run, "url", None):
                 lines.append(f"W&B: online, {url}")
-            elif getattr(made, "offline", False):
-                lines.append(f"W&B: offline, `wandb sync {shown(Path(made.dir).parent)}` sends it later")
+            elif getattr(run, "offline", False):
+                lines.append(f"W&B: offline; to upload the run, `wandb sync {relative_path(Path(run.dir).parent)}`")
     return lines
 
 
-def losses(trainer: Any) -> list[str]:
-    """The newest losses of training and validation, in words."""
-    known = {what: trainer.callback_metrics.get(f"{split}/loss") for split, what in SPLITS.items()}
-    return [f"{what} {float(value):#.3g}" for what, value in known.items() if value is not None]
+def latest_losses(trainer: Any) -> list[str]:
+    """The latest training and validation loss as text, as far as they are known."""
+    losses = {text: trainer.callback_metrics.get(name) for name, text in LOSSES.items()}
+    return [f"{text} {float(value):#.3g}" for text, value in losses.items() if value is not None]
 
 
-SPLITS = {"train": "training loss", "val": "validation loss"}
+LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
 
 
-def total(batches: list[int | float]) -> float:
-    return sum(batches)
-
-
-def run(trainer: Any) -> Path:
-    """The folder of a run, as it was given."""
-    return Path(trainer.default_root_dir)
-
-
-def shown(path: Path) -> Path:
-    """A path as short as it can be written from here."""
+def relative_path(path: Path) -> Path:
+    """The path relative to the current folder, if it lies in it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def name_of(module: Any) -> str:
-    """base8, sr16, ... of a stage; of another module its class."""
+def model_name(module: Any) -> str:
+    """The name of a stage (base8, sr16, ...), or the class name of another module."""
     return str(getattr(module, "name", None) or type(module).__name__)

@@ -1,4 +1,4 @@
-"""Stop at any moment and go on: checkpoints between two steps, on a signal too, and one W&B run for all starts."""
+"""Resuming an interrupted training: checkpoints between two steps, saving on a signal, and the W&B run id."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint between two steps: all of the last one is done, none of the next is begun.
+    """Lightning's ModelCheckpoint, which saves between two optimizer steps, so that a resumed run misses nothing.
 
-    Lightning saves in the middle of a batch's end, before the validation that is due and before its figures are logged;
-    a run killed there and taken up again would miss both. Here the file is written when the next batch starts. The
-    newest state is always in last.ckpt, that of the very last step too, whether or not the steps between checkpoints
-    divide it. SIGTERM and SIGUSR1 (which SLURM sends ahead of time) end the run after the step in hand: all processes
-    save last.ckpt and leave with exit code 128 + signal, be it that one of them alone was told.
+    Lightning saves at the end of a batch, before a validation of that step and before its metrics are logged. A run
+    that is killed there and resumed would miss both. This callback saves when the next batch starts. last.ckpt is
+    always the newest checkpoint, and at the end holds the final step of the run.
+
+    SIGTERM and SIGUSR1 (SLURM sends it before the time limit) end the run after the current step, even if only one
+    process receives the signal: last.ckpt is saved, and all processes exit with code 128 + signal number.
 
     Args:
         dirpath: Folder of the checkpoints; null for <default_root_dir>/checkpoints.
         every_n_train_steps: Optimizer steps between two checkpoints.
-        kwargs: What ModelCheckpoint takes.
+        kwargs: Further arguments of ModelCheckpoint.
     """
 
     def __init__(self, dirpath: Path | None = None, *, every_n_train_steps: int, **kwargs: Any) -> None:
@@ -44,8 +45,8 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,  # one last.ckpt, always the newest
             **kwargs,
         )
-        self.received = 0  # the signal this process was sent
-        self.steps = 0
+        self.signal_number = 0  # the signal that this process received; 0: none
+        self.step = 0  # the optimizer step at the last batch start
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.dirpath is None:
@@ -54,33 +55,33 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.steps, self.received = trainer.global_step, 0
+        self.step, self.signal_number = trainer.global_step, 0
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # Lightning's own handlers act in the middle of a step; it restores them at the end
-                signal.signal(number, self.receive)
+            for number in SIGNALS:  # replaces Lightning's handlers, which act within a step, until it restores them
+                signal.signal(number, self.note_signal)
 
-    def receive(self, number: int, frame: Any) -> None:
-        self.received = number
+    def note_signal(self, number: int, frame: Any) -> None:
+        self.signal_number = number
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Nothing: the step is not over yet."""
+        """Do not save here, as Lightning would: the validation and the logs of this step are still to come."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.steps:
-            return  # amid accumulated batches, whose gradients no checkpoint holds, or nothing done yet
-        self.steps = trainer.global_step
+        if trainer.global_step == self.step:
+            return  # no step since the last batch: a checkpoint would lose the gradients accumulated so far
+        self.step = trainer.global_step
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        told = torch.tensor(self.received, device=trainer.strategy.root_device)
-        if number := int(trainer.strategy.reduce(told, reduce_op="max")):
+        received = torch.tensor(self.signal_number, device=trainer.strategy.root_device)
+        if number := int(trainer.strategy.reduce(received, reduce_op="max")):
             self.save_last_step(trainer)
             path, name = Path(self.dirpath or "") / "last.ckpt", signal.Signals(number).name
-            rank_zero_info(f"{name}: saved {path} at step {self.steps}; the same command goes on")
+            rank_zero_info(f"{name}: saved {path} at step {self.step}; the same command goes on")
             raise SystemExit(128 + number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save_last_step(trainer)  # first: a finished run that is started again does nothing
+        self.save_last_step(trainer)  # first, so that starting the finished run again does nothing
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
     def save_last_step(self, trainer: L.Trainer) -> None:
@@ -88,9 +89,10 @@ class Checkpoint(ModelCheckpoint):
             trainer.save_checkpoint(Path(self.dirpath or "") / "last.ckpt")
 
     def on_load_checkpoint(self, trainer: Any, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Where other numbers of batches are accumulated than before, count the steps so far in batches of now.
+        """Convert Lightning's batch counts if accumulate_grad_batches has changed since the checkpoint.
 
-        Lightning accumulates up to multiples of that number, so that the first step would be a part of one.
+        Lightning takes an optimizer step when the batch count is a multiple of accumulate_grad_batches. With the old
+        count, the first step could consist of fewer batches than the others.
         """
         data = checkpoint.get("ShardDataModule", {})
         before, now = data.get("accumulated"), trainer.accumulate_grad_batches
@@ -103,28 +105,33 @@ class Checkpoint(ModelCheckpoint):
         trainer.datamodule.batches_before = progress["total"]["processed"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Bring the logs on disk up to the checkpoint, and count as Lightning's own does, which saves a moment earlier.
+        """Write the logs to disk, and set the loop counters to the values at the end of the last batch.
 
-        Its loops go on rightly from the end of a batch alone: from between two batches they would count, and log, a
-        step twice where a validation was due.
+        Lightning's loops resume correctly only from the end of a batch. From the start of the next one, they would
+        count and log a step twice if a validation lies between the two.
         """
         for logger in trainer.loggers:
             logger.save()
         loops = checkpoint["loops"]["fit_loop"]
         progress = loops["epoch_loop.batch_progress"]
         if trainer.validating or progress["total"]["completed"] < progress["total"]["processed"]:
-            return  # written by another callback, at the end of a validation or of a batch
+            return  # another callback saves, at the end of a validation or of a batch: the counters are right
         if progress["total"]["ready"] > progress["total"]["processed"]:
-            progress["is_last_batch"] = False  # that was said of the batch to come
-        begun = int(progress["current"]["processed"] > 0)  # 0 where a new pass is about to begin
+            progress["is_last_batch"] = False  # it describes the next batch
+        in_epoch = int(progress["current"]["processed"] > 0)  # 0 if a new epoch is about to begin
         for counts in (progress["total"], progress["current"]):
             counts["ready"] = counts["started"] = counts["processed"]
-            counts["completed"] = counts["processed"] - begun
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= begun or due(trainer, progress["total"]["processed"])
+            counts["completed"] = counts["processed"] - in_epoch
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= in_epoch or validation_ended_epoch(
+            trainer, progress["total"]["processed"]
+        )
 
 
-def due(trainer: Any, batches: int) -> bool:
-    """Whether a validation was due as a pass ended: Lightning, going on at the next pass, counts one step more then."""
+def validation_ended_epoch(trainer: Any, batches: int) -> bool:
+    """Whether the last epoch ended with a validation; Lightning then counts one step more when it resumes.
+
+    batches: how many batches the run has processed.
+    """
     epochs = trainer.check_val_every_n_epoch
     if epochs is not None:
         return (trainer.current_epoch + 1) % epochs == 0
@@ -132,7 +139,7 @@ def due(trainer: Any, batches: int) -> bool:
 
 
 def run_id(run: Path) -> str:
-    """The W&B id of a run's folder, made when it is first asked for: taken up again, a run stays one run there."""
+    """The W&B run id kept in a run's folder, created on first use: a resumed training continues the same W&B run."""
     file = Path(run) / "wandb-run-id.txt"
     if not file.is_file():
         write_atomically(file, uuid.uuid4().hex[:8].encode())

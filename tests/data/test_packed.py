@@ -24,7 +24,7 @@ from cdm_lightning.data.shards import open_images, packed, read_manifest, write_
 from cdm_lightning.data.shards.packed import NPY_HEADER_BYTES, PackedShard, npy_header
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.evaluation.real_images import read_images, write_subset
-from cdm_lightning.evaluation.report.stored_samples import first_of_each, pictures
+from cdm_lightning.evaluation.report.stored_samples import first_of_each_class, read_pictures
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_photo
 from cdm_lightning.sampling.blocks import BlockDataset
@@ -129,9 +129,9 @@ def test_every_reader_takes_both_forms(tmp_path):
         assert torch.equal(image, other) and torch.equal(label, its)
     assert len(image) == 3  # the last of 53
     manifests = [read_manifest(folder) for folder in forms]
-    assert first_of_each(forms[0], manifests[0]) == first_of_each(forms[1], manifests[1])
+    assert first_of_each_class(forms[0], manifests[0]) == first_of_each_class(forms[1], manifests[1])
     wanted = [52, 0, 7, 30, 7]
-    for one, other in zip(*(pictures(folder, wanted, 4) for folder in forms), strict=True):
+    for one, other in zip(*(read_pictures(folder, wanted, 4) for folder in forms), strict=True):
         assert one.shape == (3, 4, 4) and torch.equal(one, other)
     for resolution in (8, 4):
         subsets = []

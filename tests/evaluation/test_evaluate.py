@@ -22,7 +22,7 @@ from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card, write_card
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.evaluation.report.memorisation import neighbour_rows
-from cdm_lightning.evaluation.report.stored_samples import stage_rows, stored
+from cdm_lightning.evaluation.report.stored_samples import resolution_folders, stage_rows
 from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.sampling.sample import sample
 
@@ -97,7 +97,7 @@ def test_another_resolution_and_another_detector(toy, tmp_path):
 def test_pictures_carry_the_names_of_their_own_classes(toy, tmp_path, classes):
     sample(toy.bundle, tmp_path, count=6, classes=classes, levels=[0], block_size=4, **CPU)
     folders = [tmp_path / "train" / "8", tmp_path / "train" / "16"]
-    assert stored(folders[1]) == folders
+    assert resolution_folders(folders[1]) == folders
     rows, names = stage_rows(folders), read_manifest(folders[0]).classes
     assert [name for name, _ in rows] == [names[c] for c in classes]
     for column, folder in enumerate(folders):
@@ -161,7 +161,7 @@ def test_samples_without_classes_compare_with_images_of_ten(toy, unlabelled, tmp
     for found, figure in zip(results["figures"], expected, strict=True):
         assert (found["name"], found["against"]) == (figure.name, figure.against)
         assert found["value"] == pytest.approx(figure.value, rel=1e-3, abs=1e-6)  # another batch size
-    rows = stage_rows(stored(unlabelled / "train" / "16"))
+    rows = stage_rows(resolution_folders(unlabelled / "train" / "16"))
     assert [name for name, _ in rows] == [f"image {place}" for place in range(8)]
     text = (tmp_path / "report.html").read_text()
     assert "image 7" in text and "T-shirt" not in text

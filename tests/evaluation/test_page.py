@@ -11,12 +11,12 @@ from evaluations import figure
 
 from cdm_lightning.evaluation.metrics.figures import Accuracy
 from cdm_lightning.evaluation.report import paper
-from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_table, number, paper_table
+from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_table, format_number, paper_table
 from cdm_lightning.evaluation.report.line_chart import plot
 from cdm_lightning.evaluation.report.page import Command, Drawing, render_page, size_of, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, neighbours_grid, stages_grid
 from cdm_lightning.evaluation.search import level_tables
-from cdm_lightning.evaluation.search.level_tables import costs, curves, gap_table
+from cdm_lightning.evaluation.search.level_tables import cost_curve, gap_table, level_curves
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_png
 
@@ -107,7 +107,7 @@ def whole(tmp_path_factory, images):
         (f"Figures {EVIL}", figures_table([figure(note=EVIL), figure(0.4031, None, "recall", EVIL)], EVIL)),
         ("Beside the paper", paper_table(64, [figure(name=EVIL)])),
         ("Accuracy", cas_table([Accuracy(EVIL, 100, 51.25, 75.5, 0.25, EVIL)], EVIL, 128)),
-        ("Levels", curves([replace(row, sampler=EVIL) for row in rows])),
+        ("Levels", level_curves([replace(row, sampler=EVIL) for row in rows])),
         ("Gap", gap_table(rows)),
         ("Nothing", neighbours_grid([])),
         ("Stages", stages_grid([(EVIL, [images[0], png])], EVIL)),
@@ -147,7 +147,7 @@ def test_the_contents_lead_to_every_section_that_has_something(whole):
 
 def test_a_page_of_empty_blocks_has_no_contents(tmp_path):
     blocks = [
-        figures_table([]), cas_table([], "ResNet-50"), curves([]), gap_table([]), costs([]), stages_grid([]),
+        figures_table([]), cas_table([], "ResNet-50"), level_curves([]), gap_table([]), cost_curve([]), stages_grid([]),
         neighbours_grid([]), level_slider({}), [{}], [Command("")], [""], [],
     ]  # fmt: skip
     write_page(tmp_path / "page.html", "Empty", [(f"part {i}", block) for i, block in enumerate(blocks)])
@@ -187,7 +187,7 @@ def test_pictures_have_alternatives_and_heads_have_scopes(whole):
     ],
 )  # fmt: skip
 def test_numbers_show_the_digits_they_have(value, spread, text):
-    assert number(value, spread) == text
+    assert format_number(value, spread) == text
 
 
 def test_every_figure_is_shown_with_what_its_spread_is_over():
@@ -212,7 +212,7 @@ def test_every_figure_is_shown_with_what_its_spread_is_over():
 def test_another_detector_is_never_called_fid(images):
     rows = [*levels(), level(251, "truncated", 0.0031, None, key="kd", name="kernel distance (fashion-cnn-64)")]
     score = figure(2.5, None, "is", "class-entropy score (fashion-cnn-64)")
-    shown = read([*figures_table([figure(), score]), *curves(rows, rows[0]), *gap_table(rows)])
+    shown = read([*figures_table([figure(), score]), *level_curves(rows, rows[0]), *gap_table(rows)])
     assert OWN in shown.text and not re.search(FOREIGN_NAMES, shown.text)
     assert not any(re.search(FOREIGN_NAMES, a.get("alt", "")) for a in shown.all("img"))
     beside = read(paper_table(64, [figure(7.05, None), score]))
@@ -259,7 +259,7 @@ def test_accuracies_stand_beside_the_papers_only_where_told_to():
 
 def test_the_levels_are_a_plot_and_a_table_with_the_chosen_one_marked():
     rows = levels()
-    shown = read(curves(rows, rows[3]))
+    shown = read(level_curves(rows, rows[3]))
     assert shown.tables[0] == [
         ["s", "truncated", "non-truncated", "real low-res", "± one standard deviation over", "n generated"],
         ["0", "7.310 ± 0.030", "7.320 ± 0.030", "5.990 ± 0.030", "3 disjoint seeds", "500"],
@@ -267,15 +267,15 @@ def test_the_levels_are_a_plot_and_a_table_with_the_chosen_one_marked():
     ]
     assert shown.tables[1][2] == ["501", "50", "50", "50"] and len(shown.all("mark")) == 1
     assert len(shown.all("picture")) == 1 and size_of(payload(shown.all("img")[0]["src"])) == (748, 504)
-    plain = read(curves(rows))
+    plain = read(level_curves(rows))
     assert "chosen" not in plain.text and not plain.all("mark")
-    assert read(curves([level(0, "truncated", 7.0, None)])).tables[0][1] == ["0", "7.00", "–", "500"]
+    assert read(level_curves([level(0, "truncated", 7.0, None)])).tables[0][1] == ["0", "7.00", "–", "500"]
 
 
 def test_samplers_and_single_levels_share_no_plot():
     rows = [*levels(), level(0, "truncated", 6.9, steps=50), level(501, "truncated", 6.8, steps=50)]
-    assert len(read(curves(rows)).all("picture")) == 2
-    shown = read(curves([*levels(), level(0, "truncated", 6.9, sampler="ddpm")]))
+    assert len(read(level_curves(rows)).all("picture")) == 2
+    shown = read(level_curves([*levels(), level(0, "truncated", 6.9, sampler="ddpm")]))
     assert len(shown.all("picture")) == 1 and "ddpm with 25 steps" in shown.text and "6.900" in shown.text
 
 
@@ -410,7 +410,7 @@ def test_the_generated_point_at_s_0_belongs_to_both_curves(monkeypatch):
     monkeypatch.setattr(level_tables, "line_chart", lambda *given: drawn.append(given))
     rows = [level(0, "generated", 9.0), level(0, "real low-res", 5.0), level(251, "real low-res", 6.0)]
     rows += [level(251, "truncated", 8.0), level(251, "non-truncated", 7.0)]
-    curves(rows, rows[0])
+    level_curves(rows, rows[0])
     lines, mark, *_ = drawn[0]
     assert {kind: [(s, value) for s, value, _ in points] for kind, points in lines.items()} == {
         "truncated": [(0, 9.0), (251, 8.0)], "non-truncated": [(0, 9.0), (251, 7.0)],
@@ -424,10 +424,10 @@ def test_samplers_and_steps_are_one_table_and_one_plot_over_calls(monkeypatch):
     monkeypatch.setattr(level_tables, "line_chart", lambda *given: drawn.append(given))
     rows = [replace(level(501, "truncated", 9.0, sampler="ddpm", steps=4), calls=29)]
     rows += [replace(level(501, "truncated", 8.0, sampler="dpm++", steps=10), calls=35)]
-    shown = read(costs(rows))
+    shown = read(cost_curve(rows))
     assert shown.tables == [[
         ["sampler", "steps", "calls", f"{OWN} against the validation set"],
         ["ddpm", "4", "29", "9.000 ± 0.030"], ["dpm++", "10", "35", "8.000 ± 0.030"],
     ]]  # fmt: skip
     assert drawn[0][0] == {"ddpm": [(29, 9.0, 0.03)], "dpm++": [(35, 8.0, 0.03)]}
-    assert costs([]) == []
+    assert cost_curve([]) == []

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cdm_lightning.evaluation.cas.report import print_table
 from cdm_lightning.evaluation.report.results import print_figures
-from cdm_lightning.foundation.terminal import whole_table
+from cdm_lightning.foundation.terminal import folding_table
 from cdm_lightning.planning.sweep_report import Trial, report
 
 NAME = "Fréchet distance (a-detector-of-a-name-that-takes-half-of-a-terminal)"
@@ -43,7 +43,7 @@ def test_a_sweep_and_a_score_are_whole(tmp_path, capsys):
 
 
 def test_a_narrow_terminal_folds_a_name():
-    table, out = whole_table("figure", "value"), io.StringIO()
+    table, out = folding_table("figure", "value"), io.StringIO()
     table.add_row(NAME.replace(" ", "_"), "1.5")
     Console(file=out, width=30, force_terminal=True, color_system=None).print(table)
     cells = [line.split("│")[1].strip() for line in out.getvalue().splitlines() if "│" in line]

@@ -9,7 +9,7 @@ from small_training import logged_rows, smallest_stage, train
 
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.stages.meter import Meter, quarters
-from cdm_lightning.training.checkpoints import WholeCheckpoints
+from cdm_lightning.training.checkpoints import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started
@@ -49,7 +49,7 @@ def test_a_row_is_the_mean_over_every_image_since_the_last(few_real, tmp_path, p
         assert float(row["train/ema_decay"]) == pytest.approx(min(0.9, (1 + updates) / (10 + updates)))
 
 
-class Looking(WholeCheckpoints):
+class Looking(AtomicCheckpointIO):
     """Notes which rows are in the log when a checkpoint is written."""
 
     def __init__(self, folder):
@@ -70,7 +70,7 @@ class Early(Callback):
 
 def test_a_row_is_on_disk_before_the_checkpoint_of_its_step(few_real, tmp_path, monkeypatch):
     looking = Looking(tmp_path)
-    monkeypatch.setattr("small_training.WholeCheckpoints", lambda: looking)
+    monkeypatch.setattr("small_training.AtomicCheckpointIO", lambda: looking)
     train(smallest_stage(), few_real, tmp_path, 6, callbacks=[Early()])
     assert {step: logged for step, logged in looking.seen} == {2: [], 3: [2], 4: [2], 6: [2, 5]}
 

@@ -15,7 +15,7 @@ from cdm_lightning.cascade.bundle import read_bundle, write_bundle
 from cdm_lightning.data.shards import read_shard, write_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png
-from cdm_lightning.training.checkpoints import CannotWrite, Trainer, WholeCheckpoints
+from cdm_lightning.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -52,7 +52,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_previous_file(tmp_path, kind
 
     def write(count):
         if kind == "checkpoint":
-            WholeCheckpoints().save_checkpoint({"x": torch.full((count, 1000), 1.0)}, tmp_path / "last.ckpt")
+            AtomicCheckpointIO().save_checkpoint({"x": torch.full((count, 1000), 1.0)}, tmp_path / "last.ckpt")
         elif kind == "shard":
             write_shard(tmp_path / "0.tar", [(f"{i:05d}", encode_png(image), 1) for i in range(count)])
         else:
@@ -66,7 +66,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_previous_file(tmp_path, kind
         {"checkpoint": "last.ckpt", "shard": "0.tar", "bundle": "bundle"}[kind]
     ]
     if kind == "checkpoint":
-        assert WholeCheckpoints().load_checkpoint(tmp_path / "last.ckpt")["x"].shape == (1, 1000)
+        assert AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")["x"].shape == (1, 1000)
     elif kind == "shard":
         assert len(list(read_shard(tmp_path / "0.tar", 1))) == 1
     else:
@@ -98,10 +98,10 @@ def test_commands_end_with_2_on_a_full_disk(tmp_path, capfd, monkeypatch):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-class Full(WholeCheckpoints):
+class Full(AtomicCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         if checkpoint["global_step"] == 4:
-            raise CannotWrite(f"{path} could not be written: No space left on device")
+            raise CheckpointWriteError(f"{path} could not be written: No space left on device")
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -109,14 +109,14 @@ class Listening(Trainer):
     def save_checkpoint(self, *args, **kwargs):
         try:
             super().save_checkpoint(*args, **kwargs)
-        except CannotWrite as error:
+        except CheckpointWriteError as error:
             Path(self.default_root_dir, f"rank{self.global_rank}.txt").write_text(str(error))
             self.strategy.barrier()  # else the first to end would have the other killed
             raise
 
 
 def test_all_processes_stop_when_the_first_cannot_write(few_real, tmp_path, monkeypatch):
-    monkeypatch.setattr("small_training.WholeCheckpoints", Full)
+    monkeypatch.setattr("small_training.AtomicCheckpointIO", Full)
     monkeypatch.setattr("small_training.Trainer", Listening)
     with pytest.raises(Exception, match="No space left on device"):
         train(smallest_stage(), few_real, tmp_path, 50, 2)
@@ -126,9 +126,9 @@ def test_all_processes_stop_when_the_first_cannot_write(few_real, tmp_path, monk
 
 
 def test_torn_and_foreign_checkpoints_are_refused(tmp_path):
-    WholeCheckpoints().save_checkpoint({"x": torch.zeros(1000)}, tmp_path / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(1000)}, tmp_path / "a.ckpt")
     (tmp_path / "torn.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-100])
     torch.save({"path": Path("x")}, tmp_path / "pickle.ckpt")
     for name in ("torn", "pickle"):
         with pytest.raises(InputError, match=f"{name}.ckpt is not a checkpoint that can be loaded safely"):
-            WholeCheckpoints().load_checkpoint(tmp_path / f"{name}.ckpt", weights_only=False)
+            AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}.ckpt", weights_only=False)

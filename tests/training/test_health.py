@@ -11,7 +11,7 @@ from small_models import batch_of, record_calls
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.images import downscale
-from cdm_lightning.training.pictures import adherence, channel_drift, low_pass_agreement
+from cdm_lightning.training.pictures import channel_drift, input_agreement, low_pass_agreement
 
 
 def test_the_loss_by_quarters_is_the_loss_of_the_images_there(stages):
@@ -53,10 +53,10 @@ def test_drift_and_agreement_of_a_known_shift():
     assert drift.shape == (2, 3) and float(drift[0, 1]) == pytest.approx(16 / 127.5, abs=1e-3)
     assert float(drift.sum() - drift[0, 1]) < 0.004
     assert low_pass_agreement(shifted, low_res) == pytest.approx(10 * math.log10(255**2 / (16**2 / 6)), abs=1e-6)
-    figures = adherence(shifted, low_res)
+    figures = input_agreement(shifted, low_res)
     assert figures["val/channel_drift_1"] == pytest.approx(8 / 127.5, abs=1e-3)
     assert figures["val/channel_drift"] == pytest.approx(16 / 127.5 / 6, abs=1e-3)
-    assert set(adherence(shifted[:, :1], low_res[:, :1])) == {"val/channel_drift", "val/low_pass_agreement"}
+    assert set(input_agreement(shifted[:, :1], low_res[:, :1])) == {"val/channel_drift", "val/low_pass_agreement"}
 
 
 def test_detail_that_the_low_resolution_does_not_see_is_no_disagreement():

@@ -18,8 +18,7 @@ from commands import BASE8, ROOT, SR16, fit_command
 from lightning.pytorch.utilities import rank_zero_info
 
 from cdm_lightning.__main__ import main
-from cdm_lightning.foundation import bars
-from cdm_lightning.foundation.bars import Bar
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.training import progress
 from cdm_lightning.training.progress import Progress
 
@@ -75,7 +74,7 @@ def terminal():
 
 
 def test_a_pipe_gets_plain_lines_of_what_a_newcomer_wants_to_know(capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr(bars, "BETWEEN", (0.0, 600.0))
+    monkeypatch.setattr(progress_bar, "BETWEEN", (0.0, 600.0))
     main(options(tmp_path))
     said = capfd.readouterr()
     everything = said.out + said.err
@@ -182,21 +181,21 @@ def test_images_a_second_are_of_whole_batches_and_of_training_alone(monkeypatch)
 
 def test_lines_come_seldom_and_those_of_a_quick_inner_bar_never(capsys, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(bars.time, "monotonic", lambda: now)
-    with Bar(total=1000, desc="outer", mininterval=0, miniters=1) as bar:
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now)
+    with ProgressBar(total=1000, desc="outer", mininterval=0, miniters=1) as bar:
         for _ in range(1000):
             now += 1.0
             bar.update()
-        with Bar(range(5), desc="inner") as inner:
+        with ProgressBar(range(5), desc="inner") as inner:
             list(inner)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 and lines[-1].startswith("outer: 100%, 1000 of 1000 [")
-    with Bar(total=100, desc="quick", mininterval=0, miniters=1) as bar:
+    with ProgressBar(total=100, desc="quick", mininterval=0, miniters=1) as bar:
         for _ in range(100):
             now += 1.0
             bar.update()
     assert len(capsys.readouterr().err.splitlines()) == 4  # after 30, 60, 90 s, and the last
-    with Bar(total=100, desc="slow", mininterval=0, miniters=1) as bar:
+    with ProgressBar(total=100, desc="slow", mininterval=0, miniters=1) as bar:
         for _ in range(4):
             now += 200.0
             bar.update()

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cdm_lightning.data.shards.tar import check_member, tar_files
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.progress_bar import ProgressBar
 
 FORMATS = [
     "JPEG",
@@ -77,7 +77,7 @@ def list_folder(source: Path) -> Listing:
     if not folders:
         raise InputError(f"{source} has no subfolders: one folder per class is expected, with the images inside")
     images = []
-    for label, folder in enumerate(Bar(folders, desc="listing", unit="class")):
+    for label, folder in enumerate(ProgressBar(folders, desc="listing", unit="class")):
         files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
         if not files:
             raise InputError(f"{folder} holds no images: every class folder needs one of {', '.join(sorted(SUFFIXES))}")
@@ -89,7 +89,7 @@ def list_train_archive(source: Path) -> Listing:
     """Images of ILSVRC2012_img_train.tar, a tar of one tar per WNID. Only headers are read, nothing is unpacked."""
     files_of_class: dict[str, list[tuple[str, int, int]]] = {}
     with open_tar(source) as outer:
-        for member in Bar(members(outer), desc="reading headers", unit="class"):
+        for member in ProgressBar(members(outer), desc="reading headers", unit="class"):
             wnid, suffix = PurePosixPath(member.name).stem, PurePosixPath(member.name).suffix
             if not is_wnid(wnid) or suffix != ".tar":
                 raise InputError(

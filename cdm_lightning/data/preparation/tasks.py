@@ -22,10 +22,10 @@ import torch
 
 from cdm_lightning.data.preparation.raw_images import Crop, RawImage, cut_square, decode
 from cdm_lightning.data.shards import write_packed, write_shard
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import downscale, encode_photo
+from cdm_lightning.foundation.progress_bar import ProgressBar
 
 PROGRESS = ".progress"  # a subfolder of the split while the preparation runs
 CHUNK = 8  # images reduced together: few enough to stay in the cache
@@ -72,7 +72,7 @@ def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dic
     check_skipped(records, total, max_corrupt)
     started = time.monotonic()
     with (
-        Bar(total=total, initial=total - count, desc="preparing", unit="image") as bar,
+        ProgressBar(total=total, initial=total - count, desc="preparing", unit="image") as bar,
         closing(run_tasks(todo, workers)) as finished,
     ):
         for record in finished:

@@ -1,4 +1,4 @@
-"""What the classification accuracy score found: means and spreads, one sentence, the table and the picture of it."""
+"""The results of the classification accuracy score: means and spreads, one sentence, a table and a chart."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 KINDS = ("generated", "real")
 FIGURES = ("top1", "top5", "per_class")
-MOST_BARS = 40  # classes; more are drawn as points
+MOST_BARS = 40  # classes; more than this are drawn as points
 
 
-def spread(values: Any) -> dict[str, Any]:
-    """Each seed's value with mean and standard deviation over the seeds (n - 1; null for one seed).
+def over_seeds(values: Any) -> dict[str, Any]:
+    """The value of each seed, and their mean and standard deviation (with n - 1; None for a single seed).
 
     values: (seeds,) or (seeds, classes).
     """
@@ -30,38 +30,38 @@ def spread(values: Any) -> dict[str, Any]:
 def summarise(
     figures: Mapping[str, Sequence[Mapping[str, Any]]], classes: Sequence[str], n: int, n_real: int
 ) -> dict[str, Any]:
-    """Both kinds' figures, the ratio generated / real seed by seed, and a sentence.
+    """The table for results.json: accuracies of both kinds, their ratio generated / real per seed, and a conclusion.
 
-    figures: kind -> per seed {"top1", "top5", "per_class"}. n, n_real: training images of
-    each kind, and real ones that there are.
+    figures: for each kind ("generated", "real") and seed, {"top1", "top5", "per_class"}, accuracies in 0 ... 1. n:
+    training images of each kind. n_real: real training images that exist.
     """
     results: dict[str, Any] = {
-        kind: {name: spread([seed[name] for seed in figures[kind]]) for name in FIGURES} for kind in KINDS
+        kind: {name: over_seeds([seed[name] for seed in figures[kind]]) for name in FIGURES} for kind in KINDS
     }
     pairs = list(zip(figures["generated"], figures["real"], strict=True))
     defined = {name: all(real[name] for _, real in pairs) for name in FIGURES[:2]}
     results["ratio"] = {
-        name: spread([generated[name] / real[name] for generated, real in pairs]) if defined[name] else None
+        name: over_seeds([generated[name] / real[name] for generated, real in pairs]) if defined[name] else None
         for name in FIGURES[:2]
     }
     gap = np.subtract(results["generated"]["per_class"]["mean"], results["real"]["per_class"]["mean"])
     worst = int(gap.argmin())
     fewer = (
-        f" The original protocol takes as many generated images as there are real ones, {n_real:,}: this is fewer, and "
-        "both figures are lower for it."
+        f" The original protocol takes as many generated images as there are real ones, {n_real:,}; "
+        "this is fewer, which lowers both accuracies."
     )
     results["conclusion"] = (
-        f"Trained on {n:,} generated images a classifier gets {text(results['generated']['top1'])} % of the real "
-        f"validation images right, on as many real ones {text(results['real']['top1'])} %: "
-        f"{text(results['ratio']['top1'], 1, 3)} of it ({len(pairs)} seed{'s' if len(pairs) > 1 else ''}). "
+        f"A classifier trained on {n:,} generated images gets {mean_text(results['generated']['top1'])} % of the real "
+        f"validation images right; trained on as many real ones, {mean_text(results['real']['top1'])} %. The ratio is "
+        f"{mean_text(results['ratio']['top1'], 1, 3)} ({len(pairs)} seed{'s' if len(pairs) > 1 else ''}). "
         f"Class {classes[worst]} differs most, by {100 * gap[worst]:+.1f} points." + (fewer if n < n_real else "")
     )
     results |= {"n": n, "n_real_training": n_real, "protocol": "as published" if n >= n_real else "fewer images"}
     return results
 
 
-def text(figure: Mapping[str, Any] | None, scale: float = 100, digits: int = 2) -> str:
-    """Mean ± standard deviation; a ratio to an accuracy of 0 is none."""
+def mean_text(figure: Mapping[str, Any] | None, scale: float = 100, digits: int = 2) -> str:
+    """`mean ± sd` as text, times `scale`; "undefined" for None, the ratio to an accuracy of 0."""
     if figure is None:
         return "undefined"
     end = "" if figure["sd"] is None else f" ± {scale * figure['sd']:.{digits}f}"
@@ -69,25 +69,25 @@ def text(figure: Mapping[str, Any] | None, scale: float = 100, digits: int = 2) 
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """Top-1 and top-5 of both kinds in per cent, and their ratio."""
-    console = whole_console()
+    """Print top-1 and top-5 accuracy of both kinds in per cent, and their ratio."""
+    console = table_console()
     console.print(
         f"Classification accuracy score: {results['recipe']['architecture']}, {results['recipe']['steps']} steps on "
         f"{results['n']:,} images of {results['resolution']}x{results['resolution']}, tested on "
-        f"{results['n_validation']:,} real ones, seeds {results['seeds']}",
+        f"{results['n_validation']:,} real images, seeds {results['seeds']}",
         highlight=False,
     )
-    table = whole_table("trained on", "top-1 %", "top-5 %")
+    table = folding_table("trained on", "top-1 %", "top-5 %")
     for kind in KINDS:
-        table.add_row(f"{kind} images", text(results[kind]["top1"]), text(results[kind]["top5"]))
+        table.add_row(f"{kind} images", mean_text(results[kind]["top1"]), mean_text(results[kind]["top5"]))
     ratio = results["ratio"]
-    table.add_row("generated / real", text(ratio["top1"], 1, 4), text(ratio["top5"], 1, 4))
+    table.add_row("generated / real", mean_text(ratio["top1"], 1, 4), mean_text(ratio["top5"], 1, 4))
     console.print(table)
 
 
 def plot_classes(results: Mapping[str, Any], path: Path) -> None:
-    """Save the accuracy of each class as a PNG: bars side by side, or points against each other for many classes."""
-    from matplotlib.figure import Figure  # here, because it takes long and most commands draw nothing
+    """Save a chart of the accuracy of each class as a PNG: paired bars, or a scatter plot for many classes."""
+    from matplotlib.figure import Figure  # slow to import, and most commands draw nothing
 
     generated, real = (results[kind]["per_class"] for kind in KINDS)
     classes = results["classes"]

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
 from cdm_lightning.evaluation.detectors import Detector, features_of
 from cdm_lightning.evaluation.real_images import stream_shards
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.shared_work import EndOnSigterm, join_processes, trainer_options
 
 
@@ -127,7 +127,9 @@ class FeatureExtractor(L.LightningModule):
 
     def on_predict_start(self) -> None:
         total = sum(self.manifest.shards[n].count for n in self.trainer.datamodule.todo)  # type: ignore[attr-defined]
-        self.bar = Bar(total=total, desc=f"{self.detector.name}", unit="image", disable=not self.trainer.is_global_zero)
+        self.bar = ProgressBar(
+            total=total, desc=f"{self.detector.name}", unit="image", disable=not self.trainer.is_global_zero
+        )
 
     def predict_step(self, number: torch.Tensor | int, batch_idx: int) -> None:
         """Write the features of one shard."""

@@ -18,8 +18,8 @@ from numpy.lib import format as npy
 
 from cdm_lightning.data.shards import find_folder, read_manifest
 from cdm_lightning.evaluation.real_images import read_images
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.progress_bar import ProgressBar
 
 TORN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 BROKEN = (*TORN, zlib.error, NotImplementedError, RuntimeError)  # raised by zipfile and numpy for a corrupt .npz
@@ -162,7 +162,7 @@ def write_images(
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
         archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
-        Bar(total=shape[0], desc="images", unit="image") as bar,
+        ProgressBar(total=shape[0], desc="images", unit="image") as bar,
     ):
         npy.write_array_header_1_0(member, header)
         for image, label in batches:

@@ -15,9 +15,9 @@ from safetensors.torch import save as save_safetensors
 from cdm_lightning.evaluation.detectors import Detector, Inception, features_of
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references import adm
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.progress_bar import ProgressBar
 
 ENOUGH = 50_000  # images on each side in published distances
 
@@ -147,7 +147,7 @@ def read_npz(path: Path, detector: Detector | None, count: int | None) -> Refere
     images = adm.find_images(path) if "arr_0" in names else None
     features = None
     if detector is not None and images is not None:
-        bar = Bar(images, detector.name, -(-images.shape[0] // images.batch_size), unit="batch")
+        bar = ProgressBar(images, detector.name, -(-images.shape[0] // images.batch_size), unit="batch")
         device = next(detector.parameters(), torch.zeros(0)).device
         features = torch.cat([features_of(detector, image.to(device)).cpu() for image in bar])
     resolution, channels = images.shape[2:] if images else (None, None)

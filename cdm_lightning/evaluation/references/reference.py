@@ -15,9 +15,9 @@ from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shar
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.process_group import first_process
+from cdm_lightning.foundation.progress_bar import ProgressBar
 
 
 def reference(
@@ -122,7 +122,9 @@ def summarize(
 
     def feature_batches() -> Iterator[torch.Tensor]:
         left, wanted = n, min(keep, n)
-        for features, label in Bar(read_features(work, manifest), "moments", len(manifest.shards), unit="shard"):
+        for features, label in ProgressBar(
+            read_features(work, manifest), "moments", len(manifest.shards), unit="shard"
+        ):
             counts.add_(label[:left].bincount(minlength=len(counts)))
             kept.append(features[:left][:wanted].clone())
             yield features[:left]

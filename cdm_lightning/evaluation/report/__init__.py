@@ -1,4 +1,4 @@
-"""What a measurement leaves to read: the pages, results.json and printed tables, and the pictures on them.
+"""Reports of measurements: HTML pages, results.json, printed tables and pictures.
 
-Modules here turn figures and images into plain data; the markup is in templates/. Nothing here measures a distance.
+The modules turn measured values and images into plain data; templates/ holds the HTML. Nothing here measures anything.
 """

@@ -1,4 +1,4 @@
-"""The pages of an evaluation, of the test of a cascade, and of a classification accuracy score: what stands on each."""
+"""report.html and results.json of `cdm evaluate`, of the test of a cascade, and of `cdm cas`."""
 
 from __future__ import annotations
 
@@ -11,93 +11,97 @@ from typing import Any
 
 from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
 from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_table, paper_table
-from cdm_lightning.evaluation.report.memorisation import memorisation, neighbour_rows, searched
+from cdm_lightning.evaluation.report.memorisation import card_to_search, memorisation, neighbour_rows
 from cdm_lightning.evaluation.report.page import Block, Drawing, Section, write_page
 from cdm_lightning.evaluation.report.pictures import neighbours_grid, stages_grid
-from cdm_lightning.evaluation.report.results import facts_of, made_sections, provenance, write_results
-from cdm_lightning.evaluation.report.stored_samples import stage_rows, stored
+from cdm_lightning.evaluation.report.results import facts_of, provenance, provenance_sections, write_results
+from cdm_lightning.evaluation.report.stored_samples import resolution_folders, stage_rows
 
 
 def write_evaluation(out: Path, measured: Any, real: Path | None, cas: dict[str, Any] | None) -> dict[str, Any]:
-    """results.json and report.html of an `Evaluation`.
+    """Write results.json and report.html of an `Evaluation`, and return the results.
 
-    real: root of the shards behind a card, for the pictures of its nearest images. cas: from `read_cas`.
+    real: root of the shards that a reference card was made from, to show nearest images. cas: from `read_cas`.
     """
     results = {**measured.as_dict(), "made": provenance(), "memorisation": None}
-    manifest, card = measured.manifests[0], searched(measured.cards)
+    manifest, card = measured.manifests[0], card_to_search(measured.cards)
     resolution = manifest.resolution
     sections: list[Section] = [("Figures", figures_table(measured.figures))]
     if is_imagenet(manifest.classes):
         sections.append(("Beside the paper", paper_table(resolution, measured.figures)))
     if cas is not None:
         sections.append(("Classification accuracy score", cas_blocks(cas, resolution, manifest.classes)))
-    sections.append(("Stages side by side", stages_grid(stage_rows(stored(measured.folders[0])))))
+    sections.append(("Stages side by side", stages_grid(stage_rows(resolution_folders(measured.folders[0])))))
     if card.split != "train":
-        said = "Copies were not looked for: no reference is of the training images, the only ones that can be copied."
-        sections.append(("Memorisation", [said]))
+        text = "Copies were not looked for: that takes a reference card of the training images."
+        sections.append(("Memorisation", [text]))
     elif card.features is not None and len(card.features) > 1:
         results["memorisation"] = memorisation(card, measured.features)
-        said = memorisation_sentence(results["memorisation"])
+        text = memorisation_sentence(results["memorisation"])
         rows = [] if real is None else neighbour_rows(card, measured.features[0], measured.folders[0], real)
         grid = neighbours_grid(rows, f"the features of {measured.detector.name}")
-        sections.append(("Memorisation", [said, *grid]))
-    sections += made_sections(facts_of(results), results["made"]["command"])
-    lead = f"{measured.figures[0].n:,} samples of {resolution} × {resolution}, judged by {measured.detector.name}."
+        sections.append(("Memorisation", [text, *grid]))
+    sections += provenance_sections(facts_of(results), results["made"]["command"])
+    lead = f"{measured.figures[0].n:,} samples of {resolution} × {resolution}, measured with {measured.detector.name}."
     write_page(out / "report.html", "Evaluation of a cascade", sections, lead)
     write_results(out, results)
-    print(f"{out / 'report.html'}: the figures beside pictures, {out / 'results.json'}: the same as data")
+    print(f"{out / 'report.html'}: figures and pictures; {out / 'results.json'}: the same as data")
     return results
 
 
 def is_imagenet(classes: Sequence[str]) -> bool:
-    """Whether the classes are the thousand of ILSVRC2012, named by their WNIDs."""
+    """Whether the classes are the 1,000 of ILSVRC2012, named by WordNet ids such as n01440764."""
     return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
 def write_test(out: Path, figures: Sequence[Figure], about: dict[str, Any], rows: Sequence[Any]) -> None:
-    """report.html of a test that stores no samples. about: detector, seed and references; rows: (class, [image])."""
+    """Write results.json and report.html of `cdm test`, which stores no samples.
+
+    about: detector, seed and references. rows: (class name, [image per resolution]).
+    """
     results = {**about, "figures": [asdict(figure) for figure in figures], "made": provenance()}
     sections: list[Section] = [("Figures", figures_table(figures)), ("Samples", stages_grid(rows))]
-    sections += made_sections(facts_of(results), results["made"]["command"])
-    lead = f"{figures[0].n:,} samples, judged by {about['detector']['name']}."
+    sections += provenance_sections(facts_of(results), results["made"]["command"])
+    lead = f"{figures[0].n:,} samples, measured with {about['detector']['name']}."
     write_page(Path(out) / "report.html", "Test of a cascade", sections, lead)
     write_results(Path(out), results)
 
 
 def write_cas(out: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """results.json and report.html of `cdm cas`; cas.png must lie in `out` already."""
+    """Write results.json and report.html of `cdm cas`, and return the results. `out` must already hold cas.png."""
     results = {**results, "made": provenance()}
     bars = Drawing((Path(out) / "cas.png").read_bytes(), "Accuracy of each class, trained on each set")
-    known = {name.capitalize(): json.dumps(results[name]) for name in ("recipe", "seeds", "samples", "sha256")}
-    known |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
+    facts = {name.capitalize(): json.dumps(results[name]) for name in ("recipe", "seeds", "samples", "sha256")}
+    facts |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
     sections: list[Section] = [
         ("Classification accuracy score", cas_blocks(results, results["resolution"], results["classes"])),
         ("Class by class", [bars]),
-        *made_sections(known, results["made"]["command"]),
+        *provenance_sections(facts, results["made"]["command"]),
     ]
     write_page(Path(out) / "report.html", "Classification accuracy score", sections)
     write_results(Path(out), results)
     return results
 
 
-def cas_blocks(found: dict[str, Any], resolution: int, classes: Sequence[str]) -> list[Block]:
-    """The table of what `cdm cas` found, and its conclusion."""
+def cas_blocks(score: dict[str, Any], resolution: int, classes: Sequence[str]) -> list[Block]:
+    """The table and the conclusion of `cdm cas`. score: its results.json."""
     rows = []
     for kind in ("generated", "real"):
-        one, five = found[kind]["top1"], found[kind]["top5"]
-        over = f"{len(found['seeds'])} trainings"
-        spread = None if one["sd"] is None else 100 * one["sd"]
-        top5 = 100 * five["mean"] if len(classes) > 10 else None
-        rows.append(Accuracy(f"{kind} images", found["n"], 100 * one["mean"], top5, spread, over))
-    table = cas_table(rows, found["recipe"]["architecture"], resolution if is_imagenet(classes) else None)
-    return [*table, found["conclusion"]]
+        top1, top5 = score[kind]["top1"], score[kind]["top5"]
+        spread_of = f"{len(score['seeds'])} trainings"
+        spread = None if top1["sd"] is None else 100 * top1["sd"]
+        top5_mean = 100 * top5["mean"] if len(classes) > 10 else None
+        rows.append(Accuracy(f"{kind} images", score["n"], 100 * top1["mean"], top5_mean, spread, spread_of))
+    table = cas_table(rows, score["recipe"]["architecture"], resolution if is_imagenet(classes) else None)
+    return [*table, score["conclusion"]]
 
 
-def memorisation_sentence(found: dict[str, Any]) -> str:
-    """What the search for copies found, in words."""
+def memorisation_sentence(result: dict[str, Any]) -> str:
+    """The result of the search for copies, as text. result: from `memorisation`."""
     return (
-        f"{100 * found['share']:.2f} % of the generated images lie nearer to one of {found['searched']:,} real "
-        f"{found['split']} images than {100 * found['expected']:.0f} % of those lie to their own nearest neighbour. "
-        "Samples of the same law as the real images would have about the latter share; more of them is memorisation. "
-        f"The card keeps the features of these {found['searched']:,} alone: a copy of another image would not be seen."
+        f"{100 * result['share']:.2f} % of the generated images count as copies: each lies nearer to one of "
+        f"{result['searched']:,} real {result['split']} images than {100 * result['expected']:.0f} % of those lie to "
+        f"their own nearest neighbour. A share of about {100 * result['expected']:.0f} % is expected without "
+        "memorisation; a larger share means that the model has memorised images. "
+        f"The search covers only these {result['searched']:,} images, whose features the reference card keeps."
     )

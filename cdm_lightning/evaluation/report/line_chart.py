@@ -1,4 +1,4 @@
-"""The line chart of a page: a distance over the level s or over network calls, in colours for light and dark pages."""
+"""Line charts for a page: a distance over the level s or over network calls, in a light and a dark version."""
 
 from __future__ import annotations
 
@@ -8,48 +8,56 @@ from typing import Any
 
 from cdm_lightning.evaluation.report.page import Drawing
 
-Point = tuple[float, float, float | None]  # s or calls, value, one standard deviation
-THEMES = {  # text, grid, and a colour per line; each line has a marker and a dash of its own besides
+Point = tuple[float, float, float | None]  # s or network calls, value, one standard deviation
+THEMES = {  # colours of text, grid and lines; lines also differ in marker and dash
     "light": ("#333333", "#d9d9d6", ("#0b5fa5", "#b4480f", "#4d7a1e")),
     "dark": ("#d6d6d2", "#44444a", ("#7cb8ee", "#f0a070", "#a9cf7a")),
 }
 STYLES = ("o-", "s--", "^:")
-LEVEL = "level s of the noise on the low-resolution input"
+LEVEL_AXIS = "level s of the noise on the low-resolution input"
 
 
 def line_chart(
     lines: Mapping[str, Sequence[Point]],
     chosen: tuple[str, float] | None,
-    axis: str,
+    y_label: str,
     caption: str,
-    across: str = LEVEL,
+    x_label: str = LEVEL_AXIS,
 ) -> Drawing:
-    """A plot with its caption, in the reader's colours, light or dark."""
-    light, dark = (plot(lines, chosen, axis, theme, across) for theme in ("light", "dark"))
+    """A chart as PNGs for light and dark pages, with alt text and caption. Arguments as in `plot`."""
+    light, dark = (plot(lines, chosen, y_label, theme, x_label) for theme in ("light", "dark"))
     levels = sorted({s for points in lines.values() for s, _, _ in points})
     alt = (
-        f"Line chart of {axis} over {across}, at {', '.join(map(str, levels))}, for {', '.join(lines)}; "
+        f"Line chart of {y_label} over {x_label}, at {', '.join(map(str, levels))}, for {', '.join(lines)}; "
         "the table has the numbers."
     )
     return Drawing(light, alt, dark, caption)
 
 
 def plot(
-    lines: Mapping[str, Sequence[Point]], chosen: tuple[str, float] | None, axis: str, theme: str, across: str = LEVEL
+    lines: Mapping[str, Sequence[Point]],
+    chosen: tuple[str, float] | None,
+    y_label: str,
+    theme: str,
+    x_label: str = LEVEL_AXIS,
 ) -> bytes:
-    """PNG of value against s, or what `across` says: a line per name, a ring around the point (name, s) chosen."""
-    import matplotlib as mpl  # here, because it takes long and most commands draw nothing
+    """PNG of a line chart with error bars: one line per name, and a ring around the chosen point (name, s)."""
+    import matplotlib as mpl  # slow to import, and most commands draw nothing
     from matplotlib.figure import Figure
 
-    ink, faint, colours = THEMES[theme]
-    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    settings: dict[Any, Any] = {**dict.fromkeys(inked, ink), "font.size": 9.5}
-    settings |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}  # names are text
+    text_colour, grid_colour, colours = THEMES[theme]
+    coloured = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    settings: dict[Any, Any] = {**dict.fromkeys(coloured, text_colour), "font.size": 9.5}
+    settings |= {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,
+    }  # a $ in a name is no formula
     with mpl.rc_context(settings):
         canvas = Figure(figsize=(5.2, 3.5), layout="constrained", facecolor="none")
         axes = canvas.subplots()
         axes.set_facecolor("none")
-        axes.grid(axis="y", color=faint, linewidth=0.6)
+        axes.grid(axis="y", color=grid_colour, linewidth=0.6)
         for index, (name, points) in enumerate(lines.items()):
             s, value, spread = zip(*sorted(points), strict=True)
             colour = colours[index % 3]
@@ -60,9 +68,9 @@ def plot(
                 axes.errorbar(x, y, e, fmt="none", color=colour, elinewidth=1.1, capsize=3)
         for at in (point for name, points in lines.items() for point in points if (name, point[0]) == chosen):
             label = f"chosen: s = {at[0]}"
-            axes.plot(at[0], at[1], "o", markersize=13, markerfacecolor="none", color=ink, label=label)
-        axes.set_xlabel(across)
-        axes.set_ylabel(axis)
+            axes.plot(at[0], at[1], "o", markersize=13, markerfacecolor="none", color=text_colour, label=label)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         canvas.legend(loc="outside lower center", ncols=2, frameon=False)
         buffer = io.BytesIO()
         canvas.savefig(buffer, format="png", dpi=144, transparent=True)

@@ -1,6 +1,6 @@
-"""A page: sections of plain data, which the templates beside this file draw as one HTML file that needs no other.
+"""HTML pages: sections of plain data, rendered by templates/ into one self-contained file.
 
-A block of a section is text for a paragraph, a dict of facts, a `Command`, a `Table`, a `Drawing` or a `Slider`.
+A block of a section is a str (a paragraph), a dict of facts, a `Command`, a `Table`, a `Drawing` or a `Slider`.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from cdm_lightning.foundation.files import write_atomically
 
 
 class Command(str):
-    """A command line."""
+    """A block: a command line."""
 
 
 class Chosen(str):
-    """A cell of a table that says what was chosen."""
+    """A table cell that is marked as chosen."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A cell that is a small image whose pixels stay squares, `wide` CSS pixels in all, with a word below it."""
+    """A table cell: a small PNG, enlarged to `wide` CSS pixels without smoothing, with a text below it."""
 
     png: bytes
     wide: int
     alt: str
     below: str = ""
-    flag: bool = False  # whether the word is a warning
+    flag: bool = False  # whether the text below is a warning
 
 
 @dataclass(frozen=True)
 class Table:
     """A table whose first column names its rows. A cell is text, a number, `Chosen`, `Pixels`, or a list of these.
 
-    numeric: columns aligned to the right. marked: rows to stand out. pictures: whether the cells are pictures.
+    numeric: indices of right-aligned columns. marked: indices of highlighted rows. pictures: cells are `Pixels`.
     """
 
     caption: str
@@ -55,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn picture as a PNG, with a second one for readers of dark pages where it has one."""
+    """A block: a chart as a PNG, with a second version for dark pages if there is one."""
 
     png: bytes
     alt: str
@@ -65,18 +65,18 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Slider:
-    """Pictures by level s, one below the other, or one at a time where a script may run, at first that of `start`."""
+    """A block: pictures by level s. With JavaScript, a slider shows one at a time, first s = start; without, all."""
 
     pictures: Mapping[int, Pixels]
     start: int
 
 
 Block: TypeAlias = str | dict[str, str] | Table | Drawing | Slider
-Section: TypeAlias = tuple[str, Sequence[Block]]  # its heading, and its blocks
+Section: TypeAlias = tuple[str, Sequence[Block]]  # heading, blocks
 
 
 def size_of(png: bytes) -> tuple[int, int]:
-    """Width and height in pixels; refuses what is no PNG."""
+    """Width and height in pixels. Raises InputError for bytes that are not a PNG."""
     try:
         return Image.open(io.BytesIO(png), formats=["PNG"]).size
     except UnidentifiedImageError as error:
@@ -84,7 +84,7 @@ def size_of(png: bytes) -> tuple[int, int]:
 
 
 def data_uri(png: bytes) -> str:
-    """The picture itself where a page would name its file."""
+    """A data: URI, which embeds the picture in the page."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -100,12 +100,12 @@ TEMPLATES.filters |= {"data_uri": data_uri, "size": size_of, "kind": lambda bloc
 
 
 def render_page(title: str, sections: Sequence[Section], lead: str = "") -> str:
-    """The HTML of a page: a title, a lead sentence, contents, and the sections; what is empty is left out."""
+    """The HTML of a page: title, lead sentence, contents and sections. Leaves out empty blocks and sections."""
     filled = [(heading, [block for block in blocks if block]) for heading, blocks in sections]
     kept = [section for section in filled if section[1]]
     return TEMPLATES.get_template("page.html").render(title=title, lead=lead, sections=kept)
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = "") -> None:
-    """Write the page as one file."""
+    """Render a page and write it atomically."""
     write_atomically(Path(path), render_page(title, sections, lead).encode())

@@ -1,19 +1,19 @@
-"""The paper's figures as data, to stand beside measured ones: Ho et al., Cascaded Diffusion Models (2022).
+"""The results of the paper as data, for comparison with measured ones: Ho et al., Cascaded Diffusion Models (2022).
 
-[A] was seen in the authors' own material or in a verbatim quotation of it; [B] in one careful transcription that agrees
-with [A] wherever the two overlap. What was seen in neither is left out. All of it is class-conditional ImageNet without
-guidance; FID and Inception Score take 50,000 generated images. The keys of the outer dicts are resolutions, and
-figures are text, to be shown with the digits that the paper gives.
+Source [A] is the authors' own material or a verbatim quotation of it. Source [B] is one careful transcription, which
+agrees with [A] wherever both give a number. Numbers found in neither are left out. All results are for
+class-conditional ImageNet without guidance; FID and Inception Score use 50,000 generated images. The keys of the outer
+dicts are resolutions. Numbers are text, to be shown with the paper's digits.
 """
 
 from __future__ import annotations
 
 SOURCE = "Ho et al., Cascaded Diffusion Models for High Fidelity Image Generation, JMLR 23(47), 2022, arXiv 2106.15282"
 CDM = "CDM"
-N = 50_000  # generated images of each FID and Inception Score
+N = 50_000  # generated images for FID and Inception Score
 
 # Table 1a [A]. fid_train and fid_val: against the training and the validation set; is: Inception Score over 10 splits.
-# Where a method has one FID it stands in the table's first column of FIDs, against the training set.
+# A method with a single FID has it in the table's first FID column, against the training set.
 TABLE_1A: dict[int, dict[str, dict[str, str]]] = {
     32: {
         CDM: {"fid_train": "1.11", "fid_val": "1.99", "is": "26.01 ± 0.59"},
@@ -43,7 +43,7 @@ TABLE_1A: dict[int, dict[str, dict[str, str]]] = {
     },
 }
 
-# Table 1b [A]: classification accuracy scores in per cent, of a ResNet-50.
+# Table 1b [A]: classification accuracy scores of a ResNet-50, in per cent.
 CLASSIFIER = "ResNet-50"
 TABLE_1B: dict[int, dict[str, dict[str, str]]] = {
     128: {
@@ -60,7 +60,7 @@ TABLE_1B: dict[int, dict[str, dict[str, str]]] = {
     },
 }
 
-# Ablations [B]: FID against the training set. Of the 32 to 64 search over s: its least FID, not at which s.
+# Ablations [B]: FID against the training set. For the search over s from 32 to 64, the best s itself is not known.
 ABLATIONS: dict[int, dict[str, dict[str, str]]] = {
     64: {
         "the small ablation, 16 to 64 in one step": {

@@ -1,4 +1,4 @@
-"""results.json of a measurement, the facts that say how it was made, the printed table, and a score read back."""
+"""results.json of a measurement, its provenance, the printed table, and reading the results of `cdm cas`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.report.page import Command, Section
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "diffusers")
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write results.json."""
+    """Write results.json into a folder, atomically."""
     write_atomically(Path(folder) / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def provenance() -> dict[str, str]:
-    """When, where and with what something was measured."""
+    """Date, command, device and package versions of a measurement."""
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
@@ -42,20 +42,20 @@ def provenance() -> dict[str, str]:
 
 
 def print_figures(figures: Sequence[Figure]) -> None:
-    """The figures as lines, with their error bars and what those are."""
-    table = whole_table("figure", "value", "±", "over", "against", "n", "n real")
+    """Print a table of figures with their spreads, and their notes."""
+    table = folding_table("figure", "value", "±", "over", "against", "n", "n real")
     for f in figures:
         spread = "" if f.spread is None else f"{f.spread:.4g}"
         over = f.spread_of if spread else ""
         table.add_row(f.name, f"{f.value:.4f}", spread, over, f.against, str(f.n), str(f.n_reference or ""))
-    console = whole_console()
+    console = table_console()
     console.print(table)
     for note in dict.fromkeys(f.note for f in figures if f.note):
         console.print(f"note: {note}", highlight=False)
 
 
 def read_cas(path: Path, manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """What `cdm cas` found of one of these folders of samples; refuses any other file, and other samples' score."""
+    """The results.json of `cdm cas`. Raises InputError if it is none, or if its samples are not among `manifests`."""
     try:
         found = dict(json.loads(Path(path).read_text()))
         if not {"generated", "real", "recipe", "seeds", "conclusion"} <= set(found):
@@ -73,18 +73,18 @@ def read_cas(path: Path, manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 
 def facts_of(results: dict[str, Any]) -> dict[str, str]:
-    """What was measured with what: detector and SHA-256, seed, date, versions, references and samples."""
+    """The facts on a page: detector and its SHA-256, seed, date, device, versions, references and samples."""
     detector = results["detector"]
-    known = {"Detector": f"{detector['name']}, SHA-256 {detector['sha256']}", "Seed": str(results["seed"])}
-    known |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
+    facts = {"Detector": f"{detector['name']}, SHA-256 {detector['sha256']}", "Seed": str(results["seed"])}
+    facts |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
     for number, card in enumerate(results.get("references", []), 1):
         about = {name: value for name, value in card.items() if name not in ("classes", "counts", "detector_sha256")}
-        known[f"Reference {number}"] = json.dumps(about, ensure_ascii=False)
+        facts[f"Reference {number}"] = json.dumps(about, ensure_ascii=False)
     for number, samples in enumerate(results.get("samples", []), 1):
-        known[f"Samples {number}"] = json.dumps(samples)
-    return known
+        facts[f"Samples {number}"] = json.dumps(samples)
+    return facts
 
 
-def made_sections(known: dict[str, str], command: str) -> list[Section]:
-    """The last sections of a page: these facts, and the command that made it."""
-    return [("How it was made", [known]), ("Commands", [Command(command)])]
+def provenance_sections(facts: dict[str, str], command: str) -> list[Section]:
+    """The last sections of a page: facts, and the command that made it."""
+    return [("How it was made", [facts]), ("Commands", [Command(command)])]

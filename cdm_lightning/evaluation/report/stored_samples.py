@@ -1,4 +1,4 @@
-"""Pictures out of folders of shards: samples by place, one of each class at every resolution, a sheet of them."""
+"""Pictures from folders of shards: images by position, one of each class at every resolution, and contact sheets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cdm_lightning.data.shards import Manifest, open_images, read_manifest
 from cdm_lightning.foundation.images import downscale, encode_png
 from cdm_lightning.sampling.manifest import NO_CLASSES
 
-CLASSES, UNNAMED = 20, 8  # most rows of a page's pictures, with classes and without
-SHEET, COLUMNS = 40, 10  # images of a sheet, and how many of them in a row
+MOST_CLASSES, MOST_UNLABELLED = 20, 8  # rows of pictures on a page, with and without classes
+SHEET_IMAGES, SHEET_COLUMNS = 40, 10
 
 
-def pictures(folder: Path, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:
-    """uint8 (C, R, R) images of a folder of shards by their places in stored order."""
+def read_pictures(folder: Path, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:
+    """Images of a folder of shards, uint8 (C, R, R), by stored position; downscaled to `resolution` if given."""
     manifest = read_manifest(folder)
     opened = open_images(folder, manifest, manifest.shards, places)
     image = torch.from_numpy(opened.read(range(len(places))).image).permute(0, 3, 1, 2)
@@ -24,47 +24,48 @@ def pictures(folder: Path, places: Sequence[int], resolution: int | None = None)
     return list(downscale(image, resolution or manifest.resolution))
 
 
-def stored(folder: Path) -> list[Path]:
-    """All resolutions of a folder of `cdm sample`, low to high, of which `folder` is one."""
+def resolution_folders(folder: Path) -> list[Path]:
+    """The folders of all resolutions that `cdm sample` stored, low to high. folder: one of them."""
     return sorted((f for f in folder.parent.iterdir() if f.name.isdecimal()), key=lambda f: int(f.name))
 
 
 def stage_rows(folders: Sequence[Path]) -> list[tuple[str, list[torch.Tensor]]]:
-    """The first sample of each class at every resolution, from folders of shards of the same samples, low to high.
+    """The first sample of each class at every resolution: rows (class name, [image per resolution]).
 
-    Classes come in the order of their first samples. Without classes, the first samples whatever they are.
+    folders: shards of the same samples, from low to high resolution. Classes are ordered by their first samples.
+    Without classes, the rows are the first samples.
     """
     manifest = read_manifest(folders[-1])
     if manifest.classes == NO_CLASSES:
-        rows = {f"image {place}": place for place in range(min(UNNAMED, manifest.count))}
+        rows = {f"image {place}": place for place in range(min(MOST_UNLABELLED, manifest.count))}
     else:
-        rows = {manifest.classes[label]: place for label, place in first_of_each(folders[-1], manifest).items()}
-    columns = [pictures(folder, list(rows.values())) for folder in folders]
+        rows = {manifest.classes[label]: place for label, place in first_of_each_class(folders[-1], manifest).items()}
+    columns = [read_pictures(folder, list(rows.values())) for folder in folders]
     return [(name, list(images)) for name, *images in zip(rows, *columns, strict=True)]
 
 
-def first_of_each(folder: Path, manifest: Manifest) -> dict[int, int]:
-    """Where the first sample of a class lies, of the first 20 classes that come."""
-    found: dict[int, int] = {}
-    wanted = min(CLASSES, sum(count > 0 for count in manifest.counts))
+def first_of_each_class(folder: Path, manifest: Manifest) -> dict[int, int]:
+    """The position of the first sample of each class, {label: position}, for the first MOST_CLASSES classes."""
+    positions: dict[int, int] = {}
+    wanted = min(MOST_CLASSES, sum(count > 0 for count in manifest.counts))
     first = 0
     for shard in manifest.shards:
         opened = open_images(folder, manifest, [shard], range(shard.count))
         for item in range(shard.count):
-            found.setdefault(opened.label(item), first + item)
-            if len(found) == wanted:
+            positions.setdefault(opened.label(item), first + item)
+            if len(positions) == wanted:
                 break
         opened.close()
-        if len(found) == wanted:
+        if len(positions) == wanted:
             break
         first += shard.count
-    return found
+    return positions
 
 
-def sheet(folder: Path) -> bytes:
-    """PNG bytes of the first samples of a folder of shards, ten a row."""
-    images = pictures(folder, list(range(min(SHEET, read_manifest(folder).count))))
-    blank = [torch.full_like(images[0], 255)] * (-len(images) % COLUMNS)
-    rows = torch.stack([*images, *blank]).split(COLUMNS)
+def contact_sheet(folder: Path) -> bytes:
+    """PNG bytes of the first 40 samples of a folder of shards, 10 per row."""
+    images = read_pictures(folder, list(range(min(SHEET_IMAGES, read_manifest(folder).count))))
+    blank = [torch.full_like(images[0], 255)] * (-len(images) % SHEET_COLUMNS)
+    rows = torch.stack([*images, *blank]).split(SHEET_COLUMNS)
     whole = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (C, rows * R, 10 * R)
     return encode_png(whole.permute(1, 2, 0).numpy())

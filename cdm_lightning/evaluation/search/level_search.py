@@ -20,10 +20,10 @@ from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.real_images import first_images, real_images_for_labels
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.references.reference import make_card
-from cdm_lightning.foundation.bars import Bar
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
+from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.draw import draw
 from cdm_lightning.sampling.manifest import NO_CLASSES, Precision, make_sample_manifest
 
@@ -257,7 +257,7 @@ def search_levels(run: LevelSearch, grids: list[list[int]], kinds: list[str]) ->
     rows: list[Row] = []
     for number, grid in enumerate(grids, 1):
         points, name = stage_points(number, grid, best), run.cascade.stages[number].name
-        stage_rows = [run.measure(point) for point in Bar(points, f"points of {name}", unit="point")]
+        stage_rows = [run.measure(point) for point in ProgressBar(points, f"points of {name}", unit="point")]
         for kind in kinds:
             best[kind] = [*best[kind], best_row(stage_rows, kind).s]
         rows += stage_rows

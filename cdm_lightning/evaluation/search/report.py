@@ -1,4 +1,4 @@
-"""What a search leaves behind: a printed table, results.json, one page, and the choice in the bundle."""
+"""The report of a search over s: printed table, results.json, report.html, and the chosen levels in the bundle."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from typing import Any
 from cdm_lightning.cascade.bundle import read_bundle_metadata
 from cdm_lightning.evaluation.report.page import Section, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
-from cdm_lightning.evaluation.report.results import facts_of, made_sections, provenance, write_results
-from cdm_lightning.evaluation.report.stored_samples import sheet, stage_rows
-from cdm_lightning.evaluation.search.level_tables import REAL, costs, curves, gap_table
+from cdm_lightning.evaluation.report.results import facts_of, provenance, provenance_sections, write_results
+from cdm_lightning.evaluation.report.stored_samples import contact_sheet, stage_rows
+from cdm_lightning.evaluation.search.level_tables import REAL, cost_curve, gap_table, level_curves
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.terminal import whole_console, whole_table
+from cdm_lightning.foundation.terminal import folding_table, table_console
 
 
 def print_rows(rows: Sequence[Any], chosen: Any) -> None:
-    """The points of a search as lines, the chosen one marked by a star."""
+    """Print a table of the points of a search, with a star at the chosen one."""
     first = rows[0].figures
-    table = whole_table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
+    table = folding_table("stage", "s", "low-res input", "sampler", "steps", "calls", *(f.name for f in first[:2]))
     for row in rows:
         star = " *" if row is chosen else ""
         cells = [f"{f.value:.4g}" + ("" if f.spread is None else f" ± {f.spread:.2g}") for f in row.figures[:2]]
         cells[0] += star
         table.add_row(row.stage, str(row.s), row.kind, row.sampler, str(row.steps), str(row.calls), *cells)
-    console = whole_console()
+    console = table_console()
     console.print(table)
-    over = dict.fromkeys(f"{f.name}: ± over {f.spread_of}" for f in first if f.spread is not None)
-    console.print(f"* chosen. {'; '.join(over)}. n = {first[0].n} images a seed.", highlight=False)
+    spreads = dict.fromkeys(f"{f.name}: ± over {f.spread_of}" for f in first if f.spread is not None)
+    console.print(f"* chosen. {'; '.join(spreads)}. n = {first[0].n} images per seed.", highlight=False)
     for note in dict.fromkeys(f.note for f in first if f.note):
         console.print(f"note: {note}", highlight=False)
 
 
 def conclusion(rows: Sequence[Any], chosen: Any, last: Any) -> str:
-    """What a search found, in one sentence. last: the row of the whole cascade as it is chosen."""
+    """The result of a search in one sentence. last: the row of the whole cascade at the chosen levels."""
     found = [(r.stage, r.s, r.kind == REAL, r.figures[0].value) for r in rows if not r.compared]
-    without = [value for stage, s, real, value in found if (stage, s, real) == (chosen.stage, 0, False)]
+    at_zero = [value for stage, s, real, value in found if (stage, s, real) == (chosen.stage, 0, False)]
     given_real = [value for stage, s, real, value in found if (stage, s, real) == (last.stage, last.s, True)]
-    said = f"{chosen.figures[0].name}: {chosen.figures[0].value:.4g} of {chosen.stage} at s = {chosen.s}"
-    if chosen.s and without:
-        said += f" ({min(without):.4g} at s = 0)"
-    said += f", {last.figures[0].value:.4g} of the whole cascade"
+    text = f"{chosen.figures[0].name}: {chosen.figures[0].value:.4g} for {chosen.stage} at s = {chosen.s}"
+    if chosen.s and at_zero:
+        text += f" ({min(at_zero):.4g} at s = 0)"
+    text += f", {last.figures[0].value:.4g} for the whole cascade"
     if given_real:
-        said += f" and {given_real[0]:.4g} of its last stage on real low-resolution images"
-    return f"{said}; lower is better."
+        text += f" and {given_real[0]:.4g} for its last stage on real low-resolution images"
+    return f"{text}; lower is better."
 
 
 def write_search(
     run: Any, rows: Sequence[Any], chosen: Any, last: Any, levels: list[int], kind: str, shown: Sequence[Path]
 ) -> dict[str, Any]:
-    """results.json and report.html of a search: all points, the chosen setting, and the curves.
+    """Write results.json and report.html of a search, and return the results.
 
-    chosen: the row of the last stage with a choice of s. last: that of the whole cascade. levels, kind: what it
-    shall use. shown: folders of its samples, low to high.
+    run: the LevelSearch. chosen: the chosen row of the last stage with a choice of s. last: the row of the whole
+    cascade at the chosen levels. levels, kind: the choice. shown: folders of its samples, from low to high resolution.
     """
     results = {
         "levels": levels,
@@ -73,38 +73,38 @@ def write_search(
     }
     searched = [row for row in rows if not row.compared]
     same = [row for row in searched if row.stage == chosen.stage and row.kind in (kind, "generated")]
-    slider = {row.s: sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
+    slider = {row.s: contact_sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
     sections: list[Section] = [
-        ("The distance over s", curves(searched, chosen)),
+        ("The distance over s", level_curves(searched, chosen)),
         ("The cascade gap", gap_table(searched)),
-        ("Samplers and steps", costs([row for row in rows if row.compared])),
+        ("Samplers and steps", cost_curve([row for row in rows if row.compared])),
         ("Samples by level", level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
         ("Stages side by side", stages_grid(stage_rows(shown))),
-        *made_sections(facts_of(results), results["made"]["command"]),
+        *provenance_sections(facts_of(results), results["made"]["command"]),
     ]
     name = chosen.figures[0].name
-    lead = f"Chosen: s = {levels}, {kind if any(levels) else 'without noise'}, by {name} of {run.n:,} samples a seed."
+    lead = f"Chosen: s = {levels}, {kind if any(levels) else 'without noise'}, by {name} of {run.n:,} samples per seed."
     write_page(run.out / "report.html", "Search over the levels of a cascade", sections, lead)
     write_results(run.out, results)
     print(results["conclusion"])
-    print(f"{run.out / 'report.html'}: curves and pictures, {run.out / 'results.json'}: the same as data")
+    print(f"{run.out / 'report.html'}: curves and pictures; {run.out / 'results.json'}: the same as data")
     return results
 
 
 def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
-    """Write the chosen levels, and how they were found, into bundle.json, atomically; weights and hashes stay."""
+    """Write the chosen levels, and how they were found, into bundle.json atomically; its weights stay the same."""
     chosen = results["chosen"]
     found = {
         "n": results["n"], "seeds": results["seeds"], "detector": results["detector"], "date": results["made"]["date"],
         "references": results["references"], "figures": chosen["figures"], "kind": chosen["kind"],
         "sampler": chosen["sampler"], "steps": chosen["steps"],
     }  # fmt: skip
-    about = {
+    metadata = {
         **read_bundle_metadata(bundle),
         "levels": results["levels"],
         "truncated": results["truncated"],
         "search": found,
     }
-    about.pop("results", None)
-    write_atomically(Path(bundle) / "bundle.json", (json.dumps(about, indent=1) + "\n").encode())
-    print(f"{bundle}: stores s = {results['levels']}, truncated {results['truncated']}")
+    metadata.pop("results", None)
+    write_atomically(Path(bundle) / "bundle.json", (json.dumps(metadata, indent=1) + "\n").encode())
+    print(f"{bundle}: now stores levels s = {results['levels']}, truncated {results['truncated']}")
