@@ -18,6 +18,7 @@ from commands import BASE8, ROOT, SR16, fit_command
 from lightning.pytorch.utilities import rank_zero_info
 
 from cdm_lightning.__main__ import main
+from cdm_lightning.foundation import progress_bar
 from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.training import progress
 from cdm_lightning.training.progress import Progress
@@ -49,7 +50,7 @@ def options(folder, steps=6, config=BASE8) -> list[str]:
 
 @contextmanager
 def terminal():
-    """A list of everything that is printed meanwhile, as a terminal of 100 columns gets it."""
+    """A list that receives everything printed meanwhile, as a terminal of 100 columns gets it."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     shown = []
@@ -74,7 +75,7 @@ def terminal():
 
 
 def test_a_pipe_gets_plain_lines_of_what_a_newcomer_wants_to_know(capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress_bar, "BETWEEN", (0.0, 600.0))
+    monkeypatch.setattr(progress_bar, "SHORTEST_PAUSE", 0.0)
     main(options(tmp_path))
     said = capfd.readouterr()
     everything = said.out + said.err
@@ -85,11 +86,11 @@ def test_a_pipe_gets_plain_lines_of_what_a_newcomer_wants_to_know(capfd, tmp_pat
     what, images, plan, wandb, *between, last = lines
     assert re.fullmatch(r"base8: BaseStage, 10 classes -> 8x8, \d\.\d\d M parameters", what)
     assert images == "data/fashion/train/32: 15,000 images of 32x32 in 10 classes"
-    assert plan == f"6 steps of 4 images on CPU in 32-true: the run in {tmp_path} begins"
-    assert wandb.startswith(f"W&B: offline, `wandb sync {tmp_path}/wandb/offline-run-")
+    assert plan == f"6 steps of 4 images on CPU, precision 32-true; new run in {tmp_path}"
+    assert wandb.startswith(f"W&B: offline; to upload the run, `wandb sync {tmp_path}/wandb/offline-run-")
     assert len(between) >= 4 and all(re.match(r"base8(, validating)?: \d/6 steps \(\d+%\), ", one) for one in between)
     assert re.search(r"6/6 steps \(100%\), 00:\d\d gone, 00:00 left, [\d.,]+ images/s, loss \d", between[-1])
-    done = r"base8 is trained: 6 steps in 0:\d\d:\d\d, training loss [\d.]+, validation loss [\d.]+; "
+    done = r"base8: trained 6 steps in 0:\d\d:\d\d, training loss [\d.]+, validation loss [\d.]+; "
     assert re.fullmatch(f"{done}{tmp_path} holds checkpoints/last.ckpt, loss.png, grids", last)
 
 
@@ -106,17 +107,17 @@ def test_a_terminal_gets_one_bar(tmp_path):
     assert any("validating" in look for look in looks) and "validating" not in looks[-1]
     assert " 6/6 steps" in looks[-1] and "images/s, loss " in looks[-1]
     assert all(len(look) <= 100 for look in looks)
-    assert [line for line in lines if line][-1].startswith("base8 is trained: 6 steps in ")
+    assert [line for line in lines if line][-1].startswith("base8: trained 6 steps in ")
 
 
 def test_what_is_said_beside_a_bar_stands_on_lines_of_its_own():
     bar = Progress()
     bar._trainer = SimpleNamespace(callback_metrics={})
     with terminal() as parts:
-        bar.begin("base8", 10, "steps", stays=True)
+        bar.open_bar("base8", 10, "steps", stays=True)
         rank_zero_info("a note of Lightning")
         print("a warning", file=sys.stderr)
-        bar.close()
+        bar.close_bar()
     lines = [line.split("\r")[-1].strip() for line in "".join(parts).split("\r\n")]
     assert "a note of Lightning" in lines and "a warning" in lines
 
@@ -125,27 +126,27 @@ def test_a_run_that_goes_on_says_so_and_one_that_is_done_too(capsys, tmp_path):
     main(options(tmp_path, 1, SR16))
     first = capsys.readouterr().out
     assert "sr16: SuperResolutionStage, 8x8 -> 16x16, conditioning augmentation gaussian, " in first
-    assert f"the run in {tmp_path} begins" in first
+    assert f"new run in {tmp_path}" in first
     main(options(tmp_path, 2, SR16))
     out = capsys.readouterr().out
-    assert f"the run in {tmp_path} goes on after step 1 of {tmp_path}/checkpoints/last.ckpt" in out
-    assert "sr16 is trained: 2 steps (1 of them now) in " in out and "sr16: 2/2 steps (100%)" in out
+    assert f"resuming {tmp_path} after step 1 from {tmp_path}/checkpoints/last.ckpt" in out
+    assert "sr16: trained 2 steps (1 of them now) in " in out and "sr16: 2/2 steps (100%)" in out
     main(options(tmp_path, 2, SR16))
     said = capsys.readouterr()
     assert [line for line in said.out.splitlines() if line] == [
-        f"sr16: all 2 steps were done before; {tmp_path} holds checkpoints/last.ckpt, loss.png"
+        f"sr16: all 2 steps are already done; {tmp_path} holds checkpoints/last.ckpt, loss.png"
     ]
     main(["validate", *options(tmp_path, 2, SR16)[1:]])
     said = capsys.readouterr()
     assert not [word for word in UNWANTED if word in said.out + said.err], said
-    assert f"weights of {tmp_path}/checkpoints/last.ckpt" in said.out
+    assert f"weights from {tmp_path}/checkpoints/last.ckpt" in said.out
     assert re.search(r"val/loss +│ [\d.]+ ", said.out) and said.out.count("val/loss") == 1
 
 
 def test_the_bar_is_the_users_to_replace(capsys, tmp_path):
     main([*options(tmp_path / "none", 1), "--trainer.enable_progress_bar=false"])
     out = capsys.readouterr().out
-    assert "steps (" not in out and "base8 is trained: 1 steps in " in out
+    assert "steps (" not in out and "base8: trained 1 steps in " in out
     main([*options(tmp_path / "other", 1), "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"])
     said = capsys.readouterr()
     assert "1/1 steps (" not in said.out and "Epoch" in said.out + said.err
@@ -175,8 +176,8 @@ def test_images_a_second_are_of_whole_batches_and_of_training_alone(monkeypatch)
         now += 0.5
         trainer.global_step += 1
         bar.on_train_batch_end(trainer, module)
-    assert bar.rate == pytest.approx(16) and bar.words() == "16 images/s"
-    bar.close()
+    assert bar.rate == pytest.approx(16) and bar.status() == "16 images/s"
+    bar.close_bar()
 
 
 def test_lines_come_seldom_and_those_of_a_quick_inner_bar_never(capsys, monkeypatch):
