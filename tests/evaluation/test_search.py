@@ -50,6 +50,17 @@ def test_there_is_a_row_for_every_level_and_kind_of_input(found):
     assert calls["non-truncated", 4] == 4 and calls["real low-res", 4] == 2 and calls["truncated", 9] <= 4
 
 
+def test_the_sentence_states_the_rows(found):
+    _, results = found
+    chosen, said = results["chosen"], results["conclusion"]
+    values = {(r["stage"], r["s"], r["kind"]): r["figures"][0]["value"] for r in results["rows"] if not r["compared"]}
+    kind = "truncated" if results["truncated"] else "non-truncated"
+    whole = next(values[key] for k in (kind, "generated") if (key := ("sr32", 0, k)) in values)
+    assert said.startswith(f"{chosen['figures'][0]['name']}: {chosen['figures'][0]['value']:.4g} of sr16 at s = ")
+    assert f", {whole:.4g} of the whole cascade and {values['sr32', 0, 'real low-res']:.4g} of its last stage" in said
+    assert (f"({values['sr16', 0, 'generated']:.4g} at s = 0)" in said) == (chosen["s"] > 0)
+
+
 @pytest.mark.parametrize("kind", ["truncated", "non-truncated", "real low-res"])
 def test_a_row_is_the_distance_of_the_cascade_it_names(found, few_real, kind):
     root, results = found
