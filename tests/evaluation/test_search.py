@@ -56,8 +56,8 @@ def test_the_sentence_states_the_rows(found):
     values = {(r["stage"], r["s"], r["kind"]): r["figures"][0]["value"] for r in results["rows"] if not r["compared"]}
     kind = "truncated" if results["truncated"] else "non-truncated"
     whole = next(values[key] for k in (kind, "generated") if (key := ("sr32", 0, k)) in values)
-    assert said.startswith(f"{chosen['figures'][0]['name']}: {chosen['figures'][0]['value']:.4g} of sr16 at s = ")
-    assert f", {whole:.4g} of the whole cascade and {values['sr32', 0, 'real low-res']:.4g} of its last stage" in said
+    assert said.startswith(f"{chosen['figures'][0]['name']}: {chosen['figures'][0]['value']:.4g} for sr16 at s = ")
+    assert f", {whole:.4g} for the whole cascade and {values['sr32', 0, 'real low-res']:.4g} for its last stage" in said
     assert (f"({values['sr16', 0, 'generated']:.4g} at s = 0)" in said) == (chosen["s"] > 0)
 
 
