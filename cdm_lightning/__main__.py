@@ -1,6 +1,6 @@
-"""`cdm COMMAND` and `python -m cdm_lightning COMMAND`: the commands, and where each of them lives.
+"""The command line, `cdm COMMAND` or `python -m cdm_lightning COMMAND`: the table of commands, and their errors.
 
-Nothing heavy is imported before the command is known, and then only what the command needs.
+To start fast, this module imports only what the given command needs, once the command is known.
 """
 
 from __future__ import annotations
@@ -19,33 +19,37 @@ from cdm_lightning.foundation.terminal import quiet_libraries
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it does in a line, and module:function, or several of them by the words of its subcommands."""
+    """A command of our own.
+
+    about: what it does, in one line. function: "module:function" below cdm_lightning, or one for each subcommand.
+    """
 
     about: str
     function: str | dict[str, str]
 
     def load(self) -> Any:
-        """Import what carries the command out."""
+        """Import the function, or the functions by subcommand."""
         if isinstance(self.function, dict):
-            return {word: imported(function) for word, function in self.function.items()}
-        return imported(self.function)
+            return {name: import_function(function) for name, function in self.function.items()}
+        return import_function(self.function)
 
 
-def imported(function: str) -> Callable[..., Any]:
+def import_function(function: str) -> Callable[..., Any]:
+    """The function at "module:function" below cdm_lightning."""
     module, _, name = function.partition(":")
     return getattr(import_module(f"cdm_lightning.{module}"), name)
 
 
-LIGHTNING = {  # carried out by Lightning's own command line, training/lightning_cli.py
+LIGHTNING = {  # commands of Lightning's command line, see training/lightning_cli.py
     "fit": "Train one stage.",
-    "validate": "Loss of a stage on the validation images.",
-    "test": "Run a stage or a cascade over the validation images, with the callbacks that measure it.",
-    "predict": "Sample for the classes of the validation images; a prediction writer among the callbacks keeps them.",
+    "validate": "Compute the loss of a stage on the validation images.",
+    "test": "Test a stage or a cascade on the validation images; the callback CascadeFigures computes FID and KID.",
+    "predict": "Draw samples for the classes of the validation images; a BasePredictionWriter callback can store them.",
 }
 COMMANDS = {
     "prepare": Command(
         "Make shards from the ImageNet archives as downloaded, or from a folder of images.",
-        {word: f"data.preparation.prepare:prepare_{word}" for word in ("imagenet", "folder")},
+        {name: f"data.preparation.prepare:prepare_{name}" for name in ("imagenet", "folder")},
     ),
     "bundle": Command(
         "Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.",
@@ -91,7 +95,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; bad input ends in one sentence and exit code 2."""
+    """Run one command. An error of the user ends with one sentence and exit code 2.
+
+    arguments: None for sys.argv.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -99,19 +106,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[0] == "--version":
         print(f"cdm_lightning {__version__}")
         return
-    sys.argv[1:] = arguments  # where Lightning looks, and what the processes it starts repeat
+    sys.argv[1:] = arguments  # Lightning reads it, and starts further processes with it
     with ending_together():
         try:
             run(arguments)
         except Exception as error:
-            explained = user_error(error)
-            if explained is None and not follows_a_refusal():
+            refusal = user_error(error)
+            if refusal is None and not follows_a_refusal():
                 raise
-            sys.exit(2 if explained is None else exit_with_sentence(explained))
+            sys.exit(2 if refusal is None else exit_with_sentence(refusal))
 
 
 def run(arguments: list[str]) -> None:
-    """Hand the arguments to Lightning's command line or to a command of our own."""
+    """Pass the arguments to Lightning's command line or to a command of our own."""
     command, rest = arguments[0], arguments[1:]
     if command not in LIGHTNING and command not in COMMANDS:
         known = [*LIGHTNING, *COMMANDS]
@@ -130,11 +137,11 @@ def run(arguments: list[str]) -> None:
 
 
 def overview() -> str:
-    """The help of `cdm`: every command with what it does."""
+    """The text of `cdm --help`: every command and what it does."""
     about = LIGHTNING | {name: command.about for name, command in COMMANDS.items()}
     lines = (f"  {name:10s}{text}" for name, text in about.items())
     return "\n".join(
-        ["usage: cdm COMMAND [options], and cdm COMMAND --help", "", "Cascaded diffusion models.", "", *lines]
+        ["usage: cdm COMMAND [options]", "       cdm COMMAND --help", "", "Cascaded diffusion models.", "", *lines]
     )
 
 

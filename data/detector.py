@@ -1,8 +1,8 @@
 """Train a small detector: `python data/detector.py SHARDS OUT.safetensors [--width N] [--epochs N] [--seed N]`.
 
-SHARDS is a folder as `cdm prepare` leaves it, of images of 32x32, grey or colour. In every batch half of the images are
-first reduced to 16x16, so that the features judge both resolutions. data/detectors/README.md says how the one that
-ships was made.
+SHARDS is a folder written by `cdm prepare`, with grey or colour images of 32x32. In every batch, half of the images are
+first downscaled to 16x16, so that the features suit both resolutions. data/detectors/README.md says how the shipped
+detector was made.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, SHIFT = 256, 4e-3, 5e-2, 0.
 
 
 def read_split(root: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of a split, uint8 (N, C, 32, 32), and their labels, int64 (N,)."""
     images, labels = zip(*read_images(root, split, SmallCNN.resolution, 1000), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
 def augment(image: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, C, 32, 32): a common shift of up to two pixels, and a mirrored half of the batch."""
+    """Shift the batch by up to two pixels, and mirror a random half of the images: uint8 (B, C, 32, 32)."""
     down, across = torch.randint(-SHIFT, SHIFT + 1, (2,)).tolist()
     padded = F.pad(image, [SHIFT] * 4)
     image = padded[:, :, SHIFT + down :, SHIFT + across :][:, :, : image.shape[2], : image.shape[3]]
@@ -37,6 +38,7 @@ def augment(image: torch.Tensor) -> torch.Tensor:
 
 
 def train(model: SmallCNN, image: torch.Tensor, label: torch.Tensor, epochs: int) -> None:
+    """Train the classifier with AdamW and a one-cycle learning rate, and print the loss of every epoch."""
     steps = len(image) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
@@ -60,6 +62,7 @@ def train(model: SmallCNN, image: torch.Tensor, label: torch.Tensor, epochs: int
 
 @torch.no_grad()
 def accuracy(model: SmallCNN, image: torch.Tensor, label: torch.Tensor) -> float:
+    """The share of correctly classified images, 0 ... 1."""
     model.eval()
     guess = torch.cat([model.classify(batch).argmax(1) for batch in image.split(500)])
     return (guess == label).float().mean().item()

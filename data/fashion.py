@@ -1,9 +1,8 @@
-"""Fashion-MNIST as shards: `python data/fashion.py IDX_FOLDER OUT [--train N] [--val N]`.
+"""Make shards of Fashion-MNIST: `python data/fashion.py IDX_FOLDER OUT [--train N] [--val N]`.
 
-IDX_FOLDER holds the four original files (train-images-idx3-ubyte.gz, ...). The 28x28 images are padded by two black
-pixels on each side to 32x32. With --train N or --val N the first N / 10 images of
-every class are taken, else all.
-What ships in data/fashion was made with `--train 15000 --val 3000`.
+IDX_FOLDER holds the four original files (train-images-idx3-ubyte.gz, ...). The 28x28 images are padded to 32x32 with
+two black pixels on each side. --train N and --val N take the first N / 10 images of every class; the default is all.
+The shards in data/fashion were made with `--train 15000 --val 3000`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SEED, RESOLUTION = 0, 32
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of one IDX file: two zero bytes, type 8, the number of dimensions, their sizes, the data."""
+    """The uint8 array of an IDX file: two zero bytes, type 8, the number of dimensions, their sizes, the data."""
     data = gzip.decompress(path.read_bytes())
     if data[:3] != b"\0\0\x08":
         raise SystemExit(f"{path} is not an IDX file of bytes: it starts with {data[:4]!r}")
@@ -40,6 +39,7 @@ def first_of_each_class(labels: np.ndarray, count: int | None) -> np.ndarray:
 
 
 def write_split(source: Path, out: Path, split: str, count: int | None) -> None:
+    """Write the shards of one split, train or val, with `count` images (None: all), and print their size."""
     prefix = {"train": "train", "val": "t10k"}[split]
     images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
     labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")

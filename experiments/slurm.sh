@@ -1,8 +1,8 @@
 #!/bin/bash
-# Train one stage on several nodes under SLURM, from the project's root:
+# Train one stage on several nodes under SLURM. Run from the project's root:
 #   sbatch --nodes 4 experiments/slurm.sh imagenet sr64 [--trainer.accumulate_grad_batches 4 ...]
-# SLURM sends SIGUSR1 five minutes before the time is over: the run saves its last step and leaves with code 138, and
-# this script asks for the job to be started again, which goes on from there. docs/cluster.md says how to choose.
+# SLURM sends SIGUSR1 five minutes before the time limit. The run saves a checkpoint and exits with code 138; then this
+# script requeues the job, which resumes from the checkpoint. docs/cluster.md explains how to choose the resources.
 #SBATCH --job-name cdm
 #SBATCH --nodes 4
 #SBATCH --ntasks-per-node 8
@@ -17,7 +17,7 @@ set -u
 experiment=$1 stage=$2
 shift 2
 
-# One task a GPU: Lightning reads ranks and addresses from SLURM. The batch over all of them is the file's, however many.
+# One task per GPU; Lightning reads ranks and addresses from SLURM. batch_size is the total over all GPUs.
 srun --kill-on-bad-exit=0 .venv/bin/cdm fit --config experiments/defaults.yaml \
   --config "experiments/$experiment/defaults.yaml" --config "experiments/$experiment/$stage.yaml" \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "${SLURM_NTASKS_PER_NODE%%(*}" --trainer.accelerator gpu \

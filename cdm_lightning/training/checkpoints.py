@@ -19,9 +19,10 @@ class CheckpointWriteError(InputError):
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer, but if the first process cannot write a checkpoint, all raise CheckpointWriteError.
+    """Lightning's trainer; all processes stop if a checkpoint cannot be written.
 
-    With Lightning's own trainer, the other processes would wait for the first one forever.
+    They raise CheckpointWriteError together. With Lightning's own trainer, the others would wait for the process that
+    failed.
     """
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
