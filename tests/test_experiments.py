@@ -1,6 +1,8 @@
 """Every YAML trains a step through the real command line, and the ImageNet files state the paper's table."""
 
 import csv
+import shlex
+import subprocess
 
 import numpy as np
 import pytest
@@ -130,3 +132,18 @@ def test_mixed_precision_trains(tmp_path, monkeypatch):
     main(["fit", *configs(path), *QUICK, "--trainer.precision=bf16-mixed", f"--trainer.default_root_dir={tmp_path}"])
     stage = load_stage(tmp_path / "checkpoints" / "last.ckpt")
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in stage.parameters())
+
+
+def test_every_command_of_the_study_is_understood(monkeypatch, capsys):
+    """The list of commands is run with `echo` in cdm's place; each line is then parsed as the command that it is."""
+    monkeypatch.chdir(ROOT)
+    script = ROOT / "experiments" / "study" / "commands.sh"
+    monkeypatch.setenv("CDM", "echo")
+    listed = subprocess.run(["bash", str(script), "fashion", "1"], capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
+    lines = [shlex.split(line) for line in listed.stdout.splitlines()]
+    assert [words[0] for words in lines].count("fit") == 6 and {"search", "sample", "cas"} <= {w[0] for w in lines}
+    for words in lines:
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--print_config"])
+        assert stop.value.code == 0, (words, capsys.readouterr().err)

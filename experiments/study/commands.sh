@@ -6,8 +6,12 @@ set -euo pipefail
 data=${1:-cifar} seed=${2:-0} n=2000
 cdm=${CDM:-.venv/bin/cdm}
 run=runs/study/$data/$seed
-if [ "$data" = cifar ]; then channels=3 detector=runs/detectors/cifar-cnn-64.safetensors; else channels=1 detector=fashion-cnn-64; fi
-[ "$data" != cifar ] || [ -e "$detector" ] || { mkdir -p runs/detectors; .venv/bin/python data/detector.py data/cifar "$detector" --width 32 --epochs 8 --seed 0; }
+channels=1 detector=fashion-cnn-64
+if [ "$data" = cifar ]; then
+  channels=3 detector=runs/detectors/cifar-cnn-64.safetensors
+  mkdir -p runs/detectors
+  [ -e "$detector" ] || .venv/bin/python data/detector.py data/cifar "$detector" --width 32 --epochs 8 --seed 0
+fi
 fast=(--precision bf16-mixed --sampler dpm++)  # a few ancestral steps would leave noise that hides every other effect
 
 # Six trainings: each stage alone. The cascades share base8.
