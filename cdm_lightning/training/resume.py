@@ -57,14 +57,14 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self.step, self.signal_number = trainer.global_step, 0
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # replaces Lightning's handlers, which act within a step, until it restores them
+            for number in SIGNALS:  # Lightning's handlers act within a step; it restores them at the end
                 signal.signal(number, self.note_signal)
 
     def note_signal(self, number: int, frame: Any) -> None:
         self.signal_number = number
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Do not save here, as Lightning would: the validation and the logs of this step are still to come."""
+        """Do not save here, as Lightning would: the validation and the logs of this step come later."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -100,8 +100,8 @@ class Checkpoint(ModelCheckpoint):
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
-            batches, open_ = counts["processed"] // before * now, counts["processed"] - counts["completed"]
-            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - open_}
+            batches, unfinished = counts["processed"] // before * now, counts["processed"] - counts["completed"]
+            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - unfinished}
         trainer.datamodule.batches_before = progress["total"]["processed"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

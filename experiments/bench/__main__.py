@@ -1,4 +1,4 @@
-"""`python experiments/bench`: every benchmark in one run; tables on the screen, figures and a picture in a folder."""
+"""`python experiments/bench`: run the benchmarks, print their tables, and store results and a chart in a folder."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ def bench(
     compile: bool = False,
     quick: bool = False,
 ) -> None:
-    """Measure speed beside peers and beside what the machine can do; every part in rounds in which all take turns.
+    """Measure speed, compared with other projects and with the hardware's limits.
+
+    Everything that is compared is measured in turn, round after round.
 
     Args:
         out: Folder for results.json, results.md and growth.png.
         parts: What to measure.
-        guided_diffusion: A checkout of openai/guided-diffusion, to have its network among the peers.
-        compile: Measure our network compiled, too (minutes).
-        quick: A minute, with figures that say nothing, to see that it runs.
+        guided_diffusion: A checkout of openai/guided-diffusion, to measure its network too.
+        compile: Also measure our network compiled (takes minutes).
+        quick: Run everything in about a minute, as a test; the results mean nothing.
     """
     results: dict[str, Any] = {"machine": machine(), "quick": quick}
     texts = [", ".join(f"{name} {value}" for name, value in results["machine"].items())]
@@ -72,10 +74,11 @@ def bench(
 
 
 def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    """GPU if there is one, processor, cores, threads, torch version and date."""
+    gpu: dict[str, Any] = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     return {
-        **found,
+        **gpu,
         "processor": processor(),
         "cores": cores,
         "threads": threads,
@@ -85,8 +88,9 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    stated = Path("/proc/cpuinfo")
-    lines = stated.read_text().splitlines() if stated.is_file() else []
+    """The name of the processor model, or its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 

@@ -1,9 +1,9 @@
-"""Images a second of every way to a batch: packed shards, shards of PNGs, the original JPEGs, a bare copy of the bytes.
+"""Data loading benchmark: images per second from packed shards, PNG shards, original JPEGs, and a plain memory copy.
 
-It makes photograph-like JPEGs of 400x350, prepares them in both forms at every resolution, and measures all ways in
-turn, round after round, in one process with one thread; then the loader with its workers, and `cdm prepare`, in one
-process and on all cores, beside decoding alone. Everything is read from the page cache. The figures are medians over
-the rounds. A ratio is one of CPU times, which what else runs on the machine changes little.
+It generates photograph-like JPEGs of 400x350 and prepares them in both shard formats at every resolution. The sources
+are measured in turn, round after round, in one process with one thread. Then it measures the loader with workers, and
+`cdm prepare` in one process and on all cores, compared with decoding alone. Everything is read from the page cache.
+Results are medians over rounds. Ratios compare CPU times, which other load on the machine changes little.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.data.stream import ShardStream
 
 WIDTH, HEIGHT = 400, 350  # about the mean of ImageNet
-DISTINCT = 50  # pictures; the others are copies of them
-Rate = tuple[float, float]  # images a second of the clock, and a second of CPU time of all processes that work
+DISTINCT = 50  # different pictures; the others are copies
+Rate = tuple[float, float]  # images per second of wall time, and per second of CPU time of all processes
 
 
 def photograph(rng: np.random.Generator) -> bytes:
-    """JPEG bytes of noise at low frequencies with a little grain, about 50 KB as a photograph of that size has."""
+    """JPEG bytes of low-frequency noise with some grain: about 50 KB, like a photograph of that size."""
     image = np.zeros((HEIGHT, WIDTH, 3))
     for waves in (4, 12, 36, 100):
         for channel in range(3):
@@ -51,7 +51,7 @@ def photograph(rng: np.random.Generator) -> bytes:
 
 
 def measured(batches: Iterator[int], seconds: float) -> Rate:
-    """Batches, as their numbers of images, until `seconds` are over."""
+    """The rate at which batches arrive, measured for `seconds`. batches: yields the number of images in each batch."""
     clock, cpu, images = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - clock < seconds:
         images += next(batches)
@@ -59,7 +59,7 @@ def measured(batches: Iterator[int], seconds: float) -> Rate:
 
 
 def from_shards(root: Path, resolution: int, batch_size: int, workers: int = 0) -> Iterator[int]:
-    """Batches of an endless stream, with mirroring, as training has them."""
+    """Batch sizes from the endless training stream, with random flips."""
     folder = root / "train" / str(resolution)
     stream = ShardStream(folder, read_manifest(folder), resolution, batch_size, flip=True)
     loader = DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
@@ -67,7 +67,7 @@ def from_shards(root: Path, resolution: int, batch_size: int, workers: int = 0) 
 
 
 def from_jpegs(jpegs: Sequence[bytes], resolution: int, batch_size: int) -> Iterator[int]:
-    """Batches of the original files: decode, cut, stack."""
+    """Batch sizes from the original files: decode, crop, stack."""
     files = cycle(jpegs)
     while True:
         squares = [cut_square(decode(next(files)), resolution, "adm") for _ in range(batch_size)]
@@ -75,32 +75,32 @@ def from_jpegs(jpegs: Sequence[bytes], resolution: int, batch_size: int) -> Iter
 
 
 def copied(resolution: int, batch_size: int, images: int) -> Iterator[int]:
-    """Batches copied from an array of as many images as the shards hold."""
+    """Batch sizes from copying an array of as many images as the shards hold."""
     whole = torch.zeros(max(images, batch_size), 3, resolution, resolution, dtype=torch.uint8)
     for start in cycle(range(0, len(whole) - batch_size + 1, batch_size)):
         yield len(whole[start : start + batch_size].clone())
 
 
-def in_turn(ways: dict[str, Iterator[int]], rounds: int, seconds: float) -> dict[str, Rate]:
-    """The median rates of some ways, each measured once a round after one batch that warms it up."""
-    for way in ways.values():
-        next(way)
-    found: dict[str, list[Rate]] = {name: [] for name in ways}
+def in_turn(sources: dict[str, Iterator[int]], rounds: int, seconds: float) -> dict[str, Rate]:
+    """The median rate of each source, measured once per round, after one batch to warm up."""
+    for source in sources.values():
+        next(source)
+    found: dict[str, list[Rate]] = {name: [] for name in sources}
     for _ in range(rounds):
-        for name, way in ways.items():
-            found[name].append(measured(way, seconds))
+        for name, source in sources.items():
+            found[name].append(measured(source, seconds))
     return {name: (median(r for r, _ in rates), median(r for _, r in rates)) for name, rates in found.items()}
 
 
-def alone(way: Iterator[int], seconds: float) -> Rate:
-    """The rate of a loader while no other has workers, after the batches that they had read ahead."""
+def loader_rate(loader: Iterator[int], seconds: float) -> Rate:
+    """The rate of a loader, measured after the batches that its workers have prefetched."""
     for _ in range(20):
-        next(way)
-    return measured(way, seconds)
+        next(loader)
+    return measured(loader, seconds)
 
 
 def prepared(source: Path, out: Path, images_per_shard: int, workers: int = 1, **options: Any) -> tuple[float, float]:
-    """Seconds of `cdm prepare`, of the clock and of all its processes' CPU time."""
+    """Run `cdm prepare folder`; returns its seconds of wall time, and of CPU time over all its processes."""
     clock, cpu = time.perf_counter(), cpu_seconds()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         prepare_folder(source, out, images_per_shard=images_per_shard, workers=workers, **options)
@@ -108,7 +108,7 @@ def prepared(source: Path, out: Path, images_per_shard: int, workers: int = 1, *
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it waited for."""
+    """CPU time of this process and of its finished children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -116,7 +116,7 @@ def cpu_seconds() -> float:
 def preparing(
     source: Path, out: Path, jpegs: Sequence[bytes], resolutions: Sequence[int], images: int
 ) -> dict[str, Rate]:
-    """Rates of `cdm prepare` in both forms, whose shards are measured later, beside the decoding that it needs."""
+    """Rates of `cdm prepare` in both formats, and of decoding and cropping alone. The shards are measured later."""
     found: dict[str, Rate] = {}
     small = [r for r in resolutions if r <= 64]
     ways: dict[str, dict[str, Any]] = {
@@ -141,7 +141,7 @@ def preparing(
 
 
 def on_all_cores(source: Path, out: Path, images: int, cores: int, **options: Any) -> Rate:
-    """What three times as many images take more, so that the processes' start does not count."""
+    """Rate from the extra time for three times as many images, so that the start of the processes does not count."""
     more = out.parent / f"{out.name}-source"
     (more / "a").mkdir(parents=True)
     for file in (source / "a").iterdir():
@@ -153,7 +153,7 @@ def on_all_cores(source: Path, out: Path, images: int, cores: int, **options: An
 
 
 def table(results: dict[str, Any]) -> str:
-    """The rates as text, one row a way, with the ratio to the original JPEGs."""
+    """The rates as a text table: one row per source, with the ratio to the original JPEGs."""
     lines = []
     for resolution, ways in results["rates"].items():
         lines.append(f"{resolution}x{resolution:<8} {'images/s':>12} {'/CPU s':>12} {'of JPEG':>9} {'bytes/image':>12}")
@@ -176,16 +176,16 @@ def run(
     seconds: float = 0.5,
     workers: Sequence[int] = (0, 1, 2),
 ) -> dict[str, Any]:
-    """Measure the data path.
+    """Measure data loading and preparation.
 
     Args:
-        quick: a few seconds with figures that say nothing, to see that it runs.
-        resolutions: widths to measure, each half of another.
+        quick: run in a few seconds, as a test; the results mean nothing.
+        resolutions: image sizes to measure; each is half of the next.
         images: images in each folder of shards.
         batch_size: images in a batch.
-        rounds: times that every way is measured.
-        seconds: how long each time.
-        workers: processes of the loader, a row for each number.
+        rounds: how often each source is measured.
+        seconds: length of each measurement.
+        workers: numbers of worker processes of the loader; one row each.
     """
     if quick:
         resolutions, images, rounds, seconds, workers = resolutions[:2], 60, 1, 0.05, workers[:2]
@@ -209,7 +209,7 @@ def run(
             sizes = {name: sum(s.bytes for s in m.shards) // m.count for name, m in manifests.items()}
             results["bytes_per_image"][resolution] = {**sizes, "jpeg": sum(map(len, jpegs)) // len(jpegs)}
             results["loader"][resolution] = {
-                f"{name}, {n} workers": alone(from_shards(root, resolution, batch_size, n), 4 * seconds)
+                f"{name}, {n} workers": loader_rate(from_shards(root, resolution, batch_size, n), 4 * seconds)
                 for name, root in forms.items()
                 for n in workers
             }

@@ -1,4 +1,4 @@
-"""How cost grows with resolution, batch, number of stages and number of images: time beside the work to be done."""
+"""Scaling benchmark: how time grows with resolution, batch size, stages and images, compared with the FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from network import Size, awaken, clocked, inputs, kept, ours
+from network import Size, fill_zero_layers, inputs, ours, saved_bytes, stopwatch
 from sampling import stage_of
 
 from cdm_lightning.cascade import CascadeModule
@@ -18,11 +18,11 @@ from cdm_lightning.network import UNet
 from cdm_lightning.planning.flops import forward_flops
 from cdm_lightning.stages import SuperResolutionStage
 
-Curve = list[dict[str, float]]  # x, work and seconds
+Curve = list[dict[str, float]]  # points with x, work in FLOPs, and seconds
 
 
 def run(quick: bool = False) -> dict[str, Curve]:
-    """Four curves: a training step by resolution and by batch; sampling by stages and by images."""
+    """Four curves: a training step over resolution and batch size, and sampling over stages and images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds, large = (1, 1) if quick else (5, 16 if device.type == "cuda" else 1)
     sides = (16, 32) if quick else (16, 32, 64, 128)
@@ -36,8 +36,9 @@ def run(quick: bool = False) -> dict[str, Curve]:
 
 
 def training(size: Size, x: int, rounds: int, device: torch.device) -> dict[str, float]:
+    """One point: a training step of a network of this size. x: its place on the axis."""
     contestant = ours(size, device)
-    awaken(contestant.network)
+    fill_zero_layers(contestant.network)
     assert isinstance(contestant.network, UNet)
     data = inputs(size, device)
 
@@ -46,17 +47,17 @@ def training(size: Size, x: int, rounds: int, device: torch.device) -> dict[str,
         contestant.update()
 
     work = 3 * size.batch * forward_flops(contestant.network)
-    return {"x": x, "work": work, "seconds": timed(step, rounds, device), "kept": kept(contestant, data, None)}
+    return {"x": x, "work": work, "seconds": timed(step, rounds, device), "kept": saved_bytes(contestant, data, None)}
 
 
 def cascades(count: int, batch: int, rounds: int, device: torch.device) -> dict[str, float]:
-    """Stages 8, 16, 32 of one network's width, 4 steps each."""
+    """One point: sampling with the first `count` stages of 8, 16 and 32 pixels, 4 steps each."""
     small = dict(num_classes=10, channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[8])
     fixed = dict(variance="fixed_small", timesteps=1000, schedule="linear", sampling_steps=4)
     stages: list[Any] = [stage_of(Size(8, 32, 1), 4)]
     for side in (16, 32)[: count - 1]:
         stage = SuperResolutionStage(resolution=side, low_resolution=side // 2, augmentation="none", **small, **fixed)
-        awaken(stage.unet)
+        fill_zero_layers(stage.unet)
         stages.append(stage.eval().requires_grad_(False))
     cascade = CascadeModule.from_stages(stages).to(device)
     index = torch.arange(batch, device=device)
@@ -65,7 +66,7 @@ def cascades(count: int, batch: int, rounds: int, device: torch.device) -> dict[
 
 
 def images(count: int, block: int, rounds: int, device: torch.device) -> dict[str, float]:
-    """Images of one stage, drawn in blocks."""
+    """One point: sampling `count` images from one stage, in blocks."""
     cascade = CascadeModule.from_stages([stage_of(Size(8, 32, 1), 4)]).to(device)
 
     def draw() -> None:
@@ -81,16 +82,18 @@ def images(count: int, block: int, rounds: int, device: torch.device) -> dict[st
 
 
 def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    """Median seconds of a call, after one call to warm up."""
     work()
     seconds = []
     for _ in range(rounds):
-        with clocked(device) as clock:
+        with stopwatch(device) as clock:
             work()
         seconds.append(clock[0])
     return median(seconds)
 
 
 def table(found: dict[str, Curve]) -> str:
+    """A Markdown table: how much work and time grow along each curve."""
     lines = ["| what grows | from → to | work grows | time grows |", "|---|---|---|---|"]
     for name, curve in found.items():
         first, last = curve[0], curve[-1]
@@ -102,7 +105,7 @@ def table(found: dict[str, Curve]) -> str:
 
 
 def draw(found: dict[str, Curve], path: Path) -> None:
-    """Seconds against the work, both on logarithmic axes; the dashed line is time in proportion to work."""
+    """Plot seconds over work on logarithmic axes. The dashed line is time proportional to work."""
     figure = Figure(figsize=(3 * len(found), 3.2), layout="constrained")
     for axes, (name, curve) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         work, seconds = ([point[key] for point in curve] for key in ("work", "seconds"))

@@ -1,7 +1,8 @@
-"""A training step and a forward pass of the network beside its peers': equal parameters, operations, inputs, precision.
+"""Network benchmark: forward pass and training step of our U-Net, compared with those of other projects.
 
-Peers: diffusers' UNet2DModel with its EMAModel, and, where a path to a checkout is given, guided-diffusion's UNetModel
-with its own averages. All are laid out as the same ADM network, so one count of operations holds for all.
+The others are diffusers' UNet2DModel with its EMAModel and, if a checkout is given, guided-diffusion's UNetModel with
+its own averaging. All are configured as the same ADM network, with equal parameters, inputs and precision, so that one
+FLOP count holds for all.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Size:
-    """The network that all build. Attention at 16 and 8; multipliers 1, 2, 3, 4.
+    """The size of the common network. Attention at 16 and 8, multipliers 1, 2, 3, 4, and four heads.
 
-    Four heads, but for diffusers, which takes a width a head: here the base channels, so that it has 2, 3 and 4.
+    diffusers takes the width of a head instead: with the base channels as width, it has 2, 3 and 4 heads.
     """
 
     resolution: int = 32
@@ -43,7 +44,7 @@ class Size:
 
 @dataclass
 class Contestant:
-    """One network with the optimizer and the averages that its project trains with."""
+    """One network with the optimizer and the weight averaging of its project."""
 
     network: nn.Module
     call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,6 +52,7 @@ class Contestant:
 
 
 def ours(size: Size, device: torch.device) -> Contestant:
+    """Our U-Net with fused Adam and our EMA."""
     network = UNet(size.resolution, 3, 6, size.channels, (1, 2, 3, 4), size.blocks, (16, 8), 4, num_classes=CLASSES)
     network.to(device)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
@@ -67,6 +69,7 @@ def ours(size: Size, device: torch.device) -> Contestant:
 
 
 def diffusers(size: Size, device: torch.device) -> Contestant:
+    """diffusers' UNet2DModel with AdamW and its EMAModel."""
     attends = [size.resolution // 2**depth in (16, 8) for depth in range(4)]
     down = ["AttnDownBlock2D" if has else "ResnetDownsampleBlock2D" for has in attends]
     network = UNet2DModel(
@@ -87,6 +90,7 @@ def diffusers(size: Size, device: torch.device) -> Contestant:
 
 
 def guided_diffusion(size: Size, device: torch.device, checkout: Path) -> Contestant:
+    """The UNetModel of a guided-diffusion checkout with AdamW and its own EMA."""
     if not (checkout / "guided_diffusion" / "unet.py").is_file():
         raise InputError(f"{checkout} is no checkout of guided-diffusion: it holds no guided_diffusion/unet.py")
     sys.path.insert(0, str(checkout))
@@ -113,7 +117,7 @@ def guided_diffusion(size: Size, device: torch.device, checkout: Path) -> Contes
 def run(
     quick: bool = False, guided: Path | None = None, compile: bool = False, rounds: int | None = None
 ) -> dict[str, Any]:
-    """Interleaved rounds of every contestant; medians, and ratios to ours taken round by round."""
+    """Measure all networks in turn, in rounds. Reports medians, and ratios to ours within each round."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = Size(16, 32, 1, 2) if quick else Size(batch=256) if device.type == "cuda" else Size()
     rounds = rounds or (2 if quick else 12)
@@ -124,52 +128,53 @@ def run(
     if guided is not None:
         contestants["guided-diffusion"] = guided_diffusion(size, device, guided)
     for contestant in contestants.values():
-        awaken(contestant.network)
+        fill_zero_layers(contestant.network)
     network = contestants["ours"].network
     assert isinstance(network, UNet)
     precisions = {"bf16": torch.bfloat16} if device.type == "cuda" else {"fp32": None}
     found = {}
     for precision, dtype in precisions.items():
         rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
-        times = compete(contestants, inputs(size, device), dtype, rounds, device)
+        times = time_contestants(contestants, inputs(size, device), dtype, rounds, device)
         found[precision] = {
             "matmul": rates.matmul, "convolution": rates.convolution,
             "contestants": {name: figures(times, name, forward_flops(network) * size.batch) for name in contestants},
             "profile": profile(size, device, dtype, 1 if quick else 5),
-            "kept": {name: kept(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
+            "kept": {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
         }  # fmt: skip
     parameters = {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()}
     return {"size": vars(size), "parameters": parameters, "flops": forward_flops(network), "rounds": rounds, **found}
 
 
-def awaken(network: nn.Module) -> None:
-    """No layer at zero: arithmetic on zeros and denormals has another speed."""
+def fill_zero_layers(network: nn.Module) -> None:
+    """Initialise layers that are zero with small random weights: arithmetic on zeros and denormals differs in speed."""
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
 
 
 def inputs(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random x (B, 3, R, R), t in (1, 1000) (B,) and labels (B,)."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(size.batch, 3, size.resolution, size.resolution, generator=g)
     t = torch.rand(size.batch, generator=g) * 999 + 1
     return x.to(device), t.to(device), (torch.arange(size.batch) % CLASSES).to(device)
 
 
-def compete(
+def time_contestants(
     contestants: dict[str, Contestant], data: tuple[torch.Tensor, ...], dtype: Any, rounds: int, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of `forward`, `gradients` (and backward) and `step` (and the update), per contestant and round."""
+    """Seconds of `forward`, `gradients` (forward and backward) and `step` (with the update), per network and round."""
     times: dict[str, dict[str, list[float]]] = {n: {"forward": [], "gradients": [], "step": []} for n in contestants}
     order = list(contestants.items())
     for number in range(rounds + 1):
         order = order[1:] + order[:1]
         for name, contestant in order:
             call = autocast(contestant.call, device, dtype)
-            with torch.no_grad(), clocked(device) as forward:
+            with torch.no_grad(), stopwatch(device) as forward:
                 call(*data)
-            with clocked(device) as step:
-                with clocked(device) as gradients:
+            with stopwatch(device) as step:
+                with stopwatch(device) as gradients:
                     call(*data).float().square().mean().backward()
                 contestant.update()
             if number:  # the first round warms up
@@ -179,6 +184,8 @@ def compete(
 
 
 def autocast(call: Callable[..., torch.Tensor], device: torch.device, dtype: Any) -> Callable[..., torch.Tensor]:
+    """The call under autocast to `dtype`; None for no autocast."""
+
     def cast(*data: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return call(*data)
@@ -187,8 +194,8 @@ def autocast(call: Callable[..., torch.Tensor], device: torch.device, dtype: Any
 
 
 @contextmanager
-def clocked(device: torch.device) -> Iterator[list[float]]:
-    """A list to which the seconds are appended at the end, when the device is done."""
+def stopwatch(device: torch.device) -> Iterator[list[float]]:
+    """A list to which the seconds of the block are appended at its end, when the device has finished."""
     seconds: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -200,7 +207,7 @@ def clocked(device: torch.device) -> Iterator[list[float]]:
 
 
 def figures(times: dict[str, dict[str, list[float]]], name: str, flops: float) -> dict[str, Any]:
-    """FLOP/s by the architecture's count (3 times the forward for a step), and how many times longer than ours."""
+    """Median seconds, FLOP/s (a step counts as 3 forward passes), and how many times longer than ours it takes."""
     own = {}
     for what, seconds in times[name].items():
         rate = flops * (1 if what == "forward" else 3) / median(seconds)
@@ -209,8 +216,8 @@ def figures(times: dict[str, dict[str, list[float]]], name: str, flops: float) -
     return own
 
 
-def kept(contestant: Contestant, data: tuple[torch.Tensor, ...], dtype: Any) -> int:
-    """Bytes that a forward pass leaves for backward, without the weights."""
+def saved_bytes(contestant: Contestant, data: tuple[torch.Tensor, ...], dtype: Any) -> int:
+    """Bytes that a forward pass saves for the backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in contestant.network.parameters()}
     sizes: dict[int, int] = {}
 
@@ -226,7 +233,7 @@ def kept(contestant: Contestant, data: tuple[torch.Tensor, ...], dtype: Any) -> 
     return sum(sizes.values())
 
 
-KINDS = {  # of operations, by the names that torch gives them, the first that fits
+KINDS = {  # kinds of operations, by parts of torch's operation names; the first match counts
     "convolution, backward": ("convolution_backward", "dgrad", "wgrad"),
     "convolution, forward": ("convolution", "conv", "fprop"),
     "attention": ("attention", "flash", "fmha"),
@@ -238,9 +245,9 @@ KINDS = {  # of operations, by the names that torch gives them, the first that f
 
 
 def profile(size: Size, device: torch.device, dtype: Any, rounds: int = 5) -> dict[str, float]:
-    """Where the time of one of our training steps goes: shares of it by kinds of operations, medians of some rounds."""
+    """The share of each kind of operation in the time of our training step, from medians over rounds."""
     contestant, data = ours(size, device), inputs(size, device)
-    awaken(contestant.network)
+    fill_zero_layers(contestant.network)
     call = autocast(contestant.call, device, dtype)
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):
@@ -259,6 +266,7 @@ def profile(size: Size, device: torch.device, dtype: Any, rounds: int = 5) -> di
 
 
 def table(found: dict[str, Any]) -> str:
+    """The results as Markdown tables."""
     size, lines = found["size"], []
     for precision in ("fp32", "bf16"):
         if precision not in found:
@@ -270,7 +278,7 @@ def table(found: dict[str, Any]) -> str:
             f"matmul {part['matmul'] / 1e9:.0f} GFLOP/s, 3x3 convolution {part['convolution'] / 1e9:.0f}",
             "",
             "| | forward GFLOP/s | gradients GFLOP/s | step GFLOP/s | step, share of convolution | ours is faster: "
-            "forward | gradients | step | kept, MiB an image |",
+            "forward | gradients | step | saved for backward, MiB per image |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for name, own in part["contestants"].items():

@@ -1,4 +1,4 @@
-"""The recipes on the device at hand: images a second, share of the measured rates, memory, and the plan beside them."""
+"""Recipe benchmark: images per second, FLOP/s and memory of the recipes on this device, and planned memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdm_lightning.planning.step_time import measure_step
 
 
 def run(quick: bool = False, compile: bool = False) -> dict[str, Any]:
-    """On a GPU the paper's stages, each at growing micro-batches until memory ends; on a CPU the demo's."""
+    """Measure the paper's stages on a GPU, with micro-batches that grow until memory runs out; on a CPU the demo's."""
     device = current_device()
     large = device.type == "cuda" and not quick
     experiment, names = ("imagenet", ("base32", "sr64", "sr256")) if large else ("fashion", ("base8", "sr16", "sr32"))
@@ -26,16 +26,18 @@ def run(quick: bool = False, compile: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {"matmul": rates.matmul, "convolution": rates.convolution, "precision": precision}
     for name in names[: 1 if quick else None]:
         sizes = [2**power for power in range(10)] if large else [8] if quick else [64]
-        found[name] = {str(mode): climb(name, experiment, precision, sizes, mode, device) for mode in modes}
+        found[name] = {
+            str(mode): measure_batch_sizes(name, experiment, precision, sizes, mode, device) for mode in modes
+        }
     return found
 
 
-def climb(
+def measure_batch_sizes(
     name: str, experiment: str, precision: str, sizes: list[int], mode: CompileMode | None, device: torch.device
 ) -> list[dict[str, float]]:
-    """A row per micro-batch that fits."""
+    """One row per micro-batch size that fits into memory."""
     recipe, rows = read_recipe(configurations(name, experiment)), []
-    paper = SimulatedStep(recipe.stage("meta"), precision, recipe.average)
+    simulated = SimulatedStep(recipe.stage("meta"), precision, recipe.average)
     for batch in sizes:
         gc.collect()
         if device.type == "cuda":
@@ -45,26 +47,27 @@ def climb(
             stage = recipe.stage("cpu")
             if mode is not None:
                 stage.unet.compile(mode=mode)
-            took = measure_step(stage, batch, precision, device, recipe.average, seconds=2.0)
+            step_time = measure_step(stage, batch, precision, device, recipe.average, seconds=2.0)
         except torch.OutOfMemoryError:
             break
-        rate = took.images_a_second(batch, 1)
+        rate = step_time.images_a_second(batch, 1)
         rows.append(
             {
                 "batch": batch, "images_a_second": rate, "flops": rate * training_flops(stage.unet),
                 "memory": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-                "memory_on_paper": paper.memory(batch).total,
+                "memory_on_paper": simulated.memory(batch).total,
             }
         )  # fmt: skip
     return rows
 
 
 def table(found: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
     lines = [
         f"training steps of the recipes, {found['precision']}; measured here: matmul {found['matmul'] / 1e9:,.0f} "
         f"GFLOP/s, 3x3 convolution {found['convolution'] / 1e9:,.0f}",
         "",
-        "| stage | compiled | micro-batch | images/s | GFLOP/s | share of matmul | peak memory, GB | on paper, GB |",
+        "| stage | compiled | micro-batch | images/s | GFLOP/s | share of matmul | peak memory, GB | planned, GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, modes in found.items():

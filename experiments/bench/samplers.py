@@ -1,6 +1,7 @@
-"""Quality against cost: a cascade's distance by sampler and number of steps, the same in all stages, at s = 0.
+"""Sampler benchmark: the distance of a cascade's samples by sampler and number of steps, at s = 0.
 
-`python experiments/bench/samplers.py` goes on where it was stopped; each point is a folder of samples.
+All stages take the same number of steps. `python experiments/bench/samplers.py` resumes where it was stopped; each
+point is a folder of samples.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ def samplers(
     n: int = 1000,
     seeds: list[int] = [0],  # noqa: B006, read only
 ) -> list[dict[str, Any]]:
-    """Draw and measure every point, and write results.json and curve.png.
+    """Draw and measure the samples of every point, and write results.json and curve.png.
 
     Args:
-        bundle: The cascade.
-        reference: A card of the real images.
+        bundle: The bundle of the cascade.
+        reference: The reference card of the real images.
         out: Folder for samples, results.json and curve.png.
         samplers: Samplers to compare.
         steps: Network calls of each stage.
-        n: Images of a point and seed.
-        seeds: Of the samples; three or more give an error bar.
+        n: Images per point and seed.
+        seeds: Seeds of the samples; three or more give error bars.
     """
     stages = len(read_bundle(bundle)[0])
     rows: list[dict[str, Any]] = []
@@ -61,25 +62,26 @@ def samplers(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Distances, and how far each lies from that of the ancestral sampler, the paper's, at its most steps."""
+    """A Markdown table of distances, also relative to ddpm, the paper's sampler, at its largest number of steps."""
     ancestral = [row["value"] for row in sorted(rows, key=lambda row: row["steps"]) if row["sampler"] == "ddpm"]
     lines = [
-        "| sampler | steps a stage | network calls an image | distance | beside the most steps of ddpm |",
+        "| sampler | steps per stage | network calls per image | distance | relative to ddpm with most steps |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        beside = f"{row['value'] / ancestral[-1] - 1:+.1%}" if ancestral else ""
-        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['value']:.3f} | {beside} |")
+        relative = f"{row['value'] / ancestral[-1] - 1:+.1%}" if ancestral else ""
+        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {row['value']:.3f} | {relative} |")
     return "\n".join(lines)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot distance over network calls, one line per sampler."""
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         own = [row for row in rows if row["sampler"] == sampler]
         axes.plot([r["calls"] for r in own], [r["value"] for r in own], "o-", label=sampler, linewidth=1, markersize=4)
-    axes.set(xscale="log", yscale="log", xlabel="network calls an image, all stages", ylabel=rows[0]["name"])
+    axes.set(xscale="log", yscale="log", xlabel="network calls per image, all stages", ylabel=rows[0]["name"])
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
 

@@ -1,4 +1,4 @@
-"""Sampling beside the bare network: what the loop costs over its network calls, and diffusers' pipeline beside ours."""
+"""Sampling benchmark: the overhead of the sampling loop over its network calls, and diffusers' pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from network import Contestant, Size, awaken, clocked, diffusers
+from network import Contestant, Size, diffusers, fill_zero_layers, stopwatch
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.foundation.randomness import generators
@@ -19,7 +19,7 @@ BUNDLE = Path(__file__).parents[2] / "data/fashion-cascade"
 
 
 def run(quick: bool = False, rounds: int | None = None) -> dict[str, Any]:
-    """The shipped cascade's stages, and a network of the training benchmark's size beside diffusers' pipeline."""
+    """Measure the stages of the shipped cascade, and a larger network that is compared with diffusers' pipeline."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds, batch, steps = rounds or (1 if quick else 7), 4 if quick else 64, 4 if quick else 20
     cascade = CascadeModule(BUNDLE).to(device)
@@ -36,15 +36,17 @@ def run(quick: bool = False, rounds: int | None = None) -> dict[str, Any]:
 
 
 def stage_of(size: Size, steps: int) -> BaseStage:
+    """A base stage of this size that samples with ddpm."""
     stage = BaseStage(
         resolution=size.resolution, num_classes=10, channels=size.channels, num_res_blocks=size.blocks,
         variance="fixed_small", timesteps=1000, schedule="linear", sampling_steps=steps,
     )  # fmt: skip
-    awaken(stage.unet)
+    fill_zero_layers(stage.unet)
     return stage.eval().requires_grad_(False)
 
 
 def sampler(stage: BaseStage | SuperResolutionStage, batch: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    """A function that draws one batch from the stage."""
     label = torch.arange(batch, device=device) % (stage.num_classes or 1)
     if isinstance(stage, SuperResolutionStage):
         small = torch.zeros(batch, stage.image_channels, stage.low_resolution, stage.low_resolution, device=device)
@@ -53,25 +55,25 @@ def sampler(stage: BaseStage | SuperResolutionStage, batch: int, device: torch.d
 
 
 def loop(stage: Any, batch: int, device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds a step of the sampler and of its network calls alone, with the very inputs that it makes."""
+    """Milliseconds per step of the sampler, and of its network calls alone with the same inputs."""
     draw, calls = sampler(stage, batch, device), []
-    hook = stage.unet.register_forward_pre_hook(lambda _, args, told: calls.append((args, told)), with_kwargs=True)
+    hook = stage.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     draw()
     hook.remove()
     pairs = []
     for _ in range(rounds):
-        with clocked(device) as whole:
+        with stopwatch(device) as whole:
             draw()
-        with torch.no_grad(), clocked(device) as bare:
-            for args, told in calls:
-                stage.unet(*args, **told)
+        with torch.no_grad(), stopwatch(device) as bare:
+            for args, kwargs in calls:
+                stage.unet(*args, **kwargs)
         pairs.append((whole[0], bare[0]))
     per_step = [1e3 * median(part) / len(calls) for part in zip(*pairs, strict=True)]
     return {"sampler_ms": per_step[0], "network_ms": per_step[1], "overhead": median(w / b for w, b in pairs) - 1}
 
 
 def by_batch(stage: Any, sizes: tuple[int, ...], device: torch.device, rounds: int) -> dict[int, float]:
-    """Images a second of one network call, by the number of images in it."""
+    """Images per second of one network call, by batch size."""
     calls = {}
     for size in sizes:
         shape = (size, stage.image_channels, stage.resolution, stage.resolution)
@@ -83,26 +85,26 @@ def by_batch(stage: Any, sizes: tuple[int, ...], device: torch.device, rounds: i
     found: dict[int, list[float]] = {size: [] for size in sizes}
     for number in range(rounds + 1):
         for size, call in calls.items():
-            with torch.no_grad(), clocked(device) as seconds:
+            with torch.no_grad(), stopwatch(device) as seconds:
                 call()
             found[size] += [size / seconds[0]] if number else []
     return {size: median(rates) for size, rates in found.items()}
 
 
 def beside_diffusers(stage: BaseStage, size: Size, device: torch.device, rounds: int) -> dict[str, float]:
-    """Images a second of ours and of DDPMPipeline, the same number of steps of equal networks."""
+    """Images per second of our sampler and of DDPMPipeline, with equal networks and numbers of steps."""
     steps = stage.diffusion.sampling_steps or 1
     peer: Contestant = diffusers(size, device)
     assert isinstance(peer.network, UNet2DModel)
     unconditional = UNet2DModel.from_config({**peer.network.config, "num_class_embeds": None, "out_channels": 3})
-    awaken(unconditional)
+    fill_zero_layers(unconditional)
     pipeline = DDPMPipeline(unconditional.to(device), DDPMScheduler(timestep_spacing="linspace"))
     pipeline.set_progress_bar_config(disable=True)
     draw, generator, pairs = sampler(stage, size.batch, device), torch.Generator(device).manual_seed(0), []
     for number in range(rounds + 1):
-        with clocked(device) as mine:
+        with stopwatch(device) as mine:
             draw()
-        with clocked(device) as theirs:
+        with stopwatch(device) as theirs:
             pipeline(size.batch, generator, steps, output_type="np")
         pairs += [(mine[0], theirs[0])] if number else []
     mine_s, theirs_s = (median(part) for part in zip(*pairs, strict=True))
@@ -113,17 +115,18 @@ def beside_diffusers(stage: BaseStage, size: Size, device: torch.device, rounds:
 
 
 def table(found: dict[str, Any]) -> str:
+    """The results as Markdown tables."""
     peers = found["pipeline"]
     lines = [
         f"sampling in batches of {found['batch']} (the last of {peers['batch']}), {found['rounds']} rounds",
         "",
-        "| stage | sampler, ms a step | network alone, ms | overhead |",
+        "| stage | sampler, ms per step | network alone, ms | overhead |",
         "|---|---|---|---|",
     ]
     for name, own in found["loops"].items():
         lines.append(f"| {name} | {own['sampler_ms']:.2f} | {own['network_ms']:.2f} | {own['overhead']:.1%} |")
     sizes = list(next(iter(found["batches"].values())))
-    lines += ["", f"| images a second of a network call, at a batch of | {' | '.join(map(str, sizes))} |"]
+    lines += ["", f"| images per second of a network call, with a batch of | {' | '.join(map(str, sizes))} |"]
     lines.append("|---" * (len(sizes) + 1) + "|")
     for name, rates in found["batches"].items():
         lines.append(f"| {name} | {' | '.join(f'{rate:,.0f}' for rate in rates.values())} |")

@@ -1,4 +1,4 @@
-"""How soon the command line answers: processor time of its helps and refusals beside a bare interpreter and torch."""
+"""Start-up benchmark: CPU time of the command line's help texts and errors, compared with Python and import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from statistics import median
 
-# What `cdm --help` needs of the standard library.
+# The modules of the standard library that `cdm --help` imports.
 STANDARD = (
     "import contextlib, dataclasses, importlib, logging, multiprocessing, os, pathlib, secrets, sys, tempfile, "
     "threading, time, typing, warnings"
@@ -27,16 +27,17 @@ BARE, TORCH = "python, standard library", "python, import torch"
 
 
 def run(quick: bool = False) -> dict[str, float]:
-    """Processor seconds (user and system) of each answer, the median of rounds in which all take turns."""
-    words = {BARE: [sys.executable, "-c", STANDARD], TORCH: [sys.executable, "-c", "import torch"]}
-    words |= {name: [*CDM, *arguments] for name, arguments in ANSWERS.items()}
+    """CPU seconds (user and system) of each command, as medians over rounds in which all take turns."""
+    commands = {BARE: [sys.executable, "-c", STANDARD], TORCH: [sys.executable, "-c", "import torch"]}
+    commands |= {name: [*CDM, *arguments] for name, arguments in ANSWERS.items()}
     if quick:
-        words = {name: words[name] for name in (BARE, TORCH, "cdm --help")}
-    rounds = [{name: processor_time(command) for name, command in words.items()} for _ in range(1 if quick else 5)]
-    return {name: median(one[name] for one in rounds) for name in words}
+        commands = {name: commands[name] for name in (BARE, TORCH, "cdm --help")}
+    rounds = [{name: processor_time(command) for name, command in commands.items()} for _ in range(1 if quick else 5)]
+    return {name: median(one[name] for one in rounds) for name in commands}
 
 
 def processor_time(command: list[str]) -> float:
+    """CPU seconds of a command, user and system."""
     before = os.times()
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = os.times()
@@ -44,7 +45,8 @@ def processor_time(command: list[str]) -> float:
 
 
 def table(found: dict[str, float]) -> str:
-    lines = ["| start-up | processor seconds | of a bare python | of import torch |", "|---|---|---|---|"]
+    """A Markdown table of the CPU seconds, also relative to Python alone and to import torch."""
+    lines = ["| start-up | CPU seconds | relative to bare python | relative to import torch |", "|---|---|---|---|"]
     for name, seconds in found.items():
         lines.append(f"| {name} | {seconds:.2f} | {seconds / found[BARE]:.1f} | {seconds / found[TORCH]:.2f} |")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 #!/bin/bash
-# One model at 32x32 against cascades 8x8 -> 32x32 with and without conditioning augmentation, one data set and seed:
+# The study: a single model at 32x32 against cascades 8x8 -> 32x32 with and without conditioning augmentation.
 #   bash experiments/study/commands.sh cifar 0        (or fashion; data/cifar.py prepares CIFAR-10)
-# What is finished is not made again, and a run that was stopped goes on. docs/results.md has what was measured.
+# It runs one data set and seed. Finished parts are skipped, and stopped ones resume. docs/results.md has the results.
 set -euo pipefail
 data=${1:-cifar} seed=${2:-0} n=2000
 cdm=${CDM:-.venv/bin/cdm}
@@ -12,9 +12,9 @@ if [ "$data" = cifar ]; then
   mkdir -p runs/detectors
   [ -e "$detector" ] || .venv/bin/python data/detector.py data/cifar "$detector" --width 32 --epochs 8 --seed 0
 fi
-fast=(--precision bf16-mixed --sampler dpm++)  # a few ancestral steps would leave noise that hides every other effect
+fast=(--precision bf16-mixed --sampler dpm++)  # with few ddpm steps, leftover noise would hide all other effects
 
-# Six trainings: each stage alone. The cascades share base8.
+# Six trainings, one per stage. The cascades share base8.
 fit() {
   file=$1 name=$2; shift 2
   $cdm fit --config experiments/defaults.yaml --config experiments/study/defaults.yaml --config "experiments/study/$file.yaml" \
@@ -34,12 +34,12 @@ $cdm bundle --checkpoints "[$run/base8,$run/sr32]" --out "$run/bundles/gaussian"
 $cdm bundle --checkpoints "[$run/base8,$run/sr32_blur]" --out "$run/bundles/blur"
 $cdm bundle --checkpoints "[$run/base8,$run/sr32_unlabelled]" --out "$run/bundles/unlabelled"
 
-# The level s of the cascade with Gaussian augmentation, on generated and on real input.
+# Search over the level s of the cascade with Gaussian augmentation, on generated and on real input.
 $cdm search --bundle "$run/bundles/gaussian" --out "$run/search" --shards "data/$data" --detector "$detector" --n "$n" \
   --levels "[251,501,1001]" --sampling_steps "[10,10]" "${fast[@]}" --seed "$seed" --store true
 
-# The other arms go on from the low-resolution samples that the search stored. 16 calls of base32 cost what 10 of base8
-# and 10 of sr32 cost together.
+# The other arms continue from the low-resolution samples that the search stored. 16 calls of base32 cost as much as 10
+# of base8 and 10 of sr32 together.
 draw() {
   name=$1; shift
   $cdm sample --bundle "$run/bundles/$name" --out "$run/samples/$name" --count "$n" --block_size 100 --seed "$seed" "${fast[@]}" "$@"
@@ -50,7 +50,7 @@ draw plain "${stored[@]}" --levels "[0]"
 draw blur "${stored[@]}" --levels "[0]"
 draw unlabelled "${stored[@]}" --levels "[501]"
 
-# Figures of every arm: distances, precision and recall, and the classification accuracy score.
+# Measure every arm: distances, precision and recall, and the classification accuracy score.
 for split in train val; do
   card=runs/study/$data/$split-32.safetensors
   [ -e "$card" ] || $cdm reference --shards "data/$data" --split $split --resolution 32 --detector "$detector" --keep 5000 --out "$card"
