@@ -1,7 +1,8 @@
 """Cascaded diffusion models (Ho et al., 2021) with PyTorch Lightning.
 
-A Diffusion draws q and runs p back. A UNet predicts. An augmentation corrupts the low-resolution image. A stage joins
-the three and trains. A CascadeModule folds trained stages. Shards go in, and shards of samples come out.
+A Diffusion draws q and runs p back (diffusion/). A UNet predicts (network/). An augmentation corrupts the low-resolution
+image, and a stage joins the three and trains (stages/, training/). A CascadeModule folds trained stages (cascade/).
+Shards go in (data/), shards of samples come out (sampling/) and are measured (evaluation/).
 """
 
 from importlib import import_module
@@ -26,7 +27,7 @@ __all__ = [
     "UNet",
     "__version__",
 ]
-ROOMS = {
+DEFINED_IN = {
     "BaseStage": "stages", "CascadeModule": "cascade", "Diffusion": "diffusion", "InputError": "foundation.errors",
     "ShardDataModule": "data", "SuperResolutionStage": "stages", "UNet": "network",
 }  # fmt: skip
@@ -34,6 +35,6 @@ ROOMS = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562), so that `import cdm_lightning` costs nothing."""
-    if name not in ROOMS:
+    if name not in DEFINED_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{DEFINED_IN[name]}"), name)

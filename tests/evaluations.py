@@ -7,7 +7,7 @@ from small_models import smallest_stages
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.evaluation.detectors import Detector
-from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.sampling.sample import sample
 

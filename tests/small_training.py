@@ -12,7 +12,7 @@ from small_models import SMALLEST, randomise_weights
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.stages import BaseStage
 from cdm_lightning.training import EMA, FiniteSteps
-from cdm_lightning.training.checkpoints import AtomicCheckpointIO, Trainer
+from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, Trainer
 
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started
 

@@ -1,4 +1,4 @@
-"""A trained cascade: sampling, truncated or not (cascade.py), and the folder that stores it (bundle.py)."""
+"""A trained cascade: its sampler, truncated or not (cascade.py), and the folder that stores it (bundle.py)."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -19,7 +19,7 @@ from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.network import CompileMode
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.augmentation import GaussianAugmentation
-from cdm_lightning.stages.kinds import Batch
+from cdm_lightning.stages.base_and_super_resolution import Batch
 from cdm_lightning.stages.loading import load_stage
 
 

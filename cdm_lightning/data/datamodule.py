@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
 
-from cdm_lightning.data.damage import Damage, OnDamage, decode_damage
+from cdm_lightning.data.damaged_images import Damage, OnDamage, decode_damage
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
 from cdm_lightning.data.stream import ShardStream, leave_signals_to_the_parent
 from cdm_lightning.foundation.errors import InputError

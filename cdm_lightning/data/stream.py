@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from cdm_lightning.data.damage import DamageReporter, OnDamage, encode_damage
+from cdm_lightning.data.damaged_images import DamageReporter, OnDamage, encode_damage
 from cdm_lightning.data.shards import Images, Manifest, OpenedImages, Shard, in_batches, open_images
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale
@@ -30,7 +30,7 @@ class ShardStream(IterableDataset):
     start: first place. end: place to stop before, or None. flip: mirror half of the images, by a random bit seeded by
     the place. index: the place; it identifies the image in the run and seeds its random draws.
     on_damage: "refuse" raises InputError. "skip" leaves damaged images out of their batch; its index then holds ~p for
-    a damaged place p (see `damage.decode_damage`), and is longer than the batch. If all images of a batch are damaged,
+    a damaged place p (see `decode_damage`), and is longer than the batch. If all images of a batch are damaged,
     it holds the first intact image of the window, or else of the folder.
     """
 

@@ -1,4 +1,4 @@
-"""The diffusion process, without a network: q(x_t|x_0), the training losses, and the reverse process's samplers."""
+"""The diffusion process, without a network: q(x_t|x_0), the training losses, and samplers of the reverse process."""
 
 from cdm_lightning.diffusion.process import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
 

@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
-from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.references.cards import ReferenceCard, card_summaries, read_card
 from cdm_lightning.evaluation.report.evaluation_pages import write_evaluation
 from cdm_lightning.evaluation.report.memorisation import card_to_search, real_folder

@@ -16,7 +16,7 @@ from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.training import EMA
-from cdm_lightning.training.checkpoints import Trainer
+from cdm_lightning.training.checkpoint_files import Trainer
 from cdm_lightning.training.lightning_cli import refuse_old_class_paths
 
 EXPERIMENTS = Path("experiments")

@@ -1,4 +1,5 @@
 """`cdm sample`: images of a cascade, written as shards in blocks, on any number of processes.
 
-shared_work.py splits work over processes; the evaluation uses it too.
+sample.py is the command, draw_blocks.py does the work. shared_work.py splits work over processes; evaluation uses it
+too.
 """

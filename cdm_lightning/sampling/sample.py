@@ -69,7 +69,7 @@ def sample(
         raise InputError("give one of count and per_class: how many images to draw")
     from cdm_lightning.cascade import CascadeModule
     from cdm_lightning.cascade.bundle import origin, read_bundle_metadata
-    from cdm_lightning.sampling.draw import draw
+    from cdm_lightning.sampling.draw_blocks import draw
 
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
     cascade.set_batch_sizes(batch_sizes)

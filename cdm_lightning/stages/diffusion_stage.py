@@ -14,7 +14,7 @@ from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.foundation.randomness import generators, key, rand, randn
 from cdm_lightning.network import CompileMode, UNet
 from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
-from cdm_lightning.stages.meter import Meter, TrainingLog, quarters
+from cdm_lightning.stages.training_log import Meter, TrainingLog, quarters
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages.kinds import BaseStage, DiffusionStage, SuperResolutionStage
+from cdm_lightning.stages.base_and_super_resolution import BaseStage, DiffusionStage, SuperResolutionStage
 
 STAGE_CLASSES: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
 

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
-from cdm_lightning.training.checkpoints import AtomicCheckpointIO, Trainer
+from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, Trainer
 from cdm_lightning.training.progress import Progress, RunSummary
 from cdm_lightning.training.resume import run_id
 
@@ -36,7 +36,6 @@ MOVED_CLASSES = {  # class paths of version 0.1 -> today's
     "faults.FiniteSteps": "training.FiniteSteps",
     "resume.Checkpoint": "training.Checkpoint",
     "datamodule.ShardDataModule": "data.ShardDataModule",
-    "evaluation.callback.CascadeFigures": "evaluation.CascadeFigures",
     "classifier.Classifier": "evaluation.cas.classifier.Classifier",
 }
 

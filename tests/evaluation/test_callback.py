@@ -12,7 +12,7 @@ from small_models import smallest_stages
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.evaluation.cascade_figures import CascadeFigures
+from cdm_lightning.evaluation.callback import CascadeFigures
 from cdm_lightning.evaluation.evaluate import evaluate
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references.cards import read_card, write_card

@@ -18,7 +18,7 @@ from cdm_lightning.data.shards import read_manifest, write_images
 from cdm_lightning.evaluation.cas import classifier as module
 from cdm_lightning.evaluation.cas.cas import cas
 from cdm_lightning.evaluation.cas.classifier import Classifier
-from cdm_lightning.evaluation.cas.plan import Recipe, proportional_counts
+from cdm_lightning.evaluation.cas.protocol import Recipe, proportional_counts
 from cdm_lightning.evaluation.cas.report import plot_classes, summarise
 from cdm_lightning.evaluation.real_images import read_images, write_subset
 from cdm_lightning.foundation.images import downscale

@@ -9,8 +9,8 @@ import pytest
 import torch
 from evaluations import figure
 
-from cdm_lightning.evaluation.metrics.figures import Accuracy
-from cdm_lightning.evaluation.report import paper
+from cdm_lightning.evaluation.metrics.measurements import Accuracy
+from cdm_lightning.evaluation.report import paper_results as paper
 from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_table, format_number, paper_table
 from cdm_lightning.evaluation.report.line_chart import plot
 from cdm_lightning.evaluation.report.page import Command, Drawing, render_page, size_of, write_page

@@ -23,7 +23,7 @@ from cdm_lightning.planning.memory import SimulatedStep
 from cdm_lightning.planning.recipe import configurations, read_recipe
 from cdm_lightning.planning.step_time import StepTime, measure_step
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
-from cdm_lightning.stages.meter import TrainingLog
+from cdm_lightning.stages.training_log import TrainingLog
 
 BASE = dict(image_channels=1, num_classes=10, channels=32, channel_mult=[1, 2], num_res_blocks=1, norm_groups=16,
             attention_resolutions=[16], num_heads=2)  # fmt: skip
@@ -70,7 +70,7 @@ import copy, json, os, sys
 from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from cdm_lightning.stages.kinds import BaseStage
+from cdm_lightning.stages.base_and_super_resolution import BaseStage
 torch.set_num_threads(1)
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

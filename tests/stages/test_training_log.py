@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback
 from small_training import logged_rows, smallest_stage, train
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.stages.meter import Meter, quarters
-from cdm_lightning.training.checkpoints import AtomicCheckpointIO
+from cdm_lightning.stages.training_log import Meter, quarters
+from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 START = "spawn" if torch.cuda.is_available() else "fork"  # quicker, but not after CUDA has started

@@ -15,7 +15,7 @@ from cdm_lightning.cascade.bundle import read_bundle, write_bundle
 from cdm_lightning.data.shards import read_shard, write_shard
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import encode_png
-from cdm_lightning.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, Trainer
+from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, CheckpointWriteError, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from cdm_lightning.data.shards import Manifest
-from cdm_lightning.evaluation.cas.plan import Plan, Recipe, make_plan, read_manifests
+from cdm_lightning.evaluation.cas.protocol import Plan, Recipe, make_plan, read_manifests
 from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.evaluation.report.evaluation_pages import write_cas

@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.evaluation.cas.plan import Architecture, Crop, LearningRate, Plan
+from cdm_lightning.evaluation.cas.protocol import Architecture, Crop, LearningRate, Plan
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.randomness import generators

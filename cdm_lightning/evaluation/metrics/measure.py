@@ -16,8 +16,8 @@ from cdm_lightning.evaluation.metrics.distance import (
     frechet_distance,
     kernel_distance,
 )
-from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.manifold import precision_recall
+from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.references.cards import ENOUGH, ReferenceCard, bias_note, card_names
 from cdm_lightning.foundation.errors import InputError
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure
+from cdm_lightning.evaluation.metrics.measurements import Accuracy, Figure
 from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_table, paper_table
 from cdm_lightning.evaluation.report.memorisation import card_to_search, memorisation, neighbour_rows
 from cdm_lightning.evaluation.report.page import Block, Drawing, Section, write_page

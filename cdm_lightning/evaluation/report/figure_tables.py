@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from cdm_lightning.evaluation.metrics.figures import Accuracy, Figure, against, spreads
-from cdm_lightning.evaluation.report import paper
+from cdm_lightning.evaluation.metrics.measurements import Accuracy, Figure, against, spreads
+from cdm_lightning.evaluation.report import paper_results as paper
 from cdm_lightning.evaluation.report.page import Block, Table
 
 CANONICAL = ("FID", "KID", "Inception Score")  # names used only with the canonical Inception network

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cdm_lightning.data.shards import Manifest, shards_digest
-from cdm_lightning.evaluation.metrics.figures import Figure
+from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.report.page import Command, Section
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically

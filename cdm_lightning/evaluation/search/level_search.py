@@ -15,8 +15,8 @@ from cdm_lightning.data.shards import find_folder, read_manifest, shards_digest,
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.metrics.features import extract_features, read_features
-from cdm_lightning.evaluation.metrics.figures import Figure
 from cdm_lightning.evaluation.metrics.measure import measure
+from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.real_images import first_images, real_images_for_labels
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.references.reference import make_card
@@ -24,7 +24,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
 from cdm_lightning.foundation.progress_bar import ProgressBar
-from cdm_lightning.sampling.draw import draw
+from cdm_lightning.sampling.draw_blocks import draw
 from cdm_lightning.sampling.manifest import NO_CLASSES, Precision, make_sample_manifest
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cdm_lightning.evaluation.metrics.figures import Figure, full_name, spreads
+from cdm_lightning.evaluation.metrics.measurements import Figure, full_name, spreads
 from cdm_lightning.evaluation.report.figure_tables import decimal_places, format_number, unique_notes
 from cdm_lightning.evaluation.report.line_chart import Point, line_chart
 from cdm_lightning.evaluation.report.page import Block, Chosen, Drawing, Table
