@@ -1,8 +1,8 @@
 """Cascaded diffusion models (Ho et al., 2021) with PyTorch Lightning.
 
-A Diffusion draws q and runs p back (diffusion/). A UNet predicts (network/). An augmentation corrupts the low-resolution
-image, and a stage joins the three and trains (stages/, training/). A CascadeModule folds trained stages (cascade/).
-Shards go in (data/), shards of samples come out (sampling/) and are measured (evaluation/).
+A Diffusion draws q and runs p back (diffusion/). A UNet predicts (network/). An augmentation corrupts the
+low-resolution image, and a stage joins the three and trains (stages/, training/). A CascadeModule folds trained stages
+(cascade/). Shards go in (data/), shards of samples come out (sampling/) and are measured (evaluation/).
 """
 
 from importlib import import_module
