@@ -164,7 +164,7 @@ TWO = {"trainer.devices": 2, "trainer.strategy": "ddp"}
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
-    survive(tmp_path, 1, 0, 0.1, **NETWORK, **{"trainer.max_steps": 16})
+    survive(tmp_path, 1, 0, 0.1, **NETWORK, **{"trainer.max_steps": 10})
 
 
 @pytest.mark.long
