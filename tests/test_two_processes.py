@@ -177,12 +177,12 @@ def test_two_devices_do_what_one_process_does(one, few_real, tmp_path):
     devices, two = ["--devices", "2"], tmp_path / "two"
     trained = fit(two, devices=2, strategy="ddp")
     after = [*commands(two, one / "bundle", few_real, devices), score(two, few_real, devices)]
-    [(said, errors)] = run([start(tmp_path, [trained, *after], [])])
+    lines = [after[0], trained, *after[1:]]  # the first connects the processes, with the patience of sampling
+    [(said, errors)] = run([start(tmp_path, lines, [])])
     check_same(one, two)
     check_score(two, few_real)
     spoken = ("200 images 16x16 of 10 of 10 classes, 64 features", "┃ figure", "generated / real")
-    trained_words = said[: said.index(f"{two}/samples/train/8")].splitlines()
-    assert len(trained_words) == len(set(trained_words)) == 4 and " on 2 x CPU " in said
+    assert said.count(" on 2 x CPU") == 1
     assert [said.count(words) for words in spoken] == [1, 1, 1] and "Traceback" not in errors
 
 
