@@ -4,6 +4,7 @@ What needs eight GPUs or SLURM is parsed. Every link, path and name that the pag
 """
 
 import io
+import os
 import re
 import shlex
 import shutil
@@ -71,7 +72,8 @@ def commands(page: str) -> list[list[str]]:
 
 def dry_run(command: list[str]) -> list[str]:
     """The last cdm line of `make -n ...`, as words."""
-    done = subprocess.run([command[0], "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "ARGS")}
+    done = subprocess.run([command[0], "-n", *command[1:]], cwd=ROOT, env=plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return shlex.split([line for line in done.stdout.splitlines() if line.startswith(".venv/bin/cdm ")][-1])
 
