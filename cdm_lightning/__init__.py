@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cdm_lightning.network import UNet
     from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "BaseStage",
     "CascadeModule",
