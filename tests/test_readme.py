@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -201,6 +202,15 @@ def test_the_tree_of_the_readme_is_the_tree():
     there = {path.name for path in (ROOT / "cdm_lightning").iterdir()}
     assert named == there - {"__init__.py", "__pycache__"}
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_new_name_of_the_changelog_exists():
+    """The right-hand columns of its tables: class paths in full, modules without the name of the package."""
+    rows = [line.split("|") for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.count("|") == 3]
+    names = {name for row in rows for name in re.findall(r"`(\w+(?:\.\w+)+)`", row[2])}
+    assert len(names) > 30
+    for name in names:
+        resolve_name(f"cdm_lightning.{name.removeprefix('cdm_lightning.')}")
 
 
 def test_every_example_of_contributing_exists():

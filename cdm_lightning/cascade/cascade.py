@@ -224,7 +224,7 @@ def check_level(stage: SuperResolutionStage, level: int) -> None:
     if not isinstance(stage.augmentation, GaussianAugmentation):
         if level:
             raise InputError(
-                f"level {level} given to stage {stage.name}, whose augmentation has no level: it takes 0 alone"
+                f"level {level} given to stage {stage.name}, whose augmentation has no level: it takes only 0"
             )
         return
     highest = stage.augmentation.max_level

@@ -197,9 +197,8 @@ class ShardDataModule(L.LightningDataModule):
 
     def images_seen(self) -> int:
         """How many images all processes together have trained on: the current place in the sequence."""
-        since = max(
-            0, self.batches() - self.batches_before
-        )  # at the first call of a resumed run, Lightning has not restored its counters
+        # At the first call of a resumed run, Lightning has not restored its counters.
+        since = max(0, self.batches() - self.batches_before)
         return self.seen + since * self.micro_batch() * self.trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:

@@ -128,9 +128,8 @@ class ShardStream(IterableDataset):
         image = torch.from_numpy(images.image).permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
         if self.flip:
             mirrored = np.array([key(self.seed, "flip", place) % 2 == 1 for place in intact])
-            image.numpy()[mirrored] = image.flip(-1).numpy()[
-                mirrored
-            ]  # numpy masks are several times faster than torch's
+            # Numpy masks are several times faster than torch's.
+            image.numpy()[mirrored] = image.flip(-1).numpy()[mirrored]
         return downscale(image, self.resolution).contiguous(), torch.from_numpy(images.label), index
 
 

@@ -211,9 +211,8 @@ class Diffusion:
             # By default, DDIM would combine the clipped x_0 with the epsilon of the unclipped one.
             options = {"use_clipped_model_output": True} if self.sampler == "ddim" else {}
             x = scheduler.step(output, index, x, **options).prev_sample
-        return x.clone(
-            memory_format=torch.contiguous_format
-        )  # the strides of stored images: the next stage's bits depend on them
+        # The strides of stored images: the next stage's bits depend on them.
+        return x.clone(memory_format=torch.contiguous_format)
 
     def sampling_grid(self, stop_at: int = 0) -> tuple[Any, list[int]]:
         """The scheduler, and the descending indices t - 1 at which the network is called on the way from T to s.

@@ -67,9 +67,8 @@ def check_images(
     filter: str | None,
 ) -> None:
     """Refuse a card of other images or another detector. None means unknown, for the generated images."""
-    crop, filter = (
-        None if value == "none" else value for value in (crop, filter)
-    )  # manifests write "none" for unknown too
+    # Manifests write "none" for unknown too.
+    crop, filter = (None if value == "none" else value for value in (crop, filter))
     check_card(card, detector, resolution, channels, classes, crop, filter)
 
 
@@ -87,5 +86,5 @@ def check_counts(card: ReferenceCard, counts: Sequence[int] | None) -> None:
         held = sum(count > 0 for count in counts)
         raise InputError(
             f"the samples hold {held} of the {len(card.counts)} classes of {card.path}, without class {missing[0]}: "
-            "a distance to images of all classes would not be theirs"
+            "a distance would compare them with classes that they do not have"
         )

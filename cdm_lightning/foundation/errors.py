@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 
@@ -44,3 +45,11 @@ def is_misconfiguration(error: BaseException) -> bool:
 def error_sentence(error: Exception) -> str:
     """The message of an error. An error from a worker process holds a traceback too; only its last line counts."""
     return str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+
+
+def split_arguments(text: str) -> list[str]:
+    """The words of a line of options, as a shell splits them. Raises InputError if a quotation does not end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"arguments {text!r} cannot be split into words: {str(error).lower()}") from error

@@ -14,9 +14,8 @@ NUMBERS_PER_DRAW = 2**16  # random numbers drawn per call for one image: a quart
 
 def key(*parts: int | str) -> int:
     """A 63-bit integer, hashed from `parts`: the same on every machine."""
-    plain = tuple(
-        part if isinstance(part, str) else int(operator.index(part)) for part in parts
-    )  # accepts numpy integers too
+    # Accepts numpy integers too.
+    plain = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in parts)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -44,8 +44,8 @@ def table_console() -> Console:
     """
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=FILE_WIDTH)
+    console = Console(markup=False)  # a [bracket] in a name or value is text
+    return console if console.is_terminal else Console(width=FILE_WIDTH, markup=False)
 
 
 def folding_table(*headings: str) -> Table:

@@ -103,9 +103,8 @@ class MicroBatchSearch:
         sizes = [size for size in range(1, self.share + 1) if self.share % size == 0]
         one, few = self.memory(1, checkpointing), self.memory(min(4, self.share), checkpointing)
         slope = (few.total - one.total) / max(1, min(4, self.share) - 1)
-        line = [
-            one.total + slope * (size - 1) for size in sizes
-        ]  # an upper bound: small batches take more memory per image
+        # An upper bound: small batches take more memory per image.
+        line = [one.total + slope * (size - 1) for size in sizes]
         place = max(0, sum(total <= self.limit for total in line) - 1)
         if self.fits(sizes[place], checkpointing):
             likely = sum(total <= 1.5 * self.limit for total in line)

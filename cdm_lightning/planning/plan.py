@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import folding_table, table_console
@@ -62,7 +60,7 @@ def plan(
     if recipe.precision not in precisions:
         raise InputError(f"precision {recipe.precision!r} is none that a plan knows: {', '.join(precisions)}")
     if recipe.precision.startswith("16") and device is None and current_device().type == "cpu":
-        raise InputError(f"precision {recipe.precision} needs a GPU: on a CPU, 32-true and bf16-mixed are there")
+        raise InputError(f"precision {recipe.precision} needs a GPU: a CPU takes 32-true and bf16-mixed")
     share = images_per_device(recipe.batch, devices, micro_batch)
     sheet = None if device is None else data_sheet(device)
     figures = estimate(recipe, sheet, devices, share, micro_batch, utilisation)
@@ -109,7 +107,7 @@ def print_plan(figures: dict[str, Any]) -> None:
         rates = (f"{figures[name] / 1e9:,.0f}" for name in ("matmul_rate", "convolution_rate"))
         rows["GFLOP/s here"] = "matrix product {}, 3x3 convolution {}".format(*rates)
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console = table_console()
     console.print(table)
-    console.print(escape(figures["command"] or "no micro-batch fits: another device, or fewer images per pass"))
+    console.print(figures["command"] or "no micro-batch fits: another device, or fewer images per pass")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.errors import InputError, split_arguments
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.training import EMA
 from cdm_lightning.training.checkpoint_files import Trainer
@@ -47,10 +46,10 @@ def configurations(stage: str, experiment: str) -> list[Path]:
     folder = EXPERIMENTS / experiment
     if not folder.is_dir():
         known = sorted(path.parent.name for path in EXPERIMENTS.glob("*/defaults.yaml"))
-        raise InputError(f"experiment {experiment!r} is no folder of {EXPERIMENTS.absolute()}: {known} are there")
+        raise InputError(f"experiment {experiment!r} is no folder of {EXPERIMENTS.absolute()}: known are {known}")
     if stage == "defaults" or not (folder / f"{stage}.yaml").is_file():
         known = sorted({path.stem for path in folder.glob("*.yaml")} - {"defaults", "cas", "cascade"})
-        raise InputError(f"stage {stage!r} is none of {folder}: {', '.join(known)} are there")
+        raise InputError(f"stage {stage!r} is none of {folder}: known are {', '.join(known)}")
     return [EXPERIMENTS / "defaults.yaml", folder / "defaults.yaml", folder / f"{stage}.yaml"]
 
 
@@ -59,7 +58,7 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
     for path in configs:
         if not path.is_file():
             raise InputError(f"configuration {path} does not exist")
-    refuse_old_class_paths([*map(str, configs), *shlex.split(arguments)])
+    refuse_old_class_paths([*map(str, configs), *split_arguments(arguments)])
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     parser = LightningArgumentParser(parser_mode="omegaconf+", prog="cdm plan")
     parser.add_argument("--config", action=ActionConfigFile)
@@ -69,7 +68,7 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
     for name, kind in (("seed_everything", bool | int), ("ckpt_path", str | None), ("weights_only", bool | None)):
         parser.add_argument(f"--{name}", type=kind)  # options of `cdm fit` that a plan does not use
     words = [word for path in configs for word in ("--config", str(path))]
-    read = parser.parse_args([*words, *shlex.split(arguments)])
+    read = parser.parse_args([*words, *split_arguments(arguments)])
     if read.model is None:
         raise InputError(f"{', '.join(map(str, configs))} name no model")
     model = read.model.as_dict()

@@ -7,14 +7,13 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.errors import InputError, split_arguments
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.planning.sweep_report import Trial, report
 
@@ -39,7 +38,7 @@ def sweep(
     if count is not None and count < 1:
         raise InputError(f"count {count} is less than 1: there is nothing to run")
     config = read_sweep(file)
-    config["command"] = [*config["command"], *shlex.split(arguments)]
+    config["command"] = [*config["command"], *split_arguments(arguments)]
     folder = (Path("runs/sweeps") / Path(file).stem if out is None else Path(out)).absolute()
     trials = run_offline(file, config, folder, count) if offline else run_on_server(config, folder, count)
     metric, goal = config["metric"]["name"], config["metric"]["goal"]
@@ -55,7 +54,7 @@ def read_sweep(file: Path) -> dict[str, Any]:
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
     if not Path(file).is_file():
-        known = ", ".join(sorted(p.stem for p in Path(file).parent.glob("*.yaml") if p.stem != "defaults"))
+        known = ", ".join(sorted(p.stem for p in Path(file).parent.glob("[!.]*.yaml") if p.stem != "defaults"))
         raise InputError(f"{file} does not exist{f': beside it are {known}' if known else ''}")
     config = load_sweep_config(str(file))
     if not isinstance(config, dict):

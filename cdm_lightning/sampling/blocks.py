@@ -99,8 +99,7 @@ class BlockDataModule(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer blocks than processes
 
     def predict_dataloader(self) -> DataLoader:
-        todo = self.trainer.strategy.broadcast(
-            self.todo
-        )  # processes that start at different times could list different blocks
+        # Processes that start at different times could list different blocks.
+        todo = self.trainer.strategy.broadcast(self.todo)
         numbers = todo[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(BlockDataset(self.manifest, numbers, self.start), batch_size=None)

@@ -41,9 +41,8 @@ def draw(
     resolutions = [stage.resolution for stage in cascade.stages]
     if start is not None:
         resolutions = [r for r in resolutions if r > read_manifest(start).resolution]
-    kept = (
-        resolutions[-1:] if cascade.truncated and any(cascade.levels) else resolutions
-    )  # z_s is noisy, and no 8-bit image
+    # Z_s is noisy, and no 8-bit image.
+    kept = resolutions[-1:] if cascade.truncated and any(cascade.levels) else resolutions
     folders = [Path(out) / "train" / str(resolution) for resolution in kept]
     todo = [n for n in range(manifest.blocks) if not all((f / shard_name(n)).is_file() for f in folders)]
     wait_for_all()

@@ -37,17 +37,25 @@ MOVED_CLASSES = {  # class paths of version 0.1 -> today's
     "resume.Checkpoint": "training.Checkpoint",
     "datamodule.ShardDataModule": "data.ShardDataModule",
     "classifier.Classifier": "evaluation.cas.classifier.Classifier",
+    "checkpoints.WholeCheckpoints": "training.checkpoint_files.AtomicCheckpointIO",
+    "checkpoints.Trainer": "training.checkpoint_files.Trainer",
+    "meter.TrainingLog": "stages.training_log.TrainingLog",
+    "damage.Damage": "data.damaged_images.Damage",
+    "diffusion_stage.DiffusionStage": "stages.DiffusionStage",
 }
 
 
 def refuse_old_class_paths(arguments: Iterable[str]) -> None:
-    """Raise InputError for a class path of version 0.1 in the arguments or their YAML files; it names the new path."""
+    """Raise InputError for a class path of version 0.1 in the arguments or the files they name; it names the new path.
+
+    Comments in a file are not searched.
+    """
     for argument in arguments:
         where, text = "", argument
-        path = Path(argument.removeprefix("--config="))
-        if path.suffix in (".yaml", ".yml"):
-            with suppress(OSError, UnicodeDecodeError):  # the parser reports these errors
-                where, text = f"{path}: ", path.read_text()
+        path = Path(argument.rpartition("=")[2])
+        with suppress(OSError, ValueError):  # no file, or no text: the parser reports these errors
+            if path.is_file():
+                where, text = f"{path}: ", re.sub(r"(^|\s)#.*", "", path.read_text())
         for old, new in MOVED_CLASSES.items():
             if re.search(rf"\bcdm_lightning\.{re.escape(old)}\b", text):
                 raise InputError(f"{where}cdm_lightning.{old} is cdm_lightning.{new} now")
@@ -92,7 +100,7 @@ class CommandLine(LightningCLI):
             self.config_init.fit.ckpt_path = self.last_checkpoint()
         elif self.config.fit.ckpt_path is None and (older := self.last_checkpoint()):
             rank_zero_warn(
-                f"ckpt_path is null, but {older} exists: `ckpt_path: last` will later resume the run with more steps"
+                f"ckpt_path is null, but {older} exists: `ckpt_path: last` will resume whichever run has more steps"
             )
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero and "WANDB_RUN_ID" not in os.environ:

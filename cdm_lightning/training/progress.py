@@ -129,9 +129,9 @@ class Progress(ProgressBarCallback):
             self.step_times.clear()
             self.bar.set_description_str(f"{model_name(pl_module)}, validating")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
-            self.close_bar()
+            self.close_bar()  # before RunSummary prints its table
         elif self.bar is not None:
             self.bar.set_description_str(model_name(pl_module))
 
@@ -146,7 +146,7 @@ class Progress(ProgressBarCallback):
             self.bar.update()
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = count_batch
-    on_train_end = on_test_end = on_predict_end = on_exception = close_bar  # type: ignore[assignment]
+    on_train_end = on_test_epoch_end = on_predict_end = on_exception = close_bar  # type: ignore[assignment]
 
 
 class RunSummary(Callback):

@@ -20,12 +20,14 @@ fit() {
   $cdm fit --config experiments/defaults.yaml --config experiments/study/defaults.yaml --config "experiments/study/$file.yaml" \
     --data.root "data/$data" --model.image_channels "$channels" --seed_everything "$seed" --trainer.default_root_dir "$run/$name" "$@"
 }
-fit base8 base8
-fit base32 base32
-fit sr32 sr32
-fit sr32 sr32_plain --model.augmentation none
-fit sr32 sr32_blur --model.augmentation blur
-fit sr32 sr32_unlabelled --model.num_classes null
+# The grey images train for half of the steps in the files.
+steps() { if [ "$data" = fashion ]; then echo "--trainer.max_steps $1 --trainer.val_check_interval $1"; fi; }
+fit base8 base8 $(steps 192)
+fit base32 base32 $(steps 568)
+fit sr32 sr32 $(steps 320)
+fit sr32 sr32_plain --model.augmentation none $(steps 320)
+fit sr32 sr32_blur --model.augmentation blur $(steps 320)
+fit sr32 sr32_unlabelled --model.num_classes null $(steps 320)
 
 # Five bundles.
 $cdm bundle --checkpoints "[$run/base32]" --out "$run/bundles/single"

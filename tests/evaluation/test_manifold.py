@@ -60,5 +60,7 @@ def test_a_planted_image_is_found_and_honest_ones_are_as_rare_as_they_should_be(
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(InputError, match="k = 3 neighbours take more images than 3 real and 9 generated"):
+    with pytest.raises(
+        InputError, match="k = 3 neighbours need more than 3 images on each side, not 3 real and 9 generated"
+    ):
         precision_recall(points(3, 0), points(9, 1))

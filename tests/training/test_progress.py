@@ -143,6 +143,16 @@ def test_a_run_that_goes_on_says_so_and_one_that_is_done_too(capsys, tmp_path):
     assert re.search(r"val/loss +│ [\d.]+ ", said.out) and said.out.count("val/loss") == 1
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_the_table_of_figures_stands_below_the_bar_of_a_terminal(command, tmp_path):
+    main(options(tmp_path, 1, SR16))
+    with terminal() as parts:
+        main([command, *options(tmp_path, 1, SR16)[1:]])
+    lines = "".join(parts).split("\r\n")
+    [table] = [line for line in lines if "\u250f" in line]  # the upper edge
+    assert table.split("\r")[-1].startswith("\u250f"), table
+
+
 def test_the_bar_is_the_users_to_replace(capsys, tmp_path):
     main([*options(tmp_path / "none", 1), "--trainer.enable_progress_bar=false"])
     out = capsys.readouterr().out

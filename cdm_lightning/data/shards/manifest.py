@@ -160,5 +160,5 @@ def find_folder(root: Path, split: str, resolution: int) -> Path:
             return Path(root) / split / str(larger)
     raise InputError(
         f"{Path(root) / split} has no shards for resolution {resolution}: stored are {stored}, "
-        "and a power of two must lie between"
+        "and only a stored resolution that is this one times a power of two can serve"
     )

@@ -76,9 +76,7 @@ def read_manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Man
     resolution = max(stored)
     generated = read_manifest(folder / str(resolution))
     if generated.classes == NO_CLASSES:
-        raise InputError(
-            f"{samples} is of a cascade without classes, and a classification accuracy takes images of some"
-        )
+        raise InputError(f"{samples} is of a cascade without classes, and a classification accuracy needs classes")
     real, validation = (read_manifest(find_folder(shards, split, resolution)) for split in ("train", "val"))
     for split, other in (("train", real), ("val", validation)):
         if other.channels != generated.channels:

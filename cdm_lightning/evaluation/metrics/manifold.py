@@ -19,7 +19,8 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
     real: (m, d), generated: (n, d); n should be close to m.
     """
     if min(len(real), len(generated)) <= k:
-        raise InputError(f"k = {k} neighbours take more images than {len(real)} real and {len(generated)} generated")
+        numbers = f"{len(real)} real and {len(generated)} generated"
+        raise InputError(f"k = {k} neighbours need more than {k} images on each side, not {numbers}")
     real, generated = centred(real, generated)
     return share_inside(generated, real, radii(real, k)), share_inside(real, generated, radii(generated, k))
 

@@ -65,6 +65,7 @@ def write_test(out: Path, figures: Sequence[Figure], about: dict[str, Any], rows
     lead = f"{figures[0].n:,} samples, measured with {about['detector']['name']}."
     write_page(Path(out) / "report.html", "Test of a cascade", sections, lead)
     write_results(Path(out), results)
+    print(f"{Path(out) / 'report.html'}: figures and samples, {Path(out) / 'results.json'}: the same as data")
 
 
 def write_cas(out: Path, results: dict[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def plot(
     settings |= {
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "text.parse_math": False,
-    }  # a $ in a name is no formula
+        "text.parse_math": False,  # a $ in a name is no formula
+    }
     with mpl.rc_context(settings):
         canvas = Figure(figsize=(5.2, 3.5), layout="constrained", facecolor="none")
         axes = canvas.subplots()

@@ -127,7 +127,7 @@ class LevelSearch:
         channels, classes = self.cascade.image_channels, self.cascade.num_classes
         needed = make_sample_manifest(self.cascade, "", self.n).labels().bincount(minlength=classes or 1).tolist()
         if not all(needed):
-            raise InputError(f"n = {self.n} leaves out classes: a distance to images of {classes} would not be theirs")
+            raise InputError(f"n = {self.n} leaves out some of the {classes} classes that the real images have")
         for stage in list(self.cascade.stages)[1:]:
             for split in dict.fromkeys((self.split, self.input_split)):
                 folder = find_folder(self.shards, split, stage.resolution)
