@@ -284,7 +284,7 @@ def member_of(name, data):
 
 class Bomb:
     def __reduce__(self):
-        return Path.touch, (Path("/tmp/packed-was-unpickled"),)
+        return Path.touch, (Path("unpickled"),)  # in the current folder
 
 
 OBJECTS = npy_header("|O", (5,)) + pickle.dumps(np.array([Bomb()] * 5, object), 2)
@@ -310,7 +310,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_head_that_a_manifest_vouches_for_is_not_believed(tmp_path, case):
+def test_a_head_that_a_manifest_vouches_for_is_not_believed(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
     change, sentence = HOSTILE[case]
     _, folder = both(tmp_path, [5], channels=3)
     path, manifest = vouched(folder, change)
@@ -318,7 +319,7 @@ def test_a_head_that_a_manifest_vouches_for_is_not_believed(tmp_path, case):
     read_manifest(folder)
     sentence_of_error(lambda: PackedShard(path, manifest.shards[0], manifest), str(path), sentence)
     sentence_of_error(lambda: list(ShardStream(folder, manifest, 8, 4, end=5)), str(path), sentence)
-    assert not Path("/tmp/packed-was-unpickled").exists()
+    assert not (tmp_path / "unpickled").exists()
 
 
 def test_a_label_that_is_no_class_is_one_damaged_image(tmp_path, capsys):

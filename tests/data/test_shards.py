@@ -4,13 +4,12 @@ import gzip
 import hashlib
 import io
 import json
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import FASHION, make_folder, read_raw, with_member
+from folders import FASHION, make_folder, read_raw, repacked, with_member
 from PIL import Image
 from refusals import sentence_of_error
 from torch.utils.data import DataLoader
@@ -97,18 +96,6 @@ def test_a_missing_unfinished_or_cut_folder_is_refused(tmp_path):
     sentence_of_error(lambda: read_manifest(folder), "holds no images")
 
 
-def rewritten(path, change):
-    """Repack a shard with its files changed by change(name, data) -> data, or None to leave one out."""
-    buffer = io.BytesIO()
-    with tarfile.open(path) as old, tarfile.open(fileobj=buffer, mode="w") as new:
-        for member in old:
-            data = change(member.name, old.extractfile(member).read())
-            if data is not None:
-                member.size = len(data)
-                new.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def image_of(shape):
     return encode_png(np.zeros(shape, np.uint8))
 
@@ -118,10 +105,10 @@ BAD_CONTENT = {
     "garbage": (lambda p: b"x" * p.stat().st_size, "cannot be read: ReadError: invalid header"),
     "cut": (lambda p: p.read_bytes()[:3000], "cannot be read: ReadError: unexpected end of data"),
     "torn gzip": (lambda p: gzip.compress(p.read_bytes())[:-40], "cannot be read: EOFError: Compressed file ended"),
-    "an image too few": (lambda p: rewritten(p, lambda n, d: None if "03." in n else d), "holds 4 images where"),
+    "an image too few": (lambda p: repacked(p, lambda n, d: None if "03." in n else d), "holds 4 images where"),
     "no picture": (with_member("00000004.png", None), "image 00000004 of", "cannot be decoded: KeyError: 'png'"),
     "no label": (with_member("00000004.cls", None), "image 00000004 of", "cannot be decoded: KeyError: 'cls'"),
-    "a torn picture": (lambda p: rewritten(p, lambda n, d: d[:80] if "04.p" in n else d), "00000004 of", "OSError"),
+    "a torn picture": (lambda p: repacked(p, lambda n, d: d[:80] if "04.p" in n else d), "00000004 of", "OSError"),
     "no picture at all": (with_member("00000003.png", b"<html>"), "image 00000003 of", "cannot be decoded"),
     "a label out of range": (with_member("00000004.cls", b"10"), "has label 10, outside 0 ... 9"),
     "a label below 0": (with_member("00000004.cls", b"-1"), "has label -1, outside 0 ... 9"),

@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from small_models import batch_of, record_calls
 from small_training import logged_rows, smallest_stage, train
 
 from cdm_lightning.data import ShardDataModule
@@ -127,3 +129,21 @@ def test_quarters_of_a_range():
     held = [[int(v) for v in part if v.isfinite()] for part in parts.values()]
     assert list(parts) == ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]
     assert held == [list(range(first, first + 5)) for first in (1, 6, 11, 16)]
+
+
+def test_the_loss_by_quarters_is_the_loss_of_the_images_there(stages):
+    base, gaussian, blur = stages
+    for stage, level in ((base, False), (gaussian, True), (blur, False)):
+        batch, calls = batch_of(stage, 64), record_calls(stage)
+        losses = stage.losses(batch, "train", by_quarters=True)
+        assert {name[:6] for name in losses if name[-3:-1] == "_q"} == ({"loss_t", "loss_s"} if level else {"loss_t"})
+        for name, values, size in (("t", calls[0][1], stage.diffusion.timesteps), ("s", calls[0][-1], 4001)):
+            for quarter in range(4) if name == "t" or level else ():
+                v = np.array(values.tolist()) + (name == "s")  # s starts at 0, and is only looked at where there is one
+                inside = (v > quarter * size / 4) & (v <= (quarter + 1) * size / 4)
+                there = losses[f"loss_{name}_q{quarter + 1}"]
+                assert there.isfinite().tolist() == inside.tolist() and 5 < inside.sum() < 30
+                assert torch.equal(there[inside], losses["loss"][inside])
+        plain = stage.losses(batch, "train")
+        assert set(plain) == {n for n in losses if "_q" not in n}
+        assert all(torch.equal(plain[n], losses[n]) for n in plain)

@@ -1,35 +1,15 @@
-"""Figures of health: the loss by quarters of t and s, and how samples keep to their low-resolution input."""
+"""How samples keep to their low-resolution input, in figures that every validation logs."""
 
 import csv
 import math
 
-import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from small_models import batch_of, record_calls
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.images import downscale
 from cdm_lightning.training.pictures import channel_drift, input_agreement, low_pass_agreement
-
-
-def test_the_loss_by_quarters_is_the_loss_of_the_images_there(stages):
-    base, gaussian, blur = stages
-    for stage, level in ((base, False), (gaussian, True), (blur, False)):
-        batch, calls = batch_of(stage, 64), record_calls(stage)
-        losses = stage.losses(batch, "train", by_quarters=True)
-        assert {name[:6] for name in losses if name[-3:-1] == "_q"} == ({"loss_t", "loss_s"} if level else {"loss_t"})
-        for name, values, size in (("t", calls[0][1], stage.diffusion.timesteps), ("s", calls[0][-1], 4001)):
-            for quarter in range(4) if name == "t" or level else ():
-                v = np.array(values.tolist()) + (name == "s")  # s starts at 0, and is only looked at where there is one
-                inside = (v > quarter * size / 4) & (v <= (quarter + 1) * size / 4)
-                there = losses[f"loss_{name}_q{quarter + 1}"]
-                assert there.isfinite().tolist() == inside.tolist() and 5 < inside.sum() < 30
-                assert torch.equal(there[inside], losses["loss"][inside])
-        plain = stage.losses(batch, "train")
-        assert set(plain) == {n for n in losses if "_q" not in n}
-        assert all(torch.equal(plain[n], losses[n]) for n in plain)
 
 
 def pair(size=64, channels=3):
