@@ -19,8 +19,8 @@ class ProgressBar(tqdm):
     """tqdm's bar on a terminal. In a file or a pipe it prints lines instead.
 
     A line is printed for every tenth of the work, but at most two a minute and at least one every ten minutes, and at
-    the end. A bar inside another one disappears when it closes; in a file it prints a last line only if it has printed
-    one before.
+    the end. On a terminal there is one bar at a time: a bar inside another one is a count behind the outer bar. In a file
+    it prints a last line only if it has printed one before.
 
     Args:
         status: Returns the text after the counts; called each time the bar is shown.
@@ -41,9 +41,15 @@ class ProgressBar(tqdm):
         self.last_time, self.last_count = time.monotonic(), kwargs.get("initial", 0)  # of the last line
         if self.prints_lines:
             kwargs["bar_format"] = line_format
+        open_bars = [bar for bar in tqdm._instances if isinstance(bar, ProgressBar) and getattr(bar, "pos", 1) == 0]
+        self.outer = next((bar for bar in open_bars if bar is not self), None)
         super().__init__(*args, **{"leave": None, **kwargs}, file=io.StringIO() if self.prints_lines else self.stream)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        if not self.prints_lines and self.outer is not None:
+            count = f"{self.n:,}" if self.total is None else f"{self.n:,} of {self.total:,}"
+            self.outer.set_postfix_str("" if msg == "" else f"{self.desc} {count}")  # "" when this bar closes
+            return True
         if not self.prints_lines:
             self.update_status()
             return super().display(msg, pos)

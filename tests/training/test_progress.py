@@ -162,6 +162,19 @@ def test_the_bar_is_the_users_to_replace(capsys, tmp_path):
     assert "1/1 steps (" not in said.out and "Epoch" in said.out + said.err
 
 
+def test_a_bar_inside_another_is_a_count_behind_it():
+    with terminal() as parts:
+        for _ in ProgressBar(range(2), desc="points", mininterval=0, miniters=1):
+            with ProgressBar(total=3, desc="sampling", mininterval=0, miniters=1) as inner:
+                for _ in range(3):
+                    inner.update()
+    shown = "".join(parts)
+    assert "\n" not in shown.rstrip() and "\x1b[A" not in shown, shown  # one line, drawn again and again
+    looks = shown.split("\r")
+    assert any("sampling 2 of 3" in look and look.startswith("points:  50%") for look in looks), looks
+    assert all(look.startswith("points: ") for look in looks if look.strip()) and "sampling" not in looks[-1]
+
+
 def test_images_a_second_are_of_whole_batches_and_of_training_alone(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
