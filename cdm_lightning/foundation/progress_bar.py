@@ -19,8 +19,8 @@ class ProgressBar(tqdm):
     """tqdm's bar on a terminal. In a file or a pipe it prints lines instead.
 
     A line is printed for every tenth of the work, but at most two a minute and at least one every ten minutes, and at
-    the end. On a terminal there is one bar at a time: a bar inside another one is a count behind the outer bar. In a file
-    it prints a last line only if it has printed one before.
+    the end. On a terminal there is one bar at a time: a bar inside another one is a count behind the outer bar. In a
+    file it prints a last line only if it has printed one before.
 
     Args:
         status: Returns the text after the counts; called each time the bar is shown.
