@@ -128,7 +128,7 @@ def test_sampling_refuses_what_the_cascade_cannot_do(capsys, stages, tmp_path):
     sample = ["sample", "--bundle", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--count", "2"]
     for options, sentence in (
         (["--levels", "[4000,0]"], "level 4000 of stage sr16 lies outside"),
-        (["--levels", "[0,3]"], "takes 0 alone"),
+        (["--levels", "[0,3]"], "takes only 0"),
         (["--classes", "[10]"], "class 10 lies outside 0 ... 9"),
         (["--sampling_steps", "[5000,4,4]"], "sampling_steps 5000 lies outside 1 ... T = 4000"),
         (["--sampling_steps", "[4]"], "has 1 entries for 3 stages"),

@@ -204,7 +204,7 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(toy, tmp_path):
     score("colour has 3 channels, and", "real/train 1", samples="colour")
     score("three has 3 classes, and", "real/train 10", samples="three")
     score("one has 1 class: a classification accuracy takes 2 or more", samples="one", shards="one")
-    score("any is of a cascade without classes, and a classification accuracy takes images of some", samples="any")
+    score("any is of a cascade without classes, and a classification accuracy needs classes", samples="any")
     score("class 0 of", "is 'class 0', and of", "'T-shirt'", samples="other")
     score("60 of class T-shirt, and there are 20: ask for a smaller count", shards="small")
     score("count 9 must lie between one image a class and the 590", count=9)
