@@ -273,7 +273,7 @@ def test_measured_rates_are_those_of_this_machine():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["sr65"], "stage 'sr65' is none of experiments/imagenet: base16, base32"),
+        (["sr65"], "stage 'sr65' is none of experiments/imagenet: known are base16, base32"),
         (["defaults"], "stage 'defaults' is none of"),
         (["sr64", "--experiment", "nowhere"], "experiment 'nowhere' is no folder of"),
         (["sr64", "--device", "H300"], "device 'H300' is none of H100, H200, A100"),
