@@ -13,7 +13,6 @@ from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.detectors import Detector, load_detector, load_head
 from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.references.cards import ReferenceCard, card_summaries, read_card
-from cdm_lightning.evaluation.report.evaluation_pages import write_evaluation
 from cdm_lightning.evaluation.report.memorisation import card_to_search, real_folder
 from cdm_lightning.evaluation.report.results import print_figures, read_cas
 from cdm_lightning.evaluation.samples import check_manifest, sample_folders
@@ -61,6 +60,7 @@ def evaluate(
         raise InputError("references [] names no card, which `cdm reference` writes")
     from cdm_lightning.evaluation.metrics.features import extract_features, read_features
     from cdm_lightning.evaluation.metrics.measure import check_score, inception_score, measure_all
+    from cdm_lightning.evaluation.report.evaluation_pages import write_evaluation
 
     network = load_detector(detector or read_card(references[0]).detector, trust_detector)
     cards = [read_card(path, network) for path in references]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 from cdm_lightning.foundation.errors import InputError
 
@@ -91,6 +90,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.5
     On a CPU: 1024^3, and 16 images of 128 channels at 16x16. On a GPU: 8192^3, and 32 images of 256 channels at 64x64.
     The convolution uses channels_last. At these sizes both run at their full rate.
     """
+    from torch.utils.benchmark import Timer  # loads setuptools, which no help needs
+
     large = device.type == "cuda"
     n, batch, channels, size = (8192, 32, 256, 64) if large else (1024, 16, 128, 16)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from cdm_lightning.data.shards import read_manifest, shards_digest
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.network import CompileMode
 
@@ -82,6 +81,8 @@ def make_sample_manifest(
     compile: CompileMode | None = None,
 ) -> SampleManifest:
     """The manifest of `count` samples of a cascade with its current settings. Refuses arguments out of range."""
+    from cdm_lightning.data.shards import read_manifest, shards_digest
+
     chosen = list(range(cascade.num_classes or 1)) if classes is None else list(classes)
     if not chosen:
         raise InputError("classes [] names no class")
@@ -105,6 +106,8 @@ def make_sample_manifest(
 
 def check_start(cascade: CascadeModule, manifest: SampleManifest, start: Path) -> None:
     """Refuse stored images that the cascade cannot continue from: resolution, channels, or too few."""
+    from cdm_lightning.data.shards import read_manifest
+
     given, resolutions = read_manifest(start), [stage.resolution for stage in cascade.stages]
     if given.resolution not in resolutions[:-1]:
         raise InputError(f"{start} holds images of {given.resolution}: the cascade goes on from {resolutions[:-1]}")

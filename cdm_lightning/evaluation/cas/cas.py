@@ -12,7 +12,6 @@ from cdm_lightning.data.shards import Manifest
 from cdm_lightning.evaluation.cas.protocol import Plan, Recipe, make_plan, read_manifests
 from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
-from cdm_lightning.evaluation.report.evaluation_pages import write_cas
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import begin_folder, read_table
 
@@ -58,6 +57,7 @@ def cas(
     plan = make_plan(generated, real, validation, count, recipe, devices)
     from cdm_lightning.data import ShardDataModule
     from cdm_lightning.evaluation.cas.classifier import build_classifier, train
+    from cdm_lightning.evaluation.report.evaluation_pages import write_cas
 
     build_classifier(plan, 0)  # refuses a recipe that cannot be built, before the folder is begun
     begin_folder(out, plan)
