@@ -186,7 +186,7 @@ def test_a_number_in_a_row_below_none_is_refused():
 
 
 @pytest.mark.long
-def test_both_processes_of_a_command_stop_with_the_sentence(tmp_path):
+def test_both_processes_of_a_command_stop_with_one_sentence(tmp_path):
     arguments = [
         "fit", "--config", "experiments/defaults.yaml", "--config", "experiments/fashion/defaults.yaml",
         "--config", "experiments/fashion/base8.yaml", "--config", "tests/reduced.yaml",
@@ -208,6 +208,7 @@ def test_both_processes_of_a_command_stop_with_the_sentence(tmp_path):
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     sentences = [line for line in done.stderr.splitlines() if line.startswith("cdm: error:")]
-    assert len(sentences) == 2 and "the run went back to a checkpoint at step 12 already" in sentences[0]
+    # The second process prints the sentence too where the first has left before it asks.
+    assert len(set(sentences)) == 1 and "the run went back to a checkpoint at step 12 already" in sentences[0]
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
