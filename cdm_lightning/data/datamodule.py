@@ -79,6 +79,7 @@ class ShardDataModule(L.LightningDataModule):
         self.left_out: dict[str, torch.Tensor] = {}  # the same, of batches that have not been processed yet
 
     def setup(self, stage: str) -> None:
+        """Check the splits that the stage needs, before anything is read; a new run starts at the first image."""
         if not self.batches():  # a new run, perhaps after another one with the same data module
             self.seen, self.batches_before, self.skipped = 0, 0, torch.zeros(2, dtype=torch.int64)
         self.splits, self.left_out, self.unsummed = {}, {}, torch.zeros(2, dtype=torch.int64)

@@ -53,7 +53,8 @@ def wait_for_all() -> None:
 def exit_with_sentence(error: Exception) -> int:
     """Print the message of an error, and return the exit code.
 
-    Only the first process of a run that fails prints; the others end silently.
+    Only the first process of a run that fails prints; the others end silently. Where it has left before another one
+    fails at the same step, that one prints the sentence again.
     """
     if claim_refusal():
         print(f"cdm: error: {error_sentence(error)}", file=sys.stderr, flush=True)

@@ -46,6 +46,7 @@ class ProgressBar(tqdm):
         super().__init__(*args, **{"leave": None, **kwargs}, file=io.StringIO() if self.prints_lines else self.stream)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        """Draw the bar, count behind the outer bar, or print a line if one is due."""
         if not self.prints_lines and self.outer is not None:
             count = f"{self.n:,}" if self.total is None else f"{self.n:,} of {self.total:,}"
             self.outer.set_postfix_str("" if msg == "" else f"{self.desc} {count}")  # "" when this bar closes

@@ -71,6 +71,7 @@ class SuperResolutionStage(DiffusionStage):
     def training_predictor(
         self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> tuple[Predict, dict[str, torch.Tensor]]:
+        """The network given z_s ~ q(z_s|z_0), and {"s": s as a share of its range, (0, 1], (B,)} or {}."""
         strength = self.augmentation.draw(generator)  # (B,)
         low_res = self.augment(self.low_res_of(image), strength, generator)  # (B, C, h, w)
         predict = self.conditioned_predictor(label, low_res, strength)

@@ -40,6 +40,7 @@ class EMA(WeightAveraging):
         return step_idx is not None and step_idx + 1 != self.skipped
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Average after the step unless FiniteSteps skipped it, and log the decay in force."""
         finite = next((callback for callback in trainer.callbacks if isinstance(callback, FiniteSteps)), None)  # type: ignore[attr-defined]  # untyped there
         self.skipped = finite.last if finite else 0
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)

@@ -133,6 +133,7 @@ class PackedImages(OpenedImages):
             raise
 
     def open(self, number: int, path: Path, shard: Shard, rows: np.ndarray) -> None:
+        """Open shard `number` and prefetch its rows. A damaged shard is reported, or raises InputError."""
         try:
             self.opened[number] = PackedShard(path, shard, self.manifest)
         except InputError as error:
