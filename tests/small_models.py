@@ -26,15 +26,16 @@ def randomise_weights(stage, seed=0):
     return stage.eval().requires_grad_(False)
 
 
-def smallest_stages(augmentations=("gaussian",), **options):
+def smallest_stages(augmentations=("gaussian",), min_level=0, max_level=None, **options):
     """A base stage of 8x8 and a super-resolution stage per augmentation, random in all their weights; T is 20."""
     torch.manual_seed(0)
     about = {**SMALLEST, **options}
+    clock = {"low_res_timesteps": 20, "low_res_schedule": "cosine", "min_level": min_level, "max_level": max_level}
     made = [BaseStage(resolution=8, **about)]
     for number, kind in enumerate(augmentations):
         low = 8 * 2**number
-        clock = {"low_res_timesteps": 20, "low_res_schedule": "cosine"} if kind == "gaussian" else {}
-        made.append(SuperResolutionStage(low_resolution=low, augmentation=kind, resolution=2 * low, **clock, **about))
+        noised = clock if kind == "gaussian" else {}
+        made.append(SuperResolutionStage(low_resolution=low, augmentation=kind, resolution=2 * low, **noised, **about))
     for parameter in (p for stage in made for p in stage.parameters()):
         torch.nn.init.normal_(parameter, std=0.2)  # the last layers start at zero
     return made

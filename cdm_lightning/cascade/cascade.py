@@ -73,11 +73,11 @@ class CascadeModule(L.LightningModule):
         check_stages(stages)
         self.stages = nn.ModuleList(stages)
         self.origin = origin({"stages": [{"trained": s.trained, "arguments": dict(s.hparams)} for s in stages]})
-        self.set_levels([0] * (len(stages) - 1) if levels is None else levels, truncated)
+        self.set_levels([stage.least_level for stage in self.stages[1:]] if levels is None else levels, truncated)
 
     @classmethod
     def from_stages(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
-        """A cascade of stages that are already in memory, at levels 0."""
+        """A cascade of stages that are already in memory, at the least level of each: 0, unless it has a min_level."""
         cascade = cls.__new__(cls)
         L.LightningModule.__init__(cascade)
         cascade.seed = seed
@@ -227,10 +227,11 @@ def check_level(stage: SuperResolutionStage, level: int) -> None:
                 f"level {level} given to stage {stage.name}, whose augmentation has no level: it takes only 0"
             )
         return
-    highest = stage.augmentation.max_level
-    if not 0 <= level <= highest or level == stage.augmentation.diffusion.timesteps:
+    lowest, highest = stage.least_level, stage.augmentation.max_level
+    if not lowest <= level <= highest or level == stage.augmentation.diffusion.timesteps:
         raise InputError(
-            f"level {level} of stage {stage.name} lies outside 0 <= s <= {highest}, s < T: it was not trained there"
+            f"level {level} of stage {stage.name} lies outside {lowest} <= s <= {highest}, s < T: "
+            "it was not trained there"
         )
 
 

@@ -49,22 +49,25 @@ class NoAugmentation:
 class GaussianAugmentation:
     """z_s ~ q(z_s|z_0) = N(sqrt(abar_s) z_0, (1 - abar_s) I), with the noise schedule of the low-resolution model.
 
-    Training draws s for each image, uniformly from 0 ... max_level (None: T) and independently of t. The network gets s
-    as a second time embedding, so that s can be chosen after training (CDM's amortised Gaussian augmentation).
+    Training draws s for each image, uniformly from min_level ... max_level (None: T), independently of t. The network
+    gets s as a second time embedding, so that s can be chosen after training (CDM's amortised Gaussian augmentation).
+    With min_level = max_level, a stage is trained at one s alone.
     timesteps, schedule: T and the noise schedule of the low-resolution model.
     """
 
     takes_level = True
 
-    def __init__(self, timesteps: int, schedule: Schedule, max_level: int | None = None) -> None:
-        self.max_level = timesteps if max_level is None else max_level
+    def __init__(self, timesteps: int, schedule: Schedule, max_level: int | None = None, min_level: int = 0) -> None:
+        self.min_level, self.max_level = min_level, timesteps if max_level is None else max_level
         if not 0 <= self.max_level <= timesteps:
             raise InputError(f"max_level {max_level} lies outside 0 ... low_res_timesteps = {timesteps}")
+        if not 0 <= min_level <= self.max_level:
+            raise InputError(f"min_level {min_level} lies outside 0 ... max_level = {self.max_level}")
         self.diffusion = Diffusion(timesteps, schedule)
 
     def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
-        """s ~ U{0, ..., max_level}, float32 (B,)."""
-        return (rand(generator) * (self.max_level + 1)).floor().float()
+        """s ~ U{min_level, ..., max_level}, float32 (B,)."""
+        return self.min_level + (rand(generator) * (self.max_level + 1 - self.min_level)).floor().float()
 
     def __call__(
         self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]

@@ -35,6 +35,7 @@ class SuperResolutionStage(DiffusionStage):
         low_res_timesteps: T of the stage before; s is one of its time steps (gaussian only).
         low_res_schedule: Noise schedule of the stage before (gaussian only).
         max_level: Largest s in training; null for all of low_res_timesteps.
+        min_level: Smallest s in training. Equal to max_level, it trains the stage at one s alone.
         blur_sigma: Range of the blur's sigma in pixels.
         blur_probability: Share of the training images that are blurred.
         upsampling: Interpolation of the low-resolution image to `resolution`.
@@ -50,6 +51,7 @@ class SuperResolutionStage(DiffusionStage):
         low_res_timesteps: int | None = None,
         low_res_schedule: Schedule | None = None,
         max_level: int | None = None,
+        min_level: int = 0,
         blur_sigma: list[float] = [0.4, 0.6],  # noqa: B006, read only
         blur_probability: float = 0.5,
         upsampling: Literal["bilinear", "bicubic"] = "bilinear",
@@ -60,7 +62,7 @@ class SuperResolutionStage(DiffusionStage):
         if augmentation == "gaussian":
             if low_res_timesteps is None or low_res_schedule is None:
                 raise InputError("augmentation gaussian needs low_res_timesteps and low_res_schedule: the clock of s")
-            chosen: Augmentation = GaussianAugmentation(low_res_timesteps, low_res_schedule, max_level)
+            chosen: Augmentation = GaussianAugmentation(low_res_timesteps, low_res_schedule, max_level, min_level)
         else:
             chosen = BlurAugmentation(blur_sigma, blur_probability) if augmentation == "blur" else NoAugmentation()
         self.augmentation = chosen  # set before the network is built: it decides on the level embedding
@@ -77,7 +79,8 @@ class SuperResolutionStage(DiffusionStage):
         predict = self.conditioned_predictor(label, low_res, strength)
         if not isinstance(self.augmentation, GaussianAugmentation):
             return predict, {}
-        return predict, {"s": (strength + 1) / (self.augmentation.max_level + 1)}
+        lowest, highest = self.augmentation.min_level, self.augmentation.max_level
+        return predict, {"s": (strength + 1 - lowest) / (highest + 1 - lowest)}
 
     def augment(
         self, low_res: torch.Tensor, strength: torch.Tensor | float, generator: Sequence[torch.Generator]
@@ -115,7 +118,20 @@ class SuperResolutionStage(DiffusionStage):
         return self.diffusion.sample(predict, self.noise(generator), stop_at, generator)
 
     def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
-        return self.sample(batch[1], self.low_res_of(batch[0]), 0, 0, generator)
+        return self.sample_at_least_level(batch[1], self.low_res_of(batch[0]), generator)
+
+    def sample_at_least_level(
+        self, label: torch.Tensor, low_res: torch.Tensor, generator: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        """As `sample`, from clean low_res, at `least_level`."""
+        if self.least_level:
+            low_res = self.augment(low_res, self.least_level, generator)
+        return self.sample(label, low_res, self.least_level, 0, generator)
+
+    @property
+    def least_level(self) -> int:
+        """The smallest s that this stage can take in sampling."""
+        return self.augmentation.min_level if isinstance(self.augmentation, GaussianAugmentation) else 0
 
     def low_res_of(self, image: torch.Tensor) -> torch.Tensor:
         """The real low-resolution images (B, C, h, w), rounded to 8 bits like the stored samples of a stage."""

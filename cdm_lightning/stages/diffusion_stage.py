@@ -245,7 +245,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float | None
 # Arguments that may change when a run is resumed: they alter neither the network nor the training target.
 RESUMABLE_CHANGES = {
     *("sampler", "sampling_steps", "sampling_schedule", "lr", "warmup_steps", "decay_fraction", "seed", "dropout"),
-    *("max_level", "blur_sigma", "blur_probability", "checkpointing", "compile"),
+    *("max_level", "min_level", "blur_sigma", "blur_probability", "checkpointing", "compile"),
 }
 
 

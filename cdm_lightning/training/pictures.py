@@ -65,9 +65,8 @@ class SampleGrid(Callback):
         if isinstance(stage, SuperResolutionStage):
             generator = generators(range(len(image) * columns), image.device, stage.seed, "grid")
             low_res = stage.low_res_of(image)
-            samples = stage.sample(
-                label.repeat_interleave(columns), low_res.repeat_interleave(columns, 0), 0, 0, generator
-            )
+            repeated = (label.repeat_interleave(columns), low_res.repeat_interleave(columns, 0))
+            samples = stage.sample_at_least_level(*repeated, generator)
             inputs_and_truth = zip(low_res, image, strict=True)
         else:
             label = torch.arange(min(self.rows, stage.num_classes or self.rows), device=image.device)

@@ -143,6 +143,31 @@ def test_two_stages_with_levels_are_searched_one_after_the_other(tmp_path, few_r
     assert results["levels"] == min(second, key=lambda r: r["figures"][0]["value"])["levels"]
 
 
+def test_one_stage_alone_is_searched_at_the_levels_that_the_bundle_stores(tmp_path, few_real):
+    write_bundle(tmp_path / "bundle", smallest_stages(["gaussian", "gaussian"]), {"levels": [7, 0]})
+    options = {"levels": [9], "stages": ["sr32"], "truncated": False, "real": False}
+    results = search(tmp_path / "bundle", tmp_path / "out", few_real, **options, **GREY)
+    rows = [(r["stage"], r["levels"], r["kind"]) for r in results["rows"]]
+    assert rows == [
+        ("sr16", [7], "non-truncated"),
+        ("sr32", [7, 0], "non-truncated"),
+        ("sr32", [7, 9], "non-truncated"),
+    ]
+    assert results["levels"][0] == 7
+    with pytest.raises(
+        InputError, match="stages sr64 is no super-resolution stage of this cascade, which has sr16, sr32"
+    ):
+        search(tmp_path / "bundle", tmp_path / "out", few_real, stages=["sr64"], **GREY)
+
+
+def test_a_stage_trained_between_two_levels_is_searched_there(tmp_path, few_real):
+    write_bundle(tmp_path / "bundle", smallest_stages(min_level=6, max_level=15), {})
+    results = search(tmp_path / "bundle", tmp_path / "out", few_real, truncated=False, real=False, **GREY)
+    assert [r["s"] for r in results["rows"]] == [6, 10, 15]  # of 1, 2, 5, 10, 15 and 18 of T = 20
+    with pytest.raises(InputError, match="level 5 of stage sr16 lies outside 6 <= s <= 15"):
+        search(tmp_path / "bundle", tmp_path / "out", few_real, levels=[5], **GREY)
+
+
 def test_a_cascade_without_classes_is_searched_on_images_of_ten(tmp_path, few_real):
     """On real input too: the first images of the split, whatever their classes."""
     write_bundle(tmp_path / "bundle", smallest_stages(num_classes=None), {"classes": list("abcdefghij")})

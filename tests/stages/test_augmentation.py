@@ -35,6 +35,9 @@ def test_levels_are_drawn_per_image_and_uniformly():
     assert len(counts) == 11  # 0 and T included
     assert float((counts - 2000).abs().max()) < 5 * math.sqrt(2000)
     assert float(GaussianAugmentation(4000, "cosine", max_level=100).draw(keyed(500)).max()) <= 100
+    between = GaussianAugmentation(4000, "cosine", max_level=7, min_level=5).draw(keyed(500))
+    assert set(between.tolist()) == {5, 6, 7}
+    assert set(GaussianAugmentation(4000, "cosine", max_level=9, min_level=9).draw(keyed(50)).tolist()) == {9}
 
 
 def test_half_of_a_batch_is_blurred_each_with_its_own_sigma():
@@ -82,6 +85,7 @@ def test_blur_equals_an_explicit_convolution(sigma):
         (lambda: BlurAugmentation((0.6, 0.4), 0.5), "blur_sigma"),
         (lambda: BlurAugmentation((0.4, 0.6), 1.5), "blur_probability 1.5 lies outside"),
         (lambda: GaussianAugmentation(100, "cosine", 101), "max_level 101 lies outside"),
+        (lambda: GaussianAugmentation(100, "cosine", 50, 51), "min_level 51 lies outside 0 ... max_level = 50"),
     ],
 )
 def test_bad_ranges_are_refused(build, sentence):

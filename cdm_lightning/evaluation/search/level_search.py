@@ -251,12 +251,17 @@ def network_calls(stage: Any) -> int:
     return stage.diffusion.sampling_steps or stage.diffusion.timesteps
 
 
-def search_levels(run: LevelSearch, grids: list[list[int]], kinds: list[str]) -> tuple[list[Row], dict[str, list[int]]]:
-    """Search stage by stage: the rows of all stages, low to high, and for each kind the levels of least distance."""
+def search_levels(
+    run: LevelSearch, grids: list[list[int]], kinds: list[str], real: bool = True
+) -> tuple[list[Row], dict[str, list[int]]]:
+    """Search stage by stage: the rows of all stages, low to high, and for each kind the levels of least distance.
+
+    real: also measure real low-resolution input.
+    """
     best: dict[str, list[int]] = {kind: [] for kind in kinds}
     rows: list[Row] = []
     for number, grid in enumerate(grids, 1):
-        points, name = stage_points(number, grid, best), run.cascade.stages[number].name
+        points, name = stage_points(number, grid, best, real), run.cascade.stages[number].name
         stage_rows = [run.measure(point) for point in ProgressBar(points, f"points of {name}", unit="point")]
         for kind in kinds:
             best[kind] = [*best[kind], best_row(stage_rows, kind).s]
@@ -264,28 +269,45 @@ def search_levels(run: LevelSearch, grids: list[list[int]], kinds: list[str]) ->
     return rows, best
 
 
+def level_grids(cascade: CascadeModule, levels: list[int] | None, searched: list[str] | None) -> list[list[int]]:
+    """The levels to measure for each super-resolution stage, in rising order, from its least level, 0, on.
+
+    A stage without Gaussian augmentation has the level 0 alone, and one that is not searched the cascade's own level.
+    levels: None for a default grid of up to 7/8 of T. searched: names of stages; None for all.
+    """
+    stages = list(cascade.stages)[1:]
+    names = [stage.name for stage in stages]
+    if wrong := [name for name in searched or [] if name not in names]:
+        raise InputError(
+            f"stages {wrong[0]} is no super-resolution stage of this cascade, which has {', '.join(names)}"
+        )
+    return [
+        level_grid(stage, levels) if searched is None or stage.name in searched else [own]
+        for stage, own in zip(stages, cascade.levels, strict=True)
+    ]
+
+
 def level_grid(stage: Any, levels: list[int] | None) -> list[int]:
-    """The levels to measure for one stage, in rising order and including 0; only 0 without Gaussian augmentation."""
+    """The levels to measure for one stage, as `level_grids` gives them."""
     if not stage.augmentation.takes_level:
         return [0]
-    timesteps = stage.augmentation.diffusion.timesteps
     if levels is None:
-        levels = [round(timesteps * share) for share in (1 / 40, 1 / 16, 1 / 8, 1 / 4, 3 / 8)]
-        levels = [min(level, stage.augmentation.max_level) for level in levels]
-    return sorted({0, *levels})
+        timesteps, highest = stage.augmentation.diffusion.timesteps, stage.augmentation.max_level
+        levels = [round(timesteps * share) for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)]
+        levels = [min(max(level, stage.least_level), highest) for level in levels]
+    return sorted({stage.least_level, *levels})
 
 
 def check_levels(cascade: CascadeModule, grids: list[list[int]], kinds: list[str]) -> None:
     """Refuse levels that a stage was not trained for, or that its sampler cannot stop at, before hours are spent."""
-    if all(grid == [0] for grid in grids):
+    if all(len(grid) == 1 for grid in grids):
         raise InputError("there is no level s > 0 to choose: give levels, to a cascade with Gaussian augmentation")
+    own = cascade.levels
     for number, grid in enumerate(grids):
         for level in grid:
-            chosen = [0] * len(grids)
-            chosen[number] = level
-            cascade.set_levels(chosen, "truncated" in kinds)
+            cascade.set_levels([*own[:number], level, *own[number + 1 :]], "truncated" in kinds)
             cascade.set_sampler(None, None)  # checks that the reverse process can stop there
-    cascade.set_levels([0] * len(grids), False)
+    cascade.set_levels(own, False)
 
 
 def check_comparison(diffusion: Any, samplers: list[Sampler] | None, steps: list[int] | None) -> None:
@@ -298,8 +320,8 @@ def check_comparison(diffusion: Any, samplers: list[Sampler] | None, steps: list
     diffusion.sampler, diffusion.sampling_steps = original
 
 
-def stage_points(number: int, grid: list[int], best: dict[str, list[int]]) -> list[Point]:
-    """The points of one stage: for each level, every kind of generated input, and real input."""
+def stage_points(number: int, grid: list[int], best: dict[str, list[int]], real: bool) -> list[Point]:
+    """The points of one stage: for each level, every kind of generated input, and real input if `real`."""
     points = []
     for s in grid:
         lower = next(iter(best.values()))
@@ -307,7 +329,8 @@ def stage_points(number: int, grid: list[int], best: dict[str, list[int]]) -> li
             points.append(Point(number, [*lower, 0], "generated"))  # at s = 0 both kinds are the same distribution
         else:
             points += [Point(number, [*levels, s], kind) for kind, levels in best.items()]
-        points.append(Point(number, [*lower, s], "real low-res"))
+        if real:
+            points.append(Point(number, [*lower, s], "real low-res"))
     return points
 
 

@@ -23,7 +23,9 @@ def search(
     n: int = 2000,
     repeats: int = 1,
     levels: list[int] | None = None,
+    stages: list[str] | None = None,
     truncated: bool | None = None,
+    real: bool = True,
     sampler: Sampler | None = None,
     sampling_steps: list[int] | None = None,
     samplers: list[Sampler] | None = None,
@@ -53,9 +55,11 @@ def search(
         detector: Name of a detector, or the path of its file.
         n: Samples per point, spread evenly over the classes.
         repeats: Sets of n samples per point, with different seeds; three or more give error bars.
-        levels: The levels s to measure, such as [251,501]; 0 is always included. null for 1/40, 1/16, 1/8, 1/4 and 3/8
-            of T.
+        levels: The levels s to measure, such as [1001,2001]; 0 is always included. null for 1/16, 1/8, 1/4, 1/2, 3/4
+            and 7/8 of T.
+        stages: The stages whose level is searched, such as [sr32]; the others keep the bundle's. null for all.
         truncated: true measures only truncated sampling, false only non-truncated; null for both.
+        real: Measure real low-resolution images as input too, for the cascade gap.
         sampler: ddpm, ddim or dpm++ in all stages during the search over s; null for each stage's own.
         sampling_steps: Network calls of each stage during the search over s; null for each stage's own.
         samplers: Samplers to compare at the chosen s.
@@ -79,30 +83,31 @@ def search(
         check_comparison,
         check_levels,
         comparison_points,
-        level_grid,
+        level_grids,
         search_levels,
     )
     from cdm_lightning.evaluation.search.report import print_rows, store_in_bundle, write_search
 
     network = load_detector(detector, trust_detector)
-    stages, metadata = read_bundle(bundle)
-    cascade = CascadeModule.from_stages(stages, seed)
+    parts, metadata = read_bundle(bundle)
+    cascade = CascadeModule.from_stages(parts, seed)
+    cascade.set_levels(metadata.get("levels") or cascade.levels, False)
     cascade.set_sampler(sampler, sampling_steps)
     run = LevelSearch(
         cascade, metadata, Path(out), Path(shards), split, input_split, network, detector, n,
         list(range(seed, seed + repeats)), block_size, precision, devices, accelerator,
     )  # fmt: skip
     kinds = [kind for kind, wanted in (("truncated", True), ("non-truncated", False)) if truncated in (None, wanted)]
-    grids = [level_grid(stage, levels) for stage in stages[1:]]
+    grids = level_grids(cascade, levels, stages)
     check_levels(cascade, grids, kinds)
-    check_comparison(stages[-1].diffusion, samplers, steps)
+    check_comparison(parts[-1].diffusion, samplers, steps)
     run.check_real_images()
     run.begin()
-    rows, best = search_levels(run, grids, kinds)
-    kind = min(kinds, key=lambda k: best_row([r for r in rows if r.stage == stages[-1].name], k).figures[0].value)
+    rows, best = search_levels(run, grids, kinds, real)
+    kind = min(kinds, key=lambda k: best_row([r for r in rows if r.stage == parts[-1].name], k).figures[0].value)
     last_choice = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
     chosen = best_row(
-        [r for r in rows if r.stage == stages[last_choice + 1].name and r.s == best[kind][last_choice]], kind
+        [r for r in rows if r.stage == parts[last_choice + 1].name and r.s == best[kind][last_choice]], kind
     )
     rows += [
         run.measure(point, compared=True) for point in comparison_points(cascade, best[kind], kind, samplers, steps)
