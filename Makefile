@@ -24,8 +24,10 @@ RUN := runs/demo
 
 demo: $(RUN)/samples.png ## Train a small cascade on the shipped images, measure it and draw samples
 	@echo
+	@echo "$(RUN)/search/curve.png    the distance of sr32 over s, on generated and on real input"
+	@echo "$(RUN)/search/levels.png   the same 16x16 samples taken up at s = 0 and at the chosen s"
+	@echo "$(RUN)/search/report.html  both, and all figures, as a page"
 	@echo "$(RUN)/samples.png         samples: one row per class, three resolutions side by side"
-	@echo "$(RUN)/search/report.html  the distances above as a page with charts and pictures"
 	@echo "$(RUN)/bundle              the cascade: cdm sample --bundle $(RUN)/bundle --out samples --per_class 4"
 
 # Stages train independently. Such small networks gain little from a second thread, so two stages train at the same time.
@@ -37,18 +39,19 @@ $(RUN)/bundle/bundle.json: | setup
 	@$(call fit,sr32) > $(RUN)/sr32.log 2>&1 & sr32=$$!; trap 'kill $$sr32 $$tail 2> /dev/null' EXIT; trap 'exit 1' INT TERM; \
 	echo "1/5 base8: classes -> 8x8, about 2 min; sr32 trains at the same time on the other core"; $(call fit,base8) || exit; \
 	echo; echo "2/5 sr16: 8x8 -> 16x16, about 2 min"; $(call fit,sr16) || exit; \
-	echo; echo "3/5 sr32: 16x16 -> 32x32, about 3 min since its start"; \
+	echo; echo "3/5 sr32: 16x16 -> 32x32, about 5 min since its start"; \
 	tail -n +1 -f $(RUN)/sr32.log & tail=$$!; wait $$sr32; code=$$?; sleep 1; exit $$code
 	@$(CDM) bundle --checkpoints "[$(RUN)/base8,$(RUN)/sr16,$(RUN)/sr32]" --out $(RUN)/bundle
 
+# The choice of s is stored in the bundle, which the samples then follow.
 $(RUN)/search/results.json: $(RUN)/bundle/bundle.json
-	@echo; echo "4/5 Measure the distance of samples to real images, with and without noise on the 8x8 input, about 3 min"
-	@$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --levels "[501]" --n 300 --sampling_steps "[20,20,10]"
+	@echo; echo "4/5 Measure sr32 with noise of level s on its input: generated images, and real ones; about 2 min"
+	@$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --stages "[sr32]" --levels "[1001,2001,3001]" --truncated false --n 500 --store true
 
 $(RUN)/samples.png: $(RUN)/search/results.json
-	@echo; echo "5/5 Draw four samples of each class, under 1 min"
+	@echo; echo "5/5 Draw four samples of each class at the chosen s, under 1 min"
 	@rm -rf $(RUN)/samples
-	@$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4 --sampling_steps "[50,50,25]" --levels "[501,0]"
+	@$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4
 	@cp $(RUN)/samples/samples.png $@
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]

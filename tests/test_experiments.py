@@ -1,8 +1,11 @@
 """Every YAML trains a step through the real command line, and the ImageNet files state the paper's table."""
 
 import csv
+import json
+import runpy
 import shlex
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,15 +13,17 @@ import torch
 import yaml
 from commands import QUICK, ROOT, configs
 
+from cdm_lightning import stages
 from cdm_lightning.__main__ import main
 from cdm_lightning.data.shards import Manifest, write_manifest, write_shard
 from cdm_lightning.foundation.images import encode_png
+from cdm_lightning.planning.flops import training_flops
 from cdm_lightning.stages.loading import load_stage
 
 EXPERIMENTS = sorted(
     p
     for p in (ROOT / "experiments").glob("*/*.yaml")
-    if {"defaults", "cascade", "cas", "sweeps"}.isdisjoint((p.stem, p.parent.name))
+    if {"defaults", "cascade", "cas", "sweeps", "study.yaml"}.isdisjoint((p.stem, p.name, p.parent.name))
 )
 
 
@@ -134,16 +139,63 @@ def test_mixed_precision_trains(tmp_path, monkeypatch):
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in stage.parameters())
 
 
-def test_every_command_of_the_study_is_understood(monkeypatch, capsys):
-    """The list of commands is run with `echo` in cdm's place; each line is then parsed as the command that it is."""
+def study(*arguments):
+    """A process of the study's runner, finished."""
+    command = [sys.executable, "experiments/study", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("data", ["fashion", "cifar"])
+def test_every_command_of_the_study_is_understood(data, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    script = ROOT / "experiments" / "study" / "commands.sh"
-    monkeypatch.setenv("CDM", "echo")
-    listed = subprocess.run(["bash", str(script), "fashion", "1"], capture_output=True, text=True)
+    listed = study(data, "1", "--list")
     assert listed.returncode == 0, listed.stderr
-    lines = [shlex.split(line) for line in listed.stdout.splitlines()]
-    assert [words[0] for words in lines].count("fit") == 6 and {"search", "sample", "cas"} <= {w[0] for w in lines}
-    for words in lines:
+    lines = [shlex.split(line.replace("{best of base16}", "2001")) for line in listed.stdout.splitlines()]
+    ours = [words[1:] for words in lines if words[0] == "cdm"]
+    assert {words[0] for words in ours} == {"fit", "bundle", "reference", "search", "sample", "evaluate", "cas"}
+    for words in ours:
         with pytest.raises(SystemExit) as stop:
             main([*words, "--print_config"])
         assert stop.value.code == 0, (words, capsys.readouterr().err)
+
+
+def test_the_single_model_of_the_study_costs_what_the_cascade_costs():
+    flops = {}
+    for name in ("base16", "sr32", "base32"):
+        config = yaml.safe_load((ROOT / "experiments" / "study" / f"{name}.yaml").read_text())
+        kind = config["model"]["class_path"].rpartition(".")[2]
+        stage = getattr(stages, kind)(**config["model"]["init_args"])
+        flops[name] = config["trainer"]["max_steps"] * training_flops(stage.unet)
+    assert flops["base32"] == pytest.approx(flops["base16"] + flops["sr32"], rel=0.005)
+
+
+def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
+    """A task that fails stops those that need it alone; what is finished, or only served known figures, is not run."""
+    runner = runpy.run_path(str(ROOT / "experiments" / "study" / "__main__.py"))
+    note = f"import sys; open({str(tmp_path / 'ran')!r}, 'a').write(sys.argv[1])"
+
+    def task(letter, *needs, found=None, code=0):
+        write = f"import pathlib; pathlib.Path({str(found)!r}).write_text('{{\"n\": 5}}')" if found else "pass"
+        commands = [[sys.executable, "-c", f"{note}; {write}; sys.exit({code})", letter]]
+        return runner["Task"](commands, list(needs), found and found.parent)
+
+    def run(**changed):
+        (tmp_path / "ran").write_text("")
+        found = [tmp_path / f"{name}.results" / "results.json" for name in "xy"]
+        for path in found:
+            path.parent.mkdir(exist_ok=True)
+        tasks = {
+            "a": task("a"), "b": task("b", "a"), "c": task("c"), "x": task("x", "b", found=found[0]),
+            "y": task("y", "c", found=found[1]), **changed,
+        }  # fmt: skip
+        study = runner["Study"](tasks, tmp_path / "run", tmp_path / "results.json")
+        failed = study.measure(["x", "y"], jobs=2)
+        return failed, (tmp_path / "ran").read_text()
+
+    failed, ran = run(b=task("b", "a", code=3))
+    assert failed == ["b"] and sorted(ran) == ["a", "b", "c", "y"] and ran.index("a") < ran.index("b")
+    assert json.loads((tmp_path / "results.json").read_text())["y"]["n"] == 5
+    failed, ran = run()
+    assert (failed, ran) == ([], "bx")
+    (tmp_path / "run" / "done" / "a").unlink()  # on another machine: the figures are known, so nothing is wanted
+    assert run() == ([], "")

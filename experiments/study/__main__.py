@@ -1,0 +1,214 @@
+"""Run the study: `python experiments/study DATA SEED [--jobs 2]`, such as `python experiments/study fashion 0`.
+
+study.yaml lists what is trained and measured for one data set and one training seed. Every task is a few commands,
+printed as they start; their output is in runs/study/DATA/SEED/logs. A measurement leaves its figures in
+experiments/study/results/DATA-SEED.json. It is not repeated, nor is a training that no missing measurement needs. Other
+finished tasks are kept in runs/study, and a stopped command resumes: the same call continues a stopped study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cdm_lightning.foundation.files import write_atomically
+
+HERE = Path("experiments/study")  # the commands are for the project's root
+CDM = str(Path(sys.executable).with_name("cdm"))
+SAMPLED = {"n": 2000, "repeats": 3, "truncated": False, "precision": "bf16-mixed", "block_size": 200}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Commands to run in order, once the tasks in `needs` are finished. found: results.json of a measurement."""
+
+    commands: list[list[str]]
+    needs: list[str]
+    found: Path | None = None
+
+
+def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
+    """All tasks of one data set and one training seed, by name."""
+    about, run = plan["data"][data], Path("runs/study") / data / str(seed)
+    detector, shared = about["detector"], {"shards": about["root"], "detector": about["detector"]}
+    train = [sys.executable, "data/detector.py", about["root"], detector, "--width", "32", "--epochs", "8"]
+    tasks = {"detector": Task([train] if "/" in detector else [], [])}
+    cards = {"reference": detector, **({"inception": "inception"} if about.get("inception") else {})}
+    for name, judge in cards.items():
+        made = {
+            **shared,
+            "detector": judge,
+            "split": "val",
+            "resolution": 32,
+            "out": run.parent / f"{name}.safetensors",
+        }
+        tasks[name] = Task([[CDM, "reference", *flags(made)]], ["detector"])
+    for name, options in plan["trainings"].items():
+        recipes = [Path("experiments/defaults.yaml"), *(HERE / f"{r}.yaml" for r in ("defaults", options["recipe"]))]
+        given = {
+            "data.root": about["root"], "model.image_channels": about["channels"], "seed_everything": seed,
+            "trainer.default_root_dir": run / name, **without(options, "recipe"),
+        }  # fmt: skip
+        tasks[name] = Task([[CDM, "fit", *(f"--config={path}" for path in recipes), *flags(given)]], [])
+    for name, options in plan["searches"].items():
+        bundle, out = run / "bundles" / name, run / "searches" / name
+        make, needs = bundled(run, options["stages"], bundle)
+        given = {"bundle": bundle, "out": out, **shared, **SAMPLED, **without(options, "stages")}
+        tasks[f"search {name}"] = Task([make, [CDM, "search", *flags(given)]], [*needs, "detector"], out)
+    for name, options in plan["samples"].items():
+        bundle = run / "bundles" / name
+        make, needs = bundled(run, options["stages"], bundle)
+        needs += [f"search {found}" for found in re.findall(r"{best of (\S+)}", options.get("levels", ""))]
+        folders = {number: run / "samples" / f"{name}-{number}" for number in options["seeds"]}
+        given = {"bundle": bundle, "precision": "bf16-mixed", **without(options, "stages", "seeds", "score")}
+        draw = [[CDM, "sample", *flags({**given, "seed": s, "out": folder})] for s, folder in folders.items()]
+        tasks[f"samples {name}"] = Task([make, *draw], needs)
+        for card in cards if options.get("score") else ["reference"]:
+            out, path = run / "evaluations" / f"{name}-{card}", run.parent / f"{card}.safetensors"
+            measured = {"samples": list(map(str, folders.values())), "references": [str(path)], "out": out}
+            command = [CDM, "evaluate", *flags({**measured, "detector": cards[card]})]
+            tasks[f"{card} {name}"] = Task([command], [f"samples {name}", card], out)
+        if options.get("score"):
+            out = run / "cas" / name
+            command = [CDM, "cas", f"--config={HERE / 'cas.yaml'}"]
+            command += flags({"samples": folders[0], "shards": about["root"], "out": out})
+            tasks[f"cas {name}"] = Task([command], [f"samples {name}"], out)
+    return tasks
+
+
+def bundled(run: Path, stages: list[str], out: Path) -> tuple[list[str], list[str]]:
+    """The command that bundles stages, and the trainings that it needs. base16@160 is base16 after 160 steps."""
+    parts = [stage.partition("@") for stage in stages]
+    files = [run / name / (f"checkpoints/step={step}.ckpt" if step else "") for name, _, step in parts]
+    return [CDM, "bundle", *flags({"checkpoints": list(map(str, files)), "out": out})], [name for name, _, _ in parts]
+
+
+def without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The options but for some."""
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """Options of a command: text and paths as they are, and all else as JSON."""
+    return [f"--{name}={v if isinstance(v, (str, Path)) else json.dumps(v)}" for name, v in options.items()]
+
+
+class Study:
+    """The state of a study: which tasks are finished, and what they found. done, results: files."""
+
+    def __init__(self, tasks: dict[str, Task], run: Path, results: Path) -> None:
+        self.tasks, self.run, self.results = tasks, run, results
+        self.found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
+
+    def finished(self, name: str) -> bool:
+        """Whether a task needs no run: its figures are known, or its mark holds the same commands."""
+        mark = self.run / "done" / name
+        return name in self.found or (mark.is_file() and mark.read_text() == self.text(name))
+
+    def text(self, name: str) -> str:
+        """The commands of a task as text, without the folder of the program."""
+        return "".join(shlex.join([Path(c[0]).name, *c[1:]]) + "\n" for c in self.tasks[name].commands)
+
+    def wanted(self, measurements: list[str]) -> list[str]:
+        """The tasks to run for the measurements, in an order that respects what they need."""
+        order: list[str] = []
+
+        def visit(name: str) -> None:
+            if name not in order and not self.finished(name):
+                for needed in self.tasks[name].needs:
+                    visit(needed)
+                order.append(name)
+
+        for name in measurements:
+            visit(name)
+        return order
+
+    def measure(self, measurements: list[str], jobs: int) -> list[str]:
+        """Run what the measurements need, `jobs` tasks at the same time; returns the tasks that failed."""
+        waiting, failed = self.wanted(measurements), list[str]()
+        running: dict[Future[None], str] = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            while True:
+                unfinished = {*waiting, *running.values(), *failed}
+                ready = [name for name in waiting if unfinished.isdisjoint(self.tasks[name].needs)]
+                for name in ready[: jobs - len(running)]:
+                    waiting.remove(name)
+                    running[pool.submit(self.execute, name)] = name
+                if not running:
+                    return failed
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(future)
+                    if error := future.exception():
+                        print(error, file=sys.stderr, flush=True)
+                        failed.append(name)
+                    else:
+                        self.finish(name)
+
+    def execute(self, name: str) -> None:
+        """Run a task's commands with one thread, and mark it as finished. Raises RuntimeError if a command fails."""
+        log = self.run / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
+        with log.open("ab") as file:
+            for command in self.tasks[name].commands:
+                command = [re.sub(r"{best of (\S+)}", lambda m: str(self.best_level(m[1])), part) for part in command]
+                print(f"{name}: {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
+                code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
+                if code:
+                    raise RuntimeError(f"{name} ended with code {code}: {log} says why")
+
+    def best_level(self, search: str) -> int:
+        """The level s > 0 of least distance on generated input in a search."""
+        rows = [row for row in self.found[f"search {search}"]["rows"] if row["s"] and row["kind"] != "real low-res"]
+        return int(min(rows, key=lambda row: row["figures"][0]["value"])["s"])
+
+    def finish(self, name: str) -> None:
+        """Note that a task is finished, and keep the figures of a measurement."""
+        if (folder := self.tasks[name].found) is not None:
+            self.found[name] = {"commands": self.text(name).splitlines(), **figures(folder / "results.json")}
+            text = json.dumps(dict(sorted(self.found.items())), indent=1) + "\n"
+            write_atomically(self.results, re.sub(r"\n {4,}|\n {3}(?=[\]}])", " ", text).encode())
+        write_atomically(self.run / "done" / name, self.text(name).encode())
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """What is kept of a results.json: figures without their notes, and where and when they were made."""
+    results = json.loads(path.read_text())
+    kept = {name: results[name] for name in ("floor", "figures", "made", "cas", "n", "seeds") if name in results}
+    rows = [without(row, "folders", "levels", "resolution", "calls") for row in results.get("rows", [])]
+    return {**kept, **({"rows": rows} if rows else {})}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plan = yaml.safe_load((HERE / "study.yaml").read_text())
+    parser.add_argument("data", choices=plan["data"])
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--jobs", type=int, default=2, help="tasks at the same time, of one thread each")
+    parser.add_argument("--only", default="", help="a regular expression: measure only what it matches")
+    parser.add_argument("--list", action="store_true", help="print the commands of all tasks, and run nothing")
+    arguments = parser.parse_args()
+    tasks = tasks_of(plan, arguments.data, arguments.seed)
+    run = Path("runs/study") / arguments.data / str(arguments.seed)
+    study = Study(tasks, run, HERE / "results" / f"{arguments.data}-{arguments.seed}.json")
+    if arguments.list:
+        print("".join(map(study.text, tasks)), end="")
+        return
+    failed = study.measure([n for n, t in tasks.items() if t.found and re.search(arguments.only, n)], arguments.jobs)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; what needs them was not begun")
+
+
+if __name__ == "__main__":
+    main()
