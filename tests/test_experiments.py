@@ -85,6 +85,18 @@ def test_the_imagenet_files_state_the_papers_table(name):
     assert defaults["trainer"]["callbacks"][0]["init_args"]["decay"] == 0.9999
 
 
+def test_stages_below_128_take_gaussian_noise_and_those_above_blur():
+    """The paper's choice, and in words which s it found best, where there is one."""
+    kinds = {}
+    for path in (ROOT / "experiments" / "imagenet").glob("sr*.yaml"):
+        text = path.read_text()
+        model = yaml.safe_load(text)["model"]["init_args"]
+        kinds[model["resolution"]] = model["augmentation"]
+        assert ("# s in sampling. Paper: " in text) == (model["augmentation"] == "gaussian")
+        assert model.get("max_level") is None and "min_level" not in model  # amortised over all s
+    assert kinds == {64: "gaussian", 128: "blur", 256: "blur"}
+
+
 def test_every_number_of_imagenet_is_marked_as_the_papers_or_ours():
     for path in EXPERIMENTS:
         if path.parent.name == "imagenet":
