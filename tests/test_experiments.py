@@ -189,7 +189,7 @@ def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
     def task(letter, *needs, found=None, code=0):
         write = f"import pathlib; pathlib.Path({str(found)!r}).write_text('{{\"n\": 5}}')" if found else "pass"
         commands = [[sys.executable, "-c", f"{note}; {write}; sys.exit({code})", letter]]
-        return runner["Task"](commands, list(needs), found and found.parent)
+        return runner["Task"](commands, list(needs), {"it": found.parent} if found else {})
 
     def run(**changed):
         (tmp_path / "ran").write_text("")
@@ -206,7 +206,7 @@ def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
 
     failed, ran = run(b=task("b", "a", code=3))
     assert failed == ["b"] and sorted(ran) == ["a", "b", "c", "y"] and ran.index("a") < ran.index("b")
-    assert json.loads((tmp_path / "results.json").read_text())["y"]["n"] == 5
+    assert json.loads((tmp_path / "results.json").read_text())["y"]["it"]["n"] == 5
     failed, ran = run()
     assert (failed, ran) == ([], "bx")
     (tmp_path / "run" / "done" / "a").unlink()  # on another machine: the figures are known, so nothing is wanted

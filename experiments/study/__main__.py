@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ SAMPLED = {"n": 2000, "repeats": 3, "truncated": False, "precision": "bf16-mixed
 
 @dataclass(frozen=True)
 class Task:
-    """Commands to run in order, once the tasks in `needs` are finished. found: results.json of a measurement."""
+    """Commands to run in order, once the tasks in `needs` are finished. found: folders of results."""
 
     commands: list[list[str]]
     needs: list[str]
-    found: Path | None = None
+    found: dict[str, Path] = field(default_factory=dict)
 
 
 def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
@@ -44,16 +44,21 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
     detector, shared = about["detector"], {"shards": about["root"], "detector": about["detector"]}
     train = [sys.executable, "data/detector.py", about["root"], detector, "--width", "32", "--epochs", "8"]
     tasks = {"detector": Task([train] if "/" in detector else [], [])}
-    cards = {"reference": detector, **({"inception": "inception"} if about.get("inception") else {})}
-    for name, judge in cards.items():
-        made = {
-            **shared,
-            "detector": judge,
-            "split": "val",
-            "resolution": 32,
-            "out": run.parent / f"{name}.safetensors",
+    cards = {"reference": (detector, 32), "reference16": (detector, 16)}
+    cards |= {"inception": ("inception", 32)} if about.get("inception") else {}
+    for name, (judge, size) in cards.items():
+        made = {**shared, "detector": judge, "split": "val", "resolution": size}
+        command = [CDM, "reference", *flags({**made, "out": run.parent / f"{name}.safetensors"})]
+        tasks[name] = Task([command], ["detector"])
+
+    def evaluated(folders: list[Path], card: str, out: Path) -> list[str]:
+        given = {
+            "samples": list(map(str, folders)),
+            "references": [str(run.parent / f"{card}.safetensors")],
+            "out": out,
         }
-        tasks[name] = Task([[CDM, "reference", *flags(made)]], ["detector"])
+        return [CDM, "evaluate", *flags({**given, "detector": cards[card][0]})]
+
     for name, options in plan["trainings"].items():
         recipes = [Path("experiments/defaults.yaml"), *(HERE / f"{r}.yaml" for r in ("defaults", options["recipe"]))]
         given = {
@@ -64,8 +69,14 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
     for name, options in plan["searches"].items():
         bundle, out = run / "bundles" / name, run / "searches" / name
         make, needs = bundled(run, options["stages"], bundle)
-        given = {"bundle": bundle, "out": out, **shared, **SAMPLED, **without(options, "stages")}
-        tasks[f"search {name}"] = Task([make, [CDM, "search", *flags(given)]], [*needs, "detector"], out)
+        given = {"bundle": bundle, "out": out, **shared, **SAMPLED, **without(options, "stages", "base")}
+        commands, found = [make, [CDM, "search", *flags(given)]], {"search": out}
+        if options.get("base"):  # the low-resolution samples by themselves
+            folders = [out / "low_res" / f"{needs[0]}-seed{number}" for number in range(SAMPLED["repeats"])]
+            found["base"] = run / "evaluations" / f"low_res-{name}"
+            commands.append(evaluated(folders, "reference16", found["base"]))
+            needs = [*needs, "reference16"]
+        tasks[f"search {name}"] = Task(commands, [*needs, "detector"], found)
     for name, options in plan["samples"].items():
         bundle = run / "bundles" / name
         make, needs = bundled(run, options["stages"], bundle)
@@ -74,16 +85,15 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
         given = {"bundle": bundle, "precision": "bf16-mixed", **without(options, "stages", "seeds", "score")}
         draw = [[CDM, "sample", *flags({**given, "seed": s, "out": folder})] for s, folder in folders.items()]
         tasks[f"samples {name}"] = Task([make, *draw], needs)
-        for card in cards if options.get("score") else ["reference"]:
-            out, path = run / "evaluations" / f"{name}-{card}", run.parent / f"{card}.safetensors"
-            measured = {"samples": list(map(str, folders.values())), "references": [str(path)], "out": out}
-            command = [CDM, "evaluate", *flags({**measured, "detector": cards[card]})]
-            tasks[f"{card} {name}"] = Task([command], [f"samples {name}", card], out)
+        for card in ["reference", *(["inception"] if "inception" in cards and options.get("score") else [])]:
+            out = run / "evaluations" / f"{name}-{card}"
+            command = evaluated(list(folders.values()), card, out)
+            tasks[f"{card} {name}"] = Task([command], [f"samples {name}", card], {"evaluate": out})
         if options.get("score"):
             out = run / "cas" / name
             command = [CDM, "cas", f"--config={HERE / 'cas.yaml'}"]
             command += flags({"samples": folders[0], "shards": about["root"], "out": out})
-            tasks[f"cas {name}"] = Task([command], [f"samples {name}"], out)
+            tasks[f"cas {name}"] = Task([command], [f"samples {name}"], {"cas": out})
     return tasks
 
 
@@ -170,13 +180,18 @@ class Study:
 
     def best_level(self, search: str) -> int:
         """The level s > 0 of least distance on generated input in a search."""
-        rows = [row for row in self.found[f"search {search}"]["rows"] if row["s"] and row["kind"] != "real low-res"]
+        rows = [
+            row
+            for row in self.found[f"search {search}"]["search"]["rows"]
+            if row["s"] and row["kind"] != "real low-res"
+        ]
         return int(min(rows, key=lambda row: row["figures"][0]["value"])["s"])
 
     def finish(self, name: str) -> None:
         """Note that a task is finished, and keep the figures of a measurement."""
-        if (folder := self.tasks[name].found) is not None:
-            self.found[name] = {"commands": self.text(name).splitlines(), **figures(folder / "results.json")}
+        if folders := self.tasks[name].found:
+            known = {part: figures(folder / "results.json") for part, folder in folders.items()}
+            self.found[name] = {"commands": self.text(name).splitlines(), **known}
             text = json.dumps(dict(sorted(self.found.items())), indent=1) + "\n"
             write_atomically(self.results, re.sub(r"\n {4,}|\n {3}(?=[\]}])", " ", text).encode())
         write_atomically(self.run / "done" / name, self.text(name).encode())
