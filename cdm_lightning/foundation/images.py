@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
@@ -105,19 +106,44 @@ def decode_png(data: bytes, side: int | None = None) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
-def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: str | Path, cell: int, gap: int = 2) -> None:
+def save_grid(
+    rows: Sequence[Sequence[torch.Tensor]],
+    path: str | Path,
+    cell: int,
+    gap: int = 2,
+    heads: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> None:
     """Save rows of images as one PNG, each image resized to `cell` pixels by nearest neighbour.
 
-    rows: uint8 (C, H, W) images; rows may differ in length and images in size.
+    rows: uint8 (C, H, W) images; rows may differ in length and images in size. heads: texts above the columns, of one
+    line or several. names: texts left of the rows.
     """
     columns = max(len(row) for row in rows)
-    size = (columns * (cell + gap) - gap, len(rows) * (cell + gap) - gap)
+    sizes: dict[str, tuple[float, float]] = {}
+    if heads or names:
+        from matplotlib import get_data_path  # for its font, which has more letters than Pillow's
+
+        font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
+        ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+        sizes = {text: ruler.multiline_textbbox((0, 0), text, font)[2:] for text in (*heads, *names)}
+    left = math.ceil(max((sizes[name][0] + 8 for name in names), default=0))
+    top = math.ceil(max((sizes[head][1] + 8 for head in heads), default=0))
+    wide = math.ceil(max([cell, *(sizes[head][0] for head in heads)])) + gap
+    size = (left + columns * wide - gap, top + len(rows) * (cell + gap) - gap)
     sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, head in enumerate(heads):
+        pen.multiline_text((left + x * wide, top - 4), head, "black", font, anchor="ld")
+    for y, name in enumerate(names):
+        pen.text((0, top + y * (cell + gap) + cell // 2), name, "black", font, anchor="lm")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             array = image.cpu().permute(1, 2, 0).numpy()
             picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert("RGB")
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x * (cell + gap), y * (cell + gap)))
+            sheet.paste(
+                picture.resize((cell, cell), Image.Resampling.NEAREST), (left + x * wide, top + y * (cell + gap))
+            )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomically(Path(path), buffer.getvalue())  # two commands on one folder may end at the same time

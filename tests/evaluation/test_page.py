@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
+import matplotlib.figure
 import pytest
 import torch
 from evaluations import figure
@@ -15,6 +16,7 @@ from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_tab
 from cdm_lightning.evaluation.report.line_chart import plot
 from cdm_lightning.evaluation.report.page import Command, Drawing, render_page, size_of, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, neighbours_grid, stages_grid
+from cdm_lightning.evaluation.report.results import settings_table
 from cdm_lightning.evaluation.search import level_tables
 from cdm_lightning.evaluation.search.level_tables import cost_curve, gap_table, level_curves
 from cdm_lightning.foundation.errors import InputError
@@ -269,7 +271,9 @@ def test_the_levels_are_a_plot_and_a_table_with_the_chosen_one_marked():
     assert len(shown.all("picture")) == 1 and size_of(payload(shown.all("img")[0]["src"])) == (748, 504)
     plain = read(level_curves(rows))
     assert "chosen" not in plain.text and not plain.all("mark")
-    assert read(level_curves([level(0, "truncated", 7.0, None)])).tables[0][1] == ["0", "7.00", "–", "500"]
+    alone = read(level_curves([level(0, "truncated", 7.0, None)]))  # a column without content is not shown
+    assert alone.tables[0] == [["s", "truncated", "n generated"], ["0", "7.00", "500"]]
+    assert shown.text.index("more figures") > shown.text.index("7.050 ± 0.030") and len(shown.all("details")) == 1
 
 
 def test_samplers_and_single_levels_share_no_plot():
@@ -288,6 +292,25 @@ def test_the_plot_draws_the_ring_and_the_error_bars():
         plot(bare, None, r"distance ($\nothing$)", "light"),
     ]  # fmt: skip
     assert len(set(made)) == 6 and plot(lines, ("truncated", 77), OWN, "light") == made[2]
+
+
+def test_the_plot_does_not_magnify_small_differences(monkeypatch):
+    seen = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda canvas, *_, **__: seen.append(canvas.axes[0]))
+    plot({"a": [(0, 7.3, 0.3), (9, 7.0, None)]}, None, OWN, "light", floor=("as many real images", 0.5))
+    plot({"a": [(0, 0.1, 0.3), (9, 0.0, None)]}, None, OWN, "light")
+    assert seen[0].get_ylim()[0] == 0 and seen[1].get_ylim()[0] < -0.2
+    assert [line.get_ydata()[0] for line in seen[0].lines if line.get_label() == "as many real images"] == [0.5]
+
+
+def test_settings_are_a_table_and_no_json():
+    cards = [{"split": "val", "made": {"date": "now"}, "sha": "5d" * 32, "counts": [1], "levels": [4, 9]}, {"n": None}]
+    shown = read(settings_table("Cards", [*cards, {"split": "train", "levels": list(range(99))}]))
+    assert shown.tables == [[
+        ["setting", "1", "3"], ["split", "val", "train"], ["made, date", "now", "–"],
+        ["sha", "5d5d5d5d5d5d5d5d …", "–"], ["levels", "4, 9", "99 values"], ["n", "–", "–"],
+    ]]  # fmt: skip
+    assert settings_table("Cards", []) == []
 
 
 def test_the_gap_is_generated_minus_real():
@@ -407,16 +430,20 @@ def test_the_page_shows_all_the_paper_has_at_a_resolution(resolution):
 
 def test_the_generated_point_at_s_0_belongs_to_both_curves(monkeypatch):
     drawn = []
-    monkeypatch.setattr(level_tables, "line_chart", lambda *given: drawn.append(given))
+    monkeypatch.setattr(level_tables, "line_chart", lambda *given, **more: drawn.append((*given, more)))
     rows = [level(0, "generated", 9.0), level(0, "real low-res", 5.0), level(251, "real low-res", 6.0)]
     rows += [level(251, "truncated", 8.0), level(251, "non-truncated", 7.0)]
-    level_curves(rows, rows[0])
-    lines, mark, *_ = drawn[0]
+    shown = read(level_curves(rows, rows[0], ("500 real images", 0.5)))
+    lines, mark, *_, more = drawn[0]
     assert {kind: [(s, value) for s, value, _ in points] for kind, points in lines.items()} == {
-        "truncated": [(0, 9.0), (251, 8.0)], "non-truncated": [(0, 9.0), (251, 7.0)],
-        "real low-res": [(0, 5.0), (251, 6.0)],
+        "generated input, truncated": [(0, 9.0), (251, 8.0)], "generated input, non-truncated": [(0, 9.0), (251, 7.0)],
+        "real input": [(0, 5.0), (251, 6.0)],
     }  # fmt: skip
-    assert mark == ("truncated", 0)
+    assert mark == ("generated input, truncated", 0) and more["floor"] == ("500 real images", 0.5)
+    assert [line[:4] for line in shown.tables[0][1:]] == [
+        ["0", "chosen 9.000 ± 0.030", "chosen 9.000 ± 0.030", "5.000 ± 0.030"],
+        ["251", "8.000 ± 0.030", "7.000 ± 0.030", "6.000 ± 0.030"],
+    ]
 
 
 def test_samplers_and_steps_are_one_table_and_one_plot_over_calls(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +13,13 @@ from cdm_lightning.evaluation.report.figure_tables import cas_table, figures_tab
 from cdm_lightning.evaluation.report.memorisation import card_to_search, memorisation, neighbour_rows
 from cdm_lightning.evaluation.report.page import Block, Drawing, Section, write_page
 from cdm_lightning.evaluation.report.pictures import neighbours_grid, stages_grid
-from cdm_lightning.evaluation.report.results import facts_of, provenance, provenance_sections, write_results
+from cdm_lightning.evaluation.report.results import (
+    facts_of,
+    provenance,
+    provenance_sections,
+    settings_table,
+    write_results,
+)
 from cdm_lightning.evaluation.report.stored_samples import resolution_folders, stage_rows
 
 
@@ -41,7 +46,7 @@ def write_evaluation(out: Path, measured: Any, real: Path | None, cas: dict[str,
         rows = [] if real is None else neighbour_rows(card, measured.features[0], measured.folders[0], real)
         grid = neighbours_grid(rows, f"the features of {measured.detector.name}")
         sections.append(("Memorisation", [text, *grid]))
-    sections += provenance_sections(facts_of(results), results["made"]["command"])
+    sections += provenance_sections(facts_of(results), results)
     lead = f"{measured.figures[0].n:,} samples of {resolution} × {resolution}, measured with {measured.detector.name}."
     write_page(out / "report.html", "Evaluation of a cascade", sections, lead)
     write_results(out, results)
@@ -61,7 +66,7 @@ def write_test(out: Path, figures: Sequence[Figure], about: dict[str, Any], rows
     """
     results = {**about, "figures": [asdict(figure) for figure in figures], "made": provenance()}
     sections: list[Section] = [("Figures", figures_table(figures)), ("Samples", stages_grid(rows))]
-    sections += provenance_sections(facts_of(results), results["made"]["command"])
+    sections += provenance_sections(facts_of(results), results)
     lead = f"{figures[0].n:,} samples, measured with {about['detector']['name']}."
     write_page(Path(out) / "report.html", "Test of a cascade", sections, lead)
     write_results(Path(out), results)
@@ -72,12 +77,12 @@ def write_cas(out: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Write results.json and report.html of `cdm cas`, and return the results. `out` must already hold cas.png."""
     results = {**results, "made": provenance()}
     bars = Drawing((Path(out) / "cas.png").read_bytes(), "Accuracy of each class, trained on each set")
-    facts = {name.capitalize(): json.dumps(results[name]) for name in ("recipe", "seeds", "samples", "sha256")}
-    facts |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
+    facts = {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
+    settings = {name: results[name] for name in ("recipe", "seeds", "samples", "sha256")}
     sections: list[Section] = [
         ("Classification accuracy score", cas_blocks(results, results["resolution"], results["classes"])),
         ("Class by class", [bars]),
-        *provenance_sections(facts, results["made"]["command"]),
+        *provenance_sections(facts, {"made": results["made"]}, *settings_table("Training", [settings])),
     ]
     write_page(Path(out) / "report.html", "Classification accuracy score", sections)
     write_results(Path(out), results)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from cdm_lightning.evaluation.metrics.measurements import Accuracy, Figure, against, spreads
 from cdm_lightning.evaluation.report import paper_results as paper
-from cdm_lightning.evaluation.report.page import Block, Table
+from cdm_lightning.evaluation.report.page import Block, Folded, Table
 
 CANONICAL = ("FID", "KID", "Inception Score")  # names used only with the canonical Inception network
 BETTER = {"fd": "lower", "kd": "lower", "precision": "higher", "recall": "higher", "is": "higher"}
@@ -67,8 +67,11 @@ def paper_table(resolution: int, figures: Sequence[Figure]) -> list[Block]:
     caption = f"Class-conditional ImageNet at {resolution} × {resolution}"
     blocks: list[Block] = [Table(caption, heads, rows, numeric=range(1, len(heads)), marked=[0])]
     blocks.append(" ".join(comparison_notes(measured_figures)))
-    for title, ablation in paper.ABLATIONS.get(resolution, {}).items():
-        blocks.append(Table(f"In the paper: {title}", ["setting", "FID, training set"], list(ablation.items()), [1]))
+    ablations = [
+        Table(f"In the paper: {title}", ["setting", "FID, training set"], list(ablation.items()), [1])
+        for title, ablation in paper.ABLATIONS.get(resolution, {}).items()
+    ]
+    blocks += [Folded("The paper's ablations", ablations)] if ablations else []
     return [*blocks, f"Source: {paper.SOURCE}. Its ± is over 10 splits."]
 
 

@@ -1,6 +1,7 @@
 """HTML pages: sections of plain data, rendered by templates/ into one self-contained file.
 
-A block of a section is a str (a paragraph), a dict of facts, a `Command`, a `Table`, a `Drawing` or a `Slider`.
+A block of a section is a str (a paragraph), a dict of facts, a `Command`, a `Table`, `Folded` tables, a `Drawing` or a
+`Slider`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Pixels:
 class Table:
     """A table whose first column names its rows. A cell is text, a number, `Chosen`, `Pixels`, or a list of these.
 
+    A column without content is not shown.
     numeric: indices of right-aligned columns. marked: indices of highlighted rows. pictures: cells are `Pixels`.
     """
 
@@ -51,6 +53,19 @@ class Table:
     numeric: Collection[int] = ()
     marked: Collection[int] = ()
     pictures: bool = False
+
+    @property
+    def columns(self) -> list[int]:
+        """The indices of the columns with content."""
+        return [i for i in range(len(self.heads)) if any(row[i] not in (None, "", []) for row in self.rows)]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A block: tables under a line that opens them."""
+
+    summary: str
+    tables: Sequence[Table]
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Slider:
     start: int
 
 
-Block: TypeAlias = str | dict[str, str] | Table | Drawing | Slider
+Block: TypeAlias = str | dict[str, str] | Table | Folded | Drawing | Slider
 Section: TypeAlias = tuple[str, Sequence[Block]]  # heading, blocks
 
 

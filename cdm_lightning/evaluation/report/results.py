@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from cdm_lightning.data.shards import Manifest, shards_digest
 from cdm_lightning.evaluation.metrics.measurements import Figure
-from cdm_lightning.evaluation.report.page import Command, Section
+from cdm_lightning.evaluation.report.page import Block, Command, Folded, Section, Table
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import folding_table, table_console
@@ -73,18 +74,41 @@ def read_cas(path: Path, manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 
 def facts_of(results: dict[str, Any]) -> dict[str, str]:
-    """The facts on a page: detector and its SHA-256, seed, date, device, versions, references and samples."""
+    """The facts on a page: detector and its SHA-256, seed, date, device and versions."""
     detector = results["detector"]
     facts = {"Detector": f"{detector['name']}, SHA-256 {detector['sha256']}", "Seed": str(results["seed"])}
-    facts |= {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
-    for number, card in enumerate(results.get("references", []), 1):
-        about = {name: value for name, value in card.items() if name not in ("classes", "counts", "detector_sha256")}
-        facts[f"Reference {number}"] = json.dumps(about, ensure_ascii=False)
-    for number, samples in enumerate(results.get("samples", []), 1):
-        facts[f"Samples {number}"] = json.dumps(samples)
-    return facts
+    return facts | {name.capitalize(): results["made"][name] for name in ("date", "device", "versions")}
 
 
-def provenance_sections(facts: dict[str, str], command: str) -> list[Section]:
-    """The last sections of a page: facts, and the command that made it."""
-    return [("How it was made", [facts]), ("Commands", [Command(command)])]
+def settings_table(caption: str, settings: Sequence[Any]) -> list[Table]:
+    """A table of settings, one column for each of several tables of the same kind; [] without any.
+
+    The classes of a reference card and its images per class are left out; results.json has them.
+    """
+    flat = [dict(named_values(one)) for one in settings]
+    names = dict.fromkeys(name for one in flat for name in one if name not in ("classes", "counts"))
+    heads = ["setting", *(f"{number}" if len(flat) > 1 else "value" for number in range(1, len(flat) + 1))]
+    return [Table(caption, heads, [[name, *(one.get(name) for one in flat)] for name in names])] if names else []
+
+
+def named_values(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The values of a nested table as texts, with names such as `made, date`. A SHA-256 is cut to its first digits."""
+    for name, value in (settings or {}).items():
+        if isinstance(value, dict):
+            yield from named_values(value, f"{prefix}{name}, ")
+        elif isinstance(value, list):
+            yield prefix + name, ", ".join(map(str, value)) if len(value) <= 12 else f"{len(value):,} values"
+        else:
+            text = "" if value is None else str(value)
+            yield prefix + name, f"{text[:16]} …" if re.fullmatch("[0-9a-f]{64}", text) else text
+
+
+def provenance_sections(facts: dict[str, str], results: dict[str, Any], *more: Table) -> list[Section]:
+    """The last sections of a page: facts, settings, and the command that made it. more: tables of settings."""
+    tables = [
+        *more,
+        *settings_table("Reference cards", results.get("references", [])),
+        *settings_table("Sets of samples", results.get("samples", [])),
+    ]
+    settings: list[Block] = [Folded("Settings", tables)] if tables else []
+    return [("How it was made", [facts, *settings]), ("Commands", [Command(results["made"]["command"])])]

@@ -14,6 +14,7 @@ from cdm_lightning.cascade.bundle import origin
 from cdm_lightning.data.shards import find_folder, read_manifest, shards_digest, write_images
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import Detector
+from cdm_lightning.evaluation.metrics.distance import FrechetDistanceTo
 from cdm_lightning.evaluation.metrics.features import extract_features, read_features
 from cdm_lightning.evaluation.metrics.measure import measure
 from cdm_lightning.evaluation.metrics.measurements import Figure
@@ -148,15 +149,29 @@ class LevelSearch:
     def card(self, resolution: int) -> ReferenceCard:
         """The reference card at one resolution; measures the real images if it does not exist yet."""
         if resolution not in self.cards:
-            path = self.out / "references" / f"{self.split}-{resolution}.safetensors"
-            if not path.is_file():
-                make_card(
-                    self.shards, path, resolution, self.split, self.detector_source, devices=self.devices,
-                    accelerator=self.accelerator, trust_detector=True,  # it was loaded before, and checked then
-                )  # fmt: skip
-            wait_for_all()
-            self.cards[resolution] = read_card(path)
+            self.cards[resolution] = self.stored_card(f"{self.split}-{resolution}", resolution, self.split)
         return self.cards[resolution]
+
+    def stored_card(self, name: str, resolution: int, split: str, count: int | None = None) -> ReferenceCard:
+        """A card in the folder of the search, of the first `count` real images of a split; None for all."""
+        path = self.out / "references" / f"{name}.safetensors"
+        if not path.is_file():
+            make_card(
+                self.shards, path, resolution, split, self.detector_source, count=count, devices=self.devices,
+                accelerator=self.accelerator, trust_detector=True,  # it was loaded before, and checked then
+            )  # fmt: skip
+        wait_for_all()
+        return read_card(path)
+
+    def floor(self, resolution: int) -> float | None:
+        """The Fréchet distance of n real images of the input split: about the least that n samples can reach.
+
+        None if they are compared with their own split, of which they would be a part.
+        """
+        if self.input_split == self.split:
+            return None
+        real = self.stored_card(f"{self.input_split}-{resolution}-first{self.n}", resolution, self.input_split, self.n)
+        return FrechetDistanceTo(self.card(resolution).moments)(real.moments)
 
     def measure(self, point: Point, compared: bool = False) -> Row:
         """Draw the samples of a point, one set per seed, and measure them. Stored results are used again."""

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cdm_lightning.cascade.bundle import read_bundle_metadata
-from cdm_lightning.evaluation.report.page import Section, write_page
+from cdm_lightning.evaluation.report.figure_tables import format_number
+from cdm_lightning.evaluation.report.page import Drawing, Section, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
 from cdm_lightning.evaluation.report.results import facts_of, provenance, provenance_sections, write_results
 from cdm_lightning.evaluation.report.stored_samples import contact_sheet, stage_rows
-from cdm_lightning.evaluation.search.level_tables import REAL, cost_curve, gap_table, level_curves
+from cdm_lightning.evaluation.search.finding import TERMS, draw_side_by_side, finding, rows_side_by_side, stage_of
+from cdm_lightning.evaluation.search.level_tables import BOTH, cost_curve, gap_table, level_curves
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.terminal import folding_table, table_console
 
@@ -35,34 +37,30 @@ def print_rows(rows: Sequence[Any], chosen: Any) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def conclusion(rows: Sequence[Any], chosen: Any, last: Any) -> str:
-    """The result of a search in one sentence. last: the row of the whole cascade at the chosen levels."""
-    found = [(r.stage, r.s, r.kind == REAL, r.figures[0].value) for r in rows if not r.compared]
-    at_zero = [value for stage, s, real, value in found if (stage, s, real) == (chosen.stage, 0, False)]
-    given_real = [value for stage, s, real, value in found if (stage, s, real) == (last.stage, last.s, True)]
-    text = f"{chosen.figures[0].name}: {chosen.figures[0].value:.4g} for {chosen.stage} at s = {chosen.s}"
-    if chosen.s and at_zero:
-        text += f" ({min(at_zero):.4g} at s = 0)"
-    text += f", {last.figures[0].value:.4g} for the whole cascade"
-    if given_real:
-        text += f" and {given_real[0]:.4g} for its last stage on real low-resolution images"
-    return f"{text}; lower is better."
-
-
 def write_search(
-    run: Any, rows: Sequence[Any], chosen: Any, last: Any, levels: list[int], kind: str, shown: Sequence[Path]
+    run: Any,
+    rows: Sequence[Any],
+    chosen: Any,
+    last: Any,
+    levels: list[int],
+    kind: str,
+    shown: Sequence[Path],
+    low_res: Sequence[Path],
+    floor: float | None,
 ) -> dict[str, Any]:
-    """Write results.json and report.html of a search, and return the results.
+    """Write results.json, report.html, curve.png and levels.png of a search, and return the results.
 
     run: the LevelSearch. chosen: the chosen row of the last stage with a choice of s. last: the row of the whole
     cascade at the chosen levels. levels, kind: the choice. shown: folders of its samples, from low to high resolution.
+    low_res: the folder of the low-resolution samples in levels.png, if they were finished. floor: from `run.floor`.
     """
     results = {
         "levels": levels,
         "truncated": kind == "truncated" and any(levels),
         "rows": [asdict(row) for row in rows],
         "chosen": asdict(chosen),
-        "conclusion": conclusion(rows, chosen, last),
+        "conclusion": finding(rows, chosen),
+        "floor": floor,
         "n": run.n,
         "seeds": run.seeds,
         "precision": run.precision,
@@ -71,23 +69,44 @@ def write_search(
         "references": [card.summary() for card in run.cards.values()],
         "made": provenance(),
     }
-    searched = [row for row in rows if not row.compared]
-    same = [row for row in searched if row.stage == chosen.stage and row.kind in (kind, "generated")]
+    own = stage_of(rows, chosen)
+    others = [row for row in rows if not row.compared and row.stage != chosen.stage]
+    curve, *numbers = level_curves(own, chosen, None if floor is None else (f"{run.n:,} real images", floor))
+    assert isinstance(curve, Drawing)  # `own` has several levels
+    write_atomically(run.out / "curve.png", curve.png)
+    side_by_side = run.out / "levels.png"
+    pair = rows_side_by_side(rows, chosen)
+    draw_side_by_side(side_by_side, pair, chosen, low_res, run.shards, run.split)
+    name = chosen.figures[0].name
+    text = f"{chosen.stage}: one sample per class at s = {pair[0].s} and at s = {pair[1].s}, beside a real image"
+    whole = format_number(last.figures[0].value, last.figures[0].spread)
+    choice = (
+        f"Chosen, by {name} of {run.n:,} samples per seed: s = {levels}, {kind if any(levels) else 'without noise'}. "
+        f"The whole cascade then measures {whole}."
+    )
+    same = [row for row in own if row.kind in (kind, BOTH)]
     slider = {row.s: contact_sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
     sections: list[Section] = [
-        ("The distance over s", level_curves(searched, chosen)),
-        ("The cascade gap", gap_table(searched)),
-        ("Samplers and steps", cost_curve([row for row in rows if row.compared])),
+        (
+            "The finding",
+            [
+                curve,
+                Drawing(side_by_side.read_bytes(), text, caption=f"{text}. The distances are of all samples."),
+                choice,
+                TERMS,
+            ],
+        ),
         ("Samples by level", level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
         ("Stages side by side", stages_grid(stage_rows(shown))),
-        *provenance_sections(facts_of(results), results["made"]["command"]),
+        ("The cascade gap", gap_table([*own, *others])),
+        ("The distance over s", [*numbers, *level_curves(others)]),
+        ("Samplers and steps", cost_curve([row for row in rows if row.compared])),
+        *provenance_sections(facts_of(results), results),
     ]
-    name = chosen.figures[0].name
-    lead = f"Chosen: s = {levels}, {kind if any(levels) else 'without noise'}, by {name} of {run.n:,} samples per seed."
-    write_page(run.out / "report.html", "Search over the levels of a cascade", sections, lead)
+    write_page(run.out / "report.html", "Search over the levels of a cascade", sections, results["conclusion"])
     write_results(run.out, results)
     print(results["conclusion"])
-    print(f"{run.out / 'report.html'}: curves and pictures; {run.out / 'results.json'}: the same as data")
+    print(f"{run.out / 'curve.png'}, {side_by_side.name}: the same as pictures; report.html, results.json: everything")
     return results
 
 

@@ -42,12 +42,13 @@ def search(
 
     Without truncation, all levels s use one stored set of low-resolution samples. At the chosen s, the last stage is
     then measured over `samplers` and `steps`, if given. Every point of the search is a folder of samples, which
-    `cdm evaluate` can measure again with another detector. Writes results.json and report.html, and prints a table. If
-    it is stopped, the same command continues.
+    `cdm evaluate` can measure again with another detector. Prints a table and, in a sentence, what the augmentation
+    did; writes results.json, report.html, curve.png (distance over s) and levels.png (the same samples at s = 0 and at
+    the chosen s). If it is stopped, the same command continues.
 
     Args:
         bundle: A folder written by `cdm bundle`.
-        out: Folder for the samples, results.json and report.html.
+        out: Folder for the samples, results.json, report.html, curve.png and levels.png.
         shards: Root of the real images.
         split: Split of the real images that samples are compared with.
         input_split: Split of the real images used as low-resolution input. It should not be `split`: samples made from
@@ -77,6 +78,7 @@ def search(
     from cdm_lightning.cascade import CascadeModule
     from cdm_lightning.cascade.bundle import read_bundle
     from cdm_lightning.evaluation.detectors import load_detector
+    from cdm_lightning.evaluation.search.finding import rows_side_by_side
     from cdm_lightning.evaluation.search.level_search import (
         LevelSearch,
         best_row,
@@ -113,11 +115,14 @@ def search(
         run.measure(point, compared=True) for point in comparison_points(cascade, best[kind], kind, samplers, steps)
     ]
     last = next(r for r in rows if not r.compared and r.levels == best[kind] and r.kind in (kind, "generated"))
-    shown = run.stage_folders(last)  # may draw samples, so every process must call it
+    # These may draw samples or measure images, so every process must call them.
+    shown = run.stage_folders(last)
+    low_res = run.stage_folders(rows_side_by_side(rows, chosen)[1])[:-1][-1:]
+    floor = run.floor(chosen.resolution)
     if not first_process():
         return {}
     print_rows(rows, chosen)
-    results = write_search(run, rows, chosen, last, best[kind], kind, shown)
+    results = write_search(run, rows, chosen, last, best[kind], kind, shown, low_res, floor)
     if store:
         store_in_bundle(bundle, results)
     return results
