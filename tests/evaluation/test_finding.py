@@ -95,13 +95,13 @@ def test_each_kind_of_sampling_has_its_own_s_0_behind_a_stage_with_noise():
     rows = [row(0, CUT, 7.0, lower=9), row(0, NON, 6.0, lower=7), row(4, CUT, 6.5, lower=9), row(4, NON, 5.0, lower=7)]
     assert "falls from 7.00 at s = 0 to 6.50 at s = 4 (truncated);" in said(rows[2], *rows)
     assert "falls from 6.00 at s = 0 to 5.00 at s = 4 (non-truncated);" in said(rows[3], *rows)
-    assert rows_side_by_side(rows, rows[2]) == (rows[1], rows[3])
-    assert rows_side_by_side(rows[::2], rows[2]) == (rows[0], rows[2])
+    assert rows_side_by_side(rows, rows[2]) == [rows[1], rows[3]]
+    assert rows_side_by_side(rows[::2], rows[2]) == [rows[0], rows[2]]
 
 
 def test_the_best_level_above_stands_beside_a_chosen_s_of_0():
     rows = [row(0, BOTH, 5.0), row(4, NON, 6.0), row(9, NON, 5.5), row(9, CUT, 5.4), row(9, REAL, 4.0)]
-    assert rows_side_by_side(rows, rows[0]) == (rows[0], rows[2])
+    assert rows_side_by_side(rows, rows[0]) == [rows[0], rows[2]]
 
 
 # -- the files of a search

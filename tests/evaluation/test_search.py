@@ -158,6 +158,21 @@ def test_one_stage_alone_is_searched_at_the_levels_that_the_bundle_stores(tmp_pa
         search(tmp_path / "bundle", tmp_path / "out", few_real, stages=["sr64"], **GREY)
 
 
+@pytest.mark.parametrize("augmentation, level", [("blur", 0), ("gaussian", 9)])
+def test_a_stage_without_a_choice_of_s_is_measured(augmentation, level, tmp_path, few_real):
+    write_bundle(tmp_path / "bundle", smallest_stages([augmentation], min_level=level, max_level=level or None), {})
+    results = search(tmp_path / "bundle", tmp_path / "out", few_real, truncated=False, **GREY)
+    kind = "non-truncated" if level else "generated"
+    assert [(r["s"], r["kind"]) for r in results["rows"]] == [(level, kind), (level, "real low-res")]
+    generated, real = (r["figures"][0]["value"] for r in results["rows"])
+    name, gap = results["rows"][0]["figures"][0]["name"], generated - real
+    assert results["conclusion"].startswith(
+        f"The {name} of sr16 at s = {level} is {generated:.2f} on generated input and {real:.2f} on real input, "
+        f"a cascade gap of {gap:.2f}; one seed"
+    )
+    assert (tmp_path / "out" / "levels.png").is_file() and not (tmp_path / "out" / "curve.png").exists()
+
+
 def test_a_stage_trained_between_two_levels_is_searched_there(tmp_path, few_real):
     write_bundle(tmp_path / "bundle", smallest_stages(min_level=6, max_level=15), {})
     results = search(tmp_path / "bundle", tmp_path / "out", few_real, truncated=False, real=False, **GREY)
@@ -189,13 +204,12 @@ def test_a_cascade_without_classes_is_searched_on_images_of_ten(tmp_path, few_re
         (["gaussian"], {}, {"n": 1}, "n = 1, repeats = 1: a point takes 4 images or more"),
         (["gaussian"], {}, {"n": 300}, "n = 300 asks for 30 real images of class"),
         (["gaussian"], {}, {"detector": "vgg"}, "detector 'vgg' is unknown"),
-        (["gaussian"], {}, {"levels": [0]}, "no level s > 0 to choose"),
         (["gaussian"], {}, {"levels": [20]}, "level 20 of stage sr16 lies outside 0 <= s <= 20, s < T"),
         (["gaussian"], {}, {"levels": [5], "sampler": "ddim"}, "stop_at 5 is not on DDIM's grid"),
         (["gaussian"], {}, {"sampling_steps": [5]}, "has 1 entries for 2 stages"),
         (["gaussian"], {}, {"shards": Path("nowhere")}, "nowhere/val does not exist"),
         (["gaussian"], {"image_channels": 3}, {}, "holds images of 1 channels, and the cascade makes 3"),
-        (["blur"], {}, {}, "no level s > 0 to choose"),
+        ([], {}, {}, "a cascade of one stage takes no low-resolution input"),
     ],
 )
 def test_what_a_search_refuses(augmentations, options, arguments, sentence, tmp_path, few_real):

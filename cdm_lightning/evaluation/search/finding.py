@@ -41,6 +41,8 @@ def finding(rows: Sequence[Row], chosen: Row) -> str:
     kinds = {row.kind for row in stage if chosen.kind == BOTH and row.kind != REAL} or {chosen.kind, BOTH}
     generated = [row for row in stage if row.kind in kinds]
     real = {row.s: row.figures[0] for row in stage if row.kind == REAL}
+    if len({row.s for row in generated}) == 1:
+        return gap_alone(generated[0], real)
     best = min((row for row in generated if row.s), key=lambda row: row.figures[0].value)
     zero = next((row for row in generated if not row.s), None)
     shown = [row.figures[0] for row in (best, zero) if row is not None]
@@ -86,6 +88,20 @@ def finding(rows: Sequence[Row], chosen: Row) -> str:
     return f"{verdict}: on generated input the {f.name} {change}{ends}; {trust}."
 
 
+def gap_alone(row: Row, real: dict[int, Figure]) -> str:
+    """What `finding` says of a stage measured at one level, that of `row`. real: the figure of each s."""
+    f = row.figures[0]
+    places = decimal_places(f.value, f.spread)
+    sentence = (
+        f"The {f.name} of {row.stage} at s = {row.s} is {format_number(f.value, f.spread, places)} on generated input"
+    )
+    if row.s in real:
+        gap = format_number(*difference(f, real[row.s]), places)
+        given = format_number(real[row.s].value, real[row.s].spread, places)
+        sentence += f" and {given} on real input, a cascade gap of {gap}"
+    return f"{sentence}; {how_sure(row)}."
+
+
 def difference(a: Figure, b: Figure) -> tuple[float, float | None]:
     """a - b, and its standard deviation if both have one."""
     known = a.spread is not None and b.spread is not None
@@ -100,20 +116,21 @@ def how_sure(row: Row) -> str:
     return f"{'one seed' if seeds == 1 else f'{seeds} seeds'} of {f.n:,} images, so no error bars"
 
 
-def rows_side_by_side(rows: Sequence[Row], chosen: Row) -> tuple[Row, Row]:
-    """Two rows to show: that of the least s, and that of the chosen s, or of the best s above it where it is the least.
+def rows_side_by_side(rows: Sequence[Row], chosen: Row) -> list[Row]:
+    """The rows to show: that of the least s and, of several levels, a second one.
 
-    Non-truncated if that was measured, as these samples share their finished low-resolution images.
+    The second is that of the chosen s or, where this is the least, of the best s above it. Non-truncated if that was
+    measured, as these samples share their finished low-resolution images.
     """
     stage = stage_of(rows, chosen)
     kind = NON_TRUNCATED if any(row.kind == NON_TRUNCATED for row in stage) else "truncated"
     least, *others = sorted((row for row in stage if row.kind in (kind, BOTH)), key=lambda row: row.s)
-    same = [row for row in others if row.s == chosen.s]
-    return least, same[0] if same else min(others, key=lambda row: row.figures[0].value)
+    same = [row for row in others if row.s == chosen.s] or sorted(others, key=lambda row: row.figures[0].value)
+    return [least, *same[:1]]
 
 
 def draw_side_by_side(
-    path: Path, pair: tuple[Row, Row], chosen: Row, low_res: Sequence[Path], shards: Path, split: str
+    path: Path, pair: Sequence[Row], chosen: Row, low_res: Sequence[Path], shards: Path, split: str
 ) -> None:
     """Save a picture of one sample per class: its low-resolution input, the stage's output at two s, and a real image.
 
@@ -131,7 +148,7 @@ def draw_side_by_side(
         real = real_images_for_labels(label, shards, split, resolution)
     heads = [f"generated\n{folder.name} × {folder.name}" for folder in low_res]
     for row in pair:
-        role = "chosen s" if row.s == chosen.s else f"best s > {pair[0].s}" if row is pair[1] else ""
+        role = "chosen s" if row.s == chosen.s else f"best s > {pair[0].s}" if row is not pair[0] else ""
         figure = f"distance {format_number(row.figures[0].value)}"
         heads.append("\n".join(filter(None, (role, "" if row.kind == BOTH else row.kind, f"s = {row.s}", figure))))
     images = [[*samples, image] for (_, samples), image in zip(rows, real, strict=True)]

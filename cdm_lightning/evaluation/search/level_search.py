@@ -315,8 +315,10 @@ def level_grid(stage: Any, levels: list[int] | None) -> list[int]:
 
 def check_levels(cascade: CascadeModule, grids: list[list[int]], kinds: list[str]) -> None:
     """Refuse levels that a stage was not trained for, or that its sampler cannot stop at, before hours are spent."""
-    if all(len(grid) == 1 for grid in grids):
-        raise InputError("there is no level s > 0 to choose: give levels, to a cascade with Gaussian augmentation")
+    if not grids:
+        raise InputError(
+            "a cascade of one stage takes no low-resolution input: `cdm sample` and `cdm evaluate` measure it"
+        )
     own = cascade.levels
     for number, grid in enumerate(grids):
         for level in grid:

@@ -71,14 +71,16 @@ def write_search(
     }
     own = stage_of(rows, chosen)
     others = [row for row in rows if not row.compared and row.stage != chosen.stage]
-    curve, *numbers = level_curves(own, chosen, None if floor is None else (f"{run.n:,} real images", floor))
-    assert isinstance(curve, Drawing)  # `own` has several levels
-    write_atomically(run.out / "curve.png", curve.png)
+    numbers = level_curves(own, chosen, None if floor is None else (f"{run.n:,} real images", floor))
+    curve = [block for block in numbers[:1] if isinstance(block, Drawing)]  # none of a single level
+    for drawing in curve:
+        write_atomically(run.out / "curve.png", drawing.png)
     side_by_side = run.out / "levels.png"
     pair = rows_side_by_side(rows, chosen)
     draw_side_by_side(side_by_side, pair, chosen, low_res, run.shards, run.split)
     name = chosen.figures[0].name
-    text = f"{chosen.stage}: one sample per class at s = {pair[0].s} and at s = {pair[1].s}, beside a real image"
+    at = " and at ".join(f"s = {row.s}" for row in pair)
+    text = f"{chosen.stage}: one sample per class at {at}, beside a real image"
     whole = format_number(last.figures[0].value, last.figures[0].spread)
     choice = (
         f"Chosen, by {name} of {run.n:,} samples per seed: s = {levels}, {kind if any(levels) else 'without noise'}. "
@@ -90,7 +92,7 @@ def write_search(
         (
             "The finding",
             [
-                curve,
+                *curve,
                 Drawing(side_by_side.read_bytes(), text, caption=f"{text}. The distances are of all samples."),
                 choice,
                 TERMS,
@@ -99,14 +101,15 @@ def write_search(
         ("Samples by level", level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
         ("Stages side by side", stages_grid(stage_rows(shown))),
         ("The cascade gap", gap_table([*own, *others])),
-        ("The distance over s", [*numbers, *level_curves(others)]),
+        ("The distance over s", [*numbers[len(curve) :], *level_curves(others)]),
         ("Samplers and steps", cost_curve([row for row in rows if row.compared])),
         *provenance_sections(facts_of(results), results),
     ]
     write_page(run.out / "report.html", "Search over the levels of a cascade", sections, results["conclusion"])
     write_results(run.out, results)
     print(results["conclusion"])
-    print(f"{run.out / 'curve.png'}, {side_by_side.name}: the same as pictures; report.html, results.json: everything")
+    pictures = ", ".join([*(str(run.out / "curve.png") for _ in curve), str(side_by_side)])
+    print(f"{pictures}: the same as pictures; report.html, results.json: everything")
     return results
 
 

@@ -40,7 +40,8 @@ def search(
 ) -> dict[str, Any]:
     """Measure FID(s) of every super-resolution stage, on generated and on real low-resolution images, and choose s.
 
-    Without truncation, all levels s use one stored set of low-resolution samples. At the chosen s, the last stage is
+    Where there is no s to choose, as with blur, this measures the gap between generated and real input alone. Without
+    truncation, all levels s use one stored set of low-resolution samples. At the chosen s, the last stage is
     then measured over `samplers` and `steps`, if given. Every point of the search is a folder of samples, which
     `cdm evaluate` can measure again with another detector. Prints a table and, in a sentence, what the augmentation
     did; writes results.json, report.html, curve.png (distance over s) and levels.png (the same samples at s = 0 and at
@@ -107,7 +108,8 @@ def search(
     run.begin()
     rows, best = search_levels(run, grids, kinds, real)
     kind = min(kinds, key=lambda k: best_row([r for r in rows if r.stage == parts[-1].name], k).figures[0].value)
-    last_choice = max(number for number, grid in enumerate(grids) if len(grid) > 1)  # the last stage with a choice of s
+    # The last stage with a choice of s; the last stage, if none has one.
+    last_choice = max((number for number, grid in enumerate(grids) if len(grid) > 1), default=len(grids) - 1)
     chosen = best_row(
         [r for r in rows if r.stage == parts[last_choice + 1].name and r.s == best[kind][last_choice]], kind
     )
@@ -117,7 +119,7 @@ def search(
     last = next(r for r in rows if not r.compared and r.levels == best[kind] and r.kind in (kind, "generated"))
     # These may draw samples or measure images, so every process must call them.
     shown = run.stage_folders(last)
-    low_res = run.stage_folders(rows_side_by_side(rows, chosen)[1])[:-1][-1:]
+    low_res = run.stage_folders(rows_side_by_side(rows, chosen)[-1])[:-1][-1:]
     floor = run.floor(chosen.resolution)
     if not first_process():
         return {}
