@@ -18,7 +18,7 @@ from cdm_lightning.stages.loading import load_stage
 EXPERIMENTS = sorted(
     p
     for p in (ROOT / "experiments").glob("*/*.yaml")
-    if {"defaults", "cascade", "cas", "sweeps"}.isdisjoint((p.stem, p.parent.name))
+    if {"defaults", "cascade", "cas", "distance", "sweeps"}.isdisjoint((p.stem, p.parent.name))
 )
 
 
