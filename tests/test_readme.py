@@ -28,6 +28,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "data").glob("*/README.md"))]
 HISTORY = {"experiments/study.mk", "experiments/study_table.py"}  # which the pages say to look up in the history
 REDUCED = ["--config", str(ROOT / "tests" / "reduced.yaml"), *QUICK, "--trainer.accumulate_grad_batches=1"]
+SR32 = "runs/fashion/sr32/checkpoints"
 OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "fit": REDUCED,
     "validate": [*(o for o in REDUCED if "reduced" not in o and o != "--config"), "--ckpt_path=last"],
@@ -122,6 +123,9 @@ def reduced(words: list[str], few_real: Path) -> list[str]:
         options = [*options, "--limit", "6"]
     if words[0] == "sample":
         options = [*options, *(["--count", "6"] if "--count" in words else ["--per_class", "4"])]
+    if "experiments/fashion/distance.yaml" in words:  # reduced.yaml has other callbacks
+        few = ["--trainer.callbacks.n=20", "--trainer.callbacks.sampling_steps=2"]
+        options = [*options, "--config", "experiments/fashion/distance.yaml", *few]
     if words[0] in ("search", "cas"):
         options = [*options, "--shards", str(few_real)]
     return [*words, *options]
@@ -156,7 +160,7 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
     left = {
         "README.md": ["classes.png", "runs/tour/search/report.html"],
         "docs/imagenet.md": ["runs/imagenet/samples/samples.png"],
-        "docs/measuring.md": ["runs/measure/samples.npz", "runs/measure/cas/results.json"],
+        "docs/measuring.md": ["runs/measure/samples.npz", "runs/measure/cas/results.json", f"{SR32}/best.ckpt"],
         "docs/sweeps.md": ["runs/sweeps/level/results.json"],
     }
     assert all((folder / name).is_file() for name in left[page])

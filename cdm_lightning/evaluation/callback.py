@@ -81,7 +81,7 @@ class CascadeFigures(L.Callback):
         logged = {"test/n": float(len(features))}
         figures = measure_all([features], self.cards, self.detector, self.seed)
         for figure in figures:
-            name = f"test/{log_key(figure, self.detector)}"
+            name = f"test/{log_key(figure.key, self.detector)}"
             logged.setdefault(name, figure.value)
             logged[f"{name}_{figure.against}"] = figure.value
         pl_module.log_dict(logged, rank_zero_only=False)

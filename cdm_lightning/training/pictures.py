@@ -81,9 +81,13 @@ class SampleGrid(Callback):
 
 
 class LossCurve(Callback):
-    """Plots training and validation loss over optimizer steps from the CSV logs, as loss.png in the run's folder."""
+    """Plots training and validation loss over optimizer steps from the CSV logs, as loss.png in the run's folder.
+
+    A second panel shows the Fréchet distances, if the run logs any.
+    """
 
     metrics = ("train/loss", "train/simple", "val/loss", "val/simple")
+    distances = ("val/fid", "val/fd_")  # how the names of distances begin
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
@@ -100,19 +104,24 @@ class LossCurve(Callback):
             with file.open() as lines:
                 for row in csv.DictReader(lines):
                     for name, value in row.items():
-                        if value and name in self.metrics:
+                        if value and (name in self.metrics or name.startswith(self.distances)):
                             curves[name][int(row["step"])] = float(value)
         if not curves:
             return
-        figure = Figure(figsize=(7, 4))  # not pyplot, which would keep every figure in memory
-        axes = figure.subplots()
+        panels = 1 + any(name.startswith(self.distances) for name in curves)
+        figure = Figure(figsize=(7, 4 * panels))  # not pyplot, which would keep every figure in memory
+        axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
         for name, points in sorted(curves.items()):
             steps = sorted(points)
             steps = steps[:: -(-len(steps) // 2000)]  # more points than pixels cannot be seen
             style = "o-" if name.startswith("val") else "-"
-            axes.plot(steps, [points[s] for s in steps], style, label=name, linewidth=1, markersize=3)
-        axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=folder.name)
-        axes.legend()
+            panel = axes[int(name.startswith(self.distances))]
+            panel.plot(steps, [points[s] for s in steps], style, label=name, linewidth=1, markersize=3)
+        for panel, quantity in zip(axes, ("loss", "Fréchet distance"), strict=False):
+            panel.set(ylabel=quantity, yscale="log")
+            panel.legend()
+        axes[0].set_title(folder.name)
+        axes[-1].set_xlabel("optimizer step")
         figure.savefig(folder / "loss.partial.png", dpi=120, bbox_inches="tight")
         del figure, axes
         gc.collect()  # a figure is full of reference cycles, and Python alone would free it much later

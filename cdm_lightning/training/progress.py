@@ -169,9 +169,12 @@ class RunSummary(Callback):
             reached = f"stopped after {done:,} of {target:,} steps" if done < target else f"trained {done:,} steps"
             now = f" ({done - first:,} of them now)" if first else ""
             outcome = f"{name}: {reached}{now} in {timedelta(seconds=round(seconds))}"
-        root = Path(trainer.default_root_dir)
-        files = [folder / "last.ckpt" for folder in checkpoint_folders(trainer)] + [root / file for file in PICTURES]
-        written = [str(f.relative_to(root) if f.is_relative_to(root) else f) for f in files if f.exists()]
+        root, whole = Path(trainer.default_root_dir), Path(trainer.default_root_dir).resolve()
+        savers: list[Any] = trainer.checkpoint_callbacks
+        best = [saver.best_model_path for saver in savers if getattr(saver, "monitor", None)]  # "": none yet
+        files = [folder / "last.ckpt" for folder in checkpoint_folders(trainer)] + [Path(file) for file in best if file]
+        there = [f.resolve() for f in files + [root / file for file in PICTURES] if f.exists()]
+        written = dict.fromkeys(str(f.relative_to(whole) if f.is_relative_to(whole) else f) for f in there)
         holds = f"; {root} holds {', '.join(written)}" if written else ""
         print_once(trainer, ", ".join([outcome, *latest_losses(trainer)]) + holds)
 

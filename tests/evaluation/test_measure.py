@@ -81,8 +81,8 @@ def test_fid_and_kid_are_the_canonical_detectors_alone():
         "FID", "KID", "precision (inception-2015-12-05)", "recall (inception-2015-12-05)"
     ]  # fmt: skip
     assert [f.name for f in other] == ["Fréchet distance (x)", "kernel distance (x)", "precision (x)", "recall (x)"]
-    assert [log_key(f, CANONICAL) for f in canonical] == ["fid", "kid", "precision", "recall"]
-    assert [log_key(f, SMALL) for f in other] == ["fd_x", "kd_x", "precision_x", "recall_x"]
+    assert [log_key(f.key, CANONICAL) for f in canonical] == ["fid", "kid", "precision", "recall"]
+    assert [log_key(f.key, SMALL) for f in other] == ["fd_x", "kd_x", "precision_x", "recall_x"]
 
 
 def test_the_bias_of_a_small_n_is_said_beside_the_frechet_distance():

@@ -32,11 +32,9 @@ def name_of(key: str, detector: Detector) -> str:
     return canonical if detector.canonical and canonical else f"{plain} ({detector.name})"
 
 
-def log_key(figure: Figure, detector: Detector) -> str:
-    """The name of a figure in logs: `fid`, or `fd_<detector>` with another detector."""
-    if detector.canonical and figure.key in KEYS:
-        return KEYS[figure.key]
-    return figure.key if detector.canonical else f"{figure.key}_{detector.name}"
+def log_key(key: str, detector: Detector) -> str:
+    """The name of a figure in logs: `fid`, or `fd_<detector>` with another detector. key: that of the figure."""
+    return KEYS.get(key, key) if detector.canonical else f"{key}_{detector.name}"
 
 
 def measure(
