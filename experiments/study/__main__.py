@@ -200,9 +200,13 @@ class Study:
 def figures(path: Path) -> dict[str, Any]:
     """What is kept of a results.json: figures without their notes, and where and when they were made."""
     results = json.loads(path.read_text())
-    kept = {name: results[name] for name in ("floor", "figures", "made", "cas", "n", "seeds") if name in results}
+    kept = {name: results[name] for name in ("floor", "figures", "n", "seeds", "made") if name in results}
     rows = [without(row, "folders", "levels", "resolution", "calls") for row in results.get("rows", [])]
-    return {**kept, **({"rows": rows} if rows else {})}
+    kept |= {"rows": rows} if rows else {}
+    if "ratio" in results:  # of a classification accuracy score
+        generated, ratio = results["generated"]["top1"], results["ratio"]["top1"]
+        kept |= {"top1": generated["mean"], "sd": generated["sd"], "ratio": ratio["mean"]}
+    return kept
 
 
 def main() -> None:
