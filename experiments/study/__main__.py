@@ -122,9 +122,11 @@ class Study:
         self.found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
 
     def finished(self, name: str) -> bool:
-        """Whether a task needs no run: its figures are known, or its mark holds the same commands."""
+        """Whether a task needs no run: its figures, or its mark, were left by the same commands."""
+        if self.tasks[name].found:
+            return self.found.get(name, {}).get("commands") == self.text(name).splitlines()
         mark = self.run / "done" / name
-        return name in self.found or (mark.is_file() and mark.read_text() == self.text(name))
+        return mark.is_file() and mark.read_text() == self.text(name)
 
     def text(self, name: str) -> str:
         """The commands of a task as text, without the folder of the program."""
@@ -194,7 +196,8 @@ class Study:
             self.found[name] = {"commands": self.text(name).splitlines(), **known}
             text = json.dumps(dict(sorted(self.found.items())), indent=1) + "\n"
             write_atomically(self.results, re.sub(r"\n {4,}|\n {3}(?=[\]}])", " ", text).encode())
-        write_atomically(self.run / "done" / name, self.text(name).encode())
+        else:
+            write_atomically(self.run / "done" / name, self.text(name).encode())
 
 
 def figures(path: Path) -> dict[str, Any]:
