@@ -25,7 +25,7 @@ RUN := runs/demo
 demo: $(RUN)/samples.png ## Train a small cascade on the shipped images, measure it and draw samples
 	@echo
 	@echo "$(RUN)/search/curve.png    the distance of sr32 over s, on generated and on real input"
-	@echo "$(RUN)/search/levels.png   the same 16x16 samples taken up at s = 0 and at the chosen s"
+	@echo "$(RUN)/search/levels.png   the same 16x16 samples taken up at s = 0 and at the best s > 0"
 	@echo "$(RUN)/search/report.html  both, and all figures, as a page"
 	@echo "$(RUN)/samples.png         samples: one row per class, three resolutions side by side"
 	@echo "$(RUN)/bundle              the cascade: cdm sample --bundle $(RUN)/bundle --out samples --per_class 4"
@@ -47,6 +47,7 @@ $(RUN)/bundle/bundle.json: | setup
 $(RUN)/search/results.json: $(RUN)/bundle/bundle.json
 	@echo; echo "4/5 Measure sr32 with noise of level s on its input: generated images, and real ones; about 2 min"
 	@$(CDM) search --bundle $(RUN)/bundle --shards data/fashion --out $(RUN)/search --stages "[sr32]" --levels "[1001,2001,3001]" --truncated false --n 500 --store true
+	@touch $@ # newer than the bundle, which now holds the choice
 
 $(RUN)/samples.png: $(RUN)/search/results.json
 	@echo; echo "5/5 Draw four samples of each class at the chosen s, under 1 min"

@@ -184,11 +184,17 @@ def test_the_single_model_of_the_study_costs_what_the_cascade_costs():
 def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
     """A task that fails stops those that need it alone; what is finished, or only served known figures, is not run."""
     runner = runpy.run_path(str(ROOT / "experiments" / "study" / "__main__.py"))
-    note = f"import sys; open({str(tmp_path / 'ran')!r}, 'a').write(sys.argv[1])"
+    broken = tmp_path / "broken"
+    note = f"import pathlib, sys; open({str(tmp_path / 'ran')!r}, 'a').write(sys.argv[1])"
+    fail = f"sys.exit(3 * (sys.argv[1] == 'b' and pathlib.Path({str(broken)!r}).exists()))"
 
-    def task(letter, *needs, found=None, code=0):
-        write = f"import pathlib; pathlib.Path({str(found)!r}).write_text('{{\"n\": 5}}')" if found else "pass"
-        commands = [[sys.executable, "-c", f"{note}; {write}; sys.exit({code})", letter]]
+    def task(letter, *needs, found=None):
+        results = {
+            "made": {"date": "today", "versions": "1"},
+            "figures": [{"key": "fd", "value": 5, "spread": 1, "n": 9}],
+        }
+        write = f"pathlib.Path({str(found)!r}).write_text({json.dumps(results)!r})" if found else "pass"
+        commands = [[sys.executable, "-c", f"{note}; {write}; {fail}", letter]]
         return runner["Task"](commands, list(needs), {"it": found.parent} if found else {})
 
     def run(**changed):
@@ -201,13 +207,16 @@ def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
             "y": task("y", "c", found=found[1]), **changed,
         }  # fmt: skip
         study = runner["Study"](tasks, tmp_path / "run", tmp_path / "results.json")
-        failed = study.measure(["x", "y"], jobs=2)
-        return failed, (tmp_path / "ran").read_text()
+        return study.measure(["x", "y"]), (tmp_path / "ran").read_text()
 
-    failed, ran = run(b=task("b", "a", code=3))
-    assert failed == ["b"] and sorted(ran) == ["a", "b", "c", "y"] and ran.index("a") < ran.index("b")
-    assert json.loads((tmp_path / "results.json").read_text())["y"]["it"]["n"] == 5
-    failed, ran = run()
-    assert (failed, ran) == ([], "bx")
+    broken.touch()
+    assert run() == (["b"], "abcy")
+    kept = json.loads((tmp_path / "results.json").read_text())["y"]["it"]["figures"]
+    assert kept == [{"key": "fd", "value": 5, "spread": 1, "n": 9}]
+    broken.unlink()
+    assert run() == ([], "bx")
     (tmp_path / "run" / "done" / "a").unlink()  # on another machine: the figures are known, so nothing is wanted
     assert run() == ([], "")
+    assert run(y=task("Y", "c", found=tmp_path / "y.results" / "results.json")) == ([], "Y")  # its command has changed
+    failed, ran = run(c=task("C"))  # begun by another command: it would resume what that left
+    assert (failed, ran) == (["c"], "") and "c was begun by other commands or recipes" in capsys.readouterr().err

@@ -38,9 +38,9 @@ class StageDistance(L.Callback):
     low-resolution images (`..._real`) and, if a bundle is given, one on samples of its lower stages
     (`..._generated`). The real ones are of the training images: with a card of these, that distance is too small.
 
-    Image i has class i mod num_classes and the noise of image i in `cdm sample`, at each validation and on any number
-    of processes. Few images make every distance larger, and few network calls make other images: the values compare
-    with values of the same arguments only.
+    Image i has class i mod num_classes and the noise of image i in `cdm sample` (without a bundle: of a second stage),
+    at each validation and on any number of processes. Few images make every distance larger, and few network calls make
+    other images: the values compare with values of the same arguments only.
 
     At a validation without a measurement, callbacks find the value inf, so that no checkpoint is chosen by an old one;
     the log has no value there. EarlyStopping then takes `check_finite: false`.

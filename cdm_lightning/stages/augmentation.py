@@ -61,8 +61,10 @@ class GaussianAugmentation:
         self.min_level, self.max_level = min_level, timesteps if max_level is None else max_level
         if not 0 <= self.max_level <= timesteps:
             raise InputError(f"max_level {max_level} lies outside 0 ... low_res_timesteps = {timesteps}")
-        if not 0 <= min_level <= self.max_level:
-            raise InputError(f"min_level {min_level} lies outside 0 ... max_level = {self.max_level}")
+        if not 0 <= min_level <= self.max_level or min_level == timesteps:
+            raise InputError(
+                f"min_level {min_level} lies outside 0 ... max_level = {self.max_level}, below T = {timesteps}"
+            )
         self.diffusion = Diffusion(timesteps, schedule)
 
     def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:

@@ -1,21 +1,24 @@
-"""Run the study: `python experiments/study DATA SEED [--jobs 2]`, such as `python experiments/study fashion 0`.
+"""Run the study: `python experiments/study DATA SEED`, such as `python experiments/study fashion 0`.
 
 study.yaml lists what is trained and measured for one data set and one training seed. Every task is a few commands,
-printed as they start; their output is in runs/study/DATA/SEED/logs. A measurement leaves its figures in
-experiments/study/results/DATA-SEED.json. It is not repeated, nor is a training that no missing measurement needs. Other
-finished tasks are kept in runs/study, and a stopped command resumes: the same call continues a stopped study.
+printed as they start; their output is in runs/study/DATA/SEED/logs. They take one core, and other seeds may run beside.
+A measurement leaves its figures in experiments/study/results/DATA-SEED.json. It is not repeated, nor is a training that
+no missing measurement needs. Other finished tasks are kept in runs/study, and a stopped command resumes: the same call
+continues a stopped study.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,19 +45,19 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
     """All tasks of one data set and one training seed, by name."""
     about, run = plan["data"][data], Path("runs/study") / data / str(seed)
     detector, shared = about["detector"], {"shards": about["root"], "detector": about["detector"]}
-    train = [sys.executable, "data/detector.py", about["root"], detector, "--width", "32", "--epochs", "8"]
-    tasks = {"detector": Task([train] if "/" in detector else [], [])}
+    train = f".venv/bin/python data/detector.py {about['root']} {detector} --width 32 --epochs 8"
+    tasks = {"detector": Task([["sh", "-c", f"test -e {detector} || {train}"]] if "/" in detector else [], [])}
     cards = {"reference": (detector, 32), "reference16": (detector, 16)}
     cards |= {"inception": ("inception", 32)} if about.get("inception") else {}
     for name, (judge, size) in cards.items():
         made = {**shared, "detector": judge, "split": "val", "resolution": size}
-        command = [CDM, "reference", *flags({**made, "out": run.parent / f"{name}.safetensors"})]
+        command = [CDM, "reference", *flags({**made, "out": run / f"{name}.safetensors"})]
         tasks[name] = Task([command], ["detector"])
 
     def evaluated(folders: list[Path], card: str, out: Path) -> list[str]:
         given = {
             "samples": list(map(str, folders)),
-            "references": [str(run.parent / f"{card}.safetensors")],
+            "references": [str(run / f"{card}.safetensors")],
             "out": out,
         }
         return [CDM, "evaluate", *flags({**given, "detector": cards[card][0]})]
@@ -122,11 +125,17 @@ class Study:
         self.found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
 
     def finished(self, name: str) -> bool:
-        """Whether a task needs no run: its figures, or its mark, were left by the same commands."""
+        """Whether a task needs no run: its figures, or its mark, have its signature."""
         if self.tasks[name].found:
-            return self.found.get(name, {}).get("commands") == self.text(name).splitlines()
+            return self.found.get(name, {}).get("signature") == self.signature(name)
         mark = self.run / "done" / name
-        return mark.is_file() and mark.read_text() == self.text(name)
+        return mark.is_file() and mark.read_text() == self.signature(name)
+
+    def signature(self, name: str) -> str:
+        """SHA-256 of a task's commands, of their recipes in this folder, and of what it needs."""
+        told = [self.text(name), *(self.signature(needed) for needed in self.tasks[name].needs)]
+        told += [str(yaml.safe_load(Path(path).read_text())) for path in re.findall(rf"--config=({HERE}\S+)", told[0])]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def text(self, name: str) -> str:
         """The commands of a task as text, without the folder of the program."""
@@ -146,29 +155,28 @@ class Study:
             visit(name)
         return order
 
-    def measure(self, measurements: list[str], jobs: int) -> list[str]:
-        """Run what the measurements need, `jobs` tasks at the same time; returns the tasks that failed."""
-        waiting, failed = self.wanted(measurements), list[str]()
-        running: dict[Future[None], str] = {}
-        with ThreadPoolExecutor(jobs) as pool:
-            while True:
-                unfinished = {*waiting, *running.values(), *failed}
-                ready = [name for name in waiting if unfinished.isdisjoint(self.tasks[name].needs)]
-                for name in ready[: jobs - len(running)]:
-                    waiting.remove(name)
-                    running[pool.submit(self.execute, name)] = name
-                if not running:
-                    return failed
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    name = running.pop(future)
-                    if error := future.exception():
-                        print(error, file=sys.stderr, flush=True)
-                        failed.append(name)
-                    else:
-                        self.finish(name)
+    def measure(self, measurements: list[str]) -> list[str]:
+        """Run what the measurements need; returns the tasks that failed. What needs them is left out."""
+        failed: list[str] = []
+        for name in self.wanted(measurements):
+            try:
+                if all(map(self.finished, self.tasks[name].needs)):
+                    self.execute(name)
+                    self.finish(name)
+            except (RuntimeError, OSError, ValueError, KeyError) as error:
+                print(error, file=sys.stderr, flush=True)
+                failed.append(name)
+        return failed
 
     def execute(self, name: str) -> None:
-        """Run a task's commands with one thread, and mark it as finished. Raises RuntimeError if a command fails."""
+        """Run a task's commands with one thread. Raises RuntimeError if a command fails.
+
+        A folder that other commands began is refused: a training would go on from there, and say that it is finished.
+        """
+        begun, signature = self.run / "begun" / name, self.signature(name)
+        if not self.tasks[name].found and begun.is_file() and begun.read_text() != signature:
+            raise RuntimeError(f"{name} was begun by other commands or recipes: remove {begun} and what it left")
+        write_atomically(begun, signature.encode())
         log = self.run / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
@@ -176,8 +184,7 @@ class Study:
             for command in self.tasks[name].commands:
                 command = [re.sub(r"{best of (\S+)}", lambda m: str(self.best_level(m[1])), part) for part in command]
                 print(f"{name}: {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
-                code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-                if code:
+                if code := subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
                     raise RuntimeError(f"{name} ended with code {code}: {log} says why")
 
     def best_level(self, search: str) -> int:
@@ -193,19 +200,28 @@ class Study:
         """Note that a task is finished, and keep the figures of a measurement."""
         if folders := self.tasks[name].found:
             known = {part: figures(folder / "results.json") for part, folder in folders.items()}
-            self.found[name] = {"commands": self.text(name).splitlines(), **known}
+            about = {"commands": self.text(name).splitlines(), "signature": self.signature(name)}
+            self.found[name] = {**about, **known}
             text = json.dumps(dict(sorted(self.found.items())), indent=1) + "\n"
             write_atomically(self.results, re.sub(r"\n {4,}|\n {3}(?=[\]}])", " ", text).encode())
         else:
-            write_atomically(self.run / "done" / name, self.text(name).encode())
+            write_atomically(self.run / "done" / name, self.signature(name).encode())
 
 
 def figures(path: Path) -> dict[str, Any]:
-    """What is kept of a results.json: figures without their notes, and where and when they were made."""
+    """What is kept of a results.json: its figures, and when they were made with what."""
+
+    def short(row: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{name: figure[name] for name in ("key", "value", "spread", "n")} for figure in row["figures"]]
+
     results = json.loads(path.read_text())
-    kept = {name: results[name] for name in ("floor", "figures", "n", "seeds", "made") if name in results}
-    rows = [without(row, "folders", "levels", "resolution", "calls") for row in results.get("rows", [])]
-    kept |= {"rows": rows} if rows else {}
+    kept: dict[str, Any] = {"date": results["made"]["date"], "versions": results["made"]["versions"]}
+    if "rows" in results:  # of a search
+        named = ("stage", "s", "kind", "sampler", "steps", "compared")
+        rows = [{**{name: row[name] for name in named}, "figures": short(row)} for row in results["rows"]]
+        kept |= {"floor": results["floor"], "rows": rows}
+    elif "figures" in results:
+        kept["figures"] = short(results)
     if "ratio" in results:  # of a classification accuracy score
         generated, ratio = results["generated"]["top1"], results["ratio"]["top1"]
         kept |= {"top1": generated["mean"], "sd": generated["sd"], "ratio": ratio["mean"]}
@@ -217,7 +233,6 @@ def main() -> None:
     plan = yaml.safe_load((HERE / "study.yaml").read_text())
     parser.add_argument("data", choices=plan["data"])
     parser.add_argument("seed", type=int)
-    parser.add_argument("--jobs", type=int, default=2, help="tasks at the same time, of one thread each")
     parser.add_argument("--only", default="", help="a regular expression: measure only what it matches")
     parser.add_argument("--list", action="store_true", help="print the commands of all tasks, and run nothing")
     arguments = parser.parse_args()
@@ -227,7 +242,17 @@ def main() -> None:
     if arguments.list:
         print("".join(map(study.text, tasks)), end="")
         return
-    failed = study.measure([n for n, t in tasks.items() if t.found and re.search(arguments.only, n)], arguments.jobs)
+    measurements = [name for name, task in tasks.items() if task.found and re.search(arguments.only, name)]
+    if not measurements:
+        sys.exit(f"--only {arguments.only} matches no measurement")
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(f"{run} is locked: another process runs this study")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # this ends the command that runs, too
+        failed = study.measure(measurements)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; what needs them was not begun")
 

@@ -69,8 +69,9 @@ def table(heads: list[str], lines: list[list[str]]) -> Iterator[str]:
 
 
 def over_seeds(seeds: list[Found], cell: Any) -> str:
-    """The cells of all seeds that have one, parted by slashes."""
-    return " / ".join(str(value) for found in seeds if (value := cell(found)) is not None) or "–"
+    """The cells of all seeds, parted by slashes; one dash if no seed has one."""
+    cells = [cell(found) for found in seeds]
+    return " / ".join("–" if value is None else str(value) for value in cells) if any(cells) else "–"
 
 
 def growth(seeds: list[Found]) -> Iterator[str]:

@@ -166,8 +166,9 @@ def test_a_stage_without_a_choice_of_s_is_measured(augmentation, level, tmp_path
     assert [(r["s"], r["kind"]) for r in results["rows"]] == [(level, kind), (level, "real low-res")]
     generated, real = (r["figures"][0]["value"] for r in results["rows"])
     name, gap = results["rows"][0]["figures"][0]["name"], generated - real
+    given = " (non-truncated)" if level else ""
     assert results["conclusion"].startswith(
-        f"The {name} of sr16 at s = {level} is {generated:.2f} on generated input and {real:.2f} on real input, "
+        f"The {name} of sr16 at s = {level} is {generated:.2f} on generated input{given} and {real:.2f} on real input, "
         f"a cascade gap of {gap:.2f}; one seed"
     )
     assert (tmp_path / "out" / "levels.png").is_file() and not (tmp_path / "out" / "curve.png").exists()
@@ -209,7 +210,8 @@ def test_a_cascade_without_classes_is_searched_on_images_of_ten(tmp_path, few_re
         (["gaussian"], {}, {"sampling_steps": [5]}, "has 1 entries for 2 stages"),
         (["gaussian"], {}, {"shards": Path("nowhere")}, "nowhere/val does not exist"),
         (["gaussian"], {"image_channels": 3}, {}, "holds images of 1 channels, and the cascade makes 3"),
-        ([], {}, {}, "a cascade of one stage takes no low-resolution input"),
+        ([], {}, {"levels": None}, "a cascade of one stage takes no low-resolution input"),
+        (["blur"], {}, {}, r"levels \[5\] are for stages with Gaussian augmentation"),
     ],
 )
 def test_what_a_search_refuses(augmentations, options, arguments, sentence, tmp_path, few_real):

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from small_models import batch_of, record_calls, smallest_stages
 
 from cdm_lightning.diffusion import Diffusion
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.stages.augmentation import BlurAugmentation, GaussianAugmentation, NoAugmentation
+from cdm_lightning.training import SampleGrid
 
 
 def keyed(count, seed=0):
@@ -86,8 +88,28 @@ def test_blur_equals_an_explicit_convolution(sigma):
         (lambda: BlurAugmentation((0.4, 0.6), 1.5), "blur_probability 1.5 lies outside"),
         (lambda: GaussianAugmentation(100, "cosine", 101), "max_level 101 lies outside"),
         (lambda: GaussianAugmentation(100, "cosine", 50, 51), "min_level 51 lies outside 0 ... max_level = 50"),
+        (lambda: GaussianAugmentation(100, "cosine", 100, 100), "min_level 100 lies outside .* below T = 100"),
     ],
 )
 def test_bad_ranges_are_refused(build, sentence):
     with pytest.raises(InputError, match=sentence):
         build()
+
+
+def test_a_stage_with_a_least_level_is_sampled_there_from_noisy_input():
+    """Sample grids and `cdm predict` give it z_s and s at its least level; others get the clean image and 0."""
+    for least in (0, 6):
+        stage = smallest_stages(min_level=least, max_level=15)[1]
+        calls = record_calls(stage)
+        batch = batch_of(stage)
+        stage.sample_like(batch, generators(batch[2].tolist(), "cpu", 0, "predict"))
+        generator = generators(batch[2].tolist(), "cpu", 0, "predict")
+        clean = stage.low_res_of(batch[0])
+        given = stage.augment(clean, least, generator) if least else clean
+        expected = torch.nn.functional.interpolate(given, (16, 16), mode="bilinear")
+        assert all(torch.equal(call.low_res, expected) and set(call.level.tolist()) == {least} for call in calls)
+        calls.clear()
+        SampleGrid(rows=2, columns=1, sampling_steps=2).draw(stage, batch)
+        assert {level for call in calls for level in call.level.tolist()} == {least}
+        _, shares = stage.training_predictor(batch[0], batch[1], keyed(4))
+        assert float(shares["s"].min()) > 0 and float(shares["s"].max()) <= 1

@@ -296,6 +296,8 @@ def level_grids(cascade: CascadeModule, levels: list[int] | None, searched: list
         raise InputError(
             f"stages {wrong[0]} is no super-resolution stage of this cascade, which has {', '.join(names)}"
         )
+    if levels and not any(s.augmentation.takes_level for s in stages if searched is None or s.name in searched):
+        raise InputError(f"levels {levels} are for stages with Gaussian augmentation, and none is searched")
     return [
         level_grid(stage, levels) if searched is None or stage.name in searched else [own]
         for stage, own in zip(stages, cascade.levels, strict=True)

@@ -59,7 +59,7 @@ def write_search(
         "truncated": kind == "truncated" and any(levels),
         "rows": [asdict(row) for row in rows],
         "chosen": asdict(chosen),
-        "conclusion": finding(rows, chosen),
+        "conclusion": finding(rows, chosen, kind),
         "floor": floor,
         "n": run.n,
         "seeds": run.seeds,

@@ -57,8 +57,8 @@ def search(
         detector: Name of a detector, or the path of its file.
         n: Samples per point, spread evenly over the classes.
         repeats: Sets of n samples per point, with different seeds; three or more give error bars.
-        levels: The levels s to measure, such as [1001,2001]; 0 is always included. null for 1/16, 1/8, 1/4, 1/2, 3/4
-            and 7/8 of T.
+        levels: The levels s to measure, such as [1001,2001]; the least of the training, 0, is always included. null for
+            1/16, 1/8, 1/4, 1/2, 3/4 and 7/8 of T.
         stages: The stages whose level is searched, such as [sr32]; the others keep the bundle's. null for all.
         truncated: true measures only truncated sampling, false only non-truncated; null for both.
         real: Measure real low-resolution images as input too, for the cascade gap.
