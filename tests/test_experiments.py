@@ -220,3 +220,37 @@ def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
     assert run(y=task("Y", "c", found=tmp_path / "y.results" / "results.json")) == ([], "Y")  # its command has changed
     failed, ran = run(c=task("C"))  # begun by another command: it would resume what that left
     assert (failed, ran) == (["c"], "") and "c was begun by other commands or recipes" in capsys.readouterr().err
+
+
+def test_the_tables_of_the_results_are_what_the_stored_figures_print(monkeypatch, tmp_path):
+    """Every table that `tables.py` prints is in docs/results.md, word for word; the picture is drawn from the same."""
+    command = [sys.executable, "experiments/study/tables.py", "--picture", str(tmp_path / "curves.png")]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    rows = [line for line in printed.stdout.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert len(rows) > 5 and [row for row in rows if row not in page] == []
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_a_table_gives_each_seed_its_place():
+    tables = runpy.run_path(str(ROOT / "experiments" / "study" / "tables.py"))
+
+    def found(*points):
+        rows = [
+            {"stage": "sr32", "s": s, "kind": kind, "sampler": "dpm++", "steps": 10, "compared": False,
+             "figures": [{"value": value, "spread": 0.1}]}
+            for s, kind, value in points
+        ]  # fmt: skip
+        return {"search base16": {"search": {"rows": rows}, "base": {"figures": [{"value": 7.0, "spread": 0.2}]}}}
+
+    first = found((0, "generated", 4.0), (0, "real low-res", 1.0), (9, "non-truncated", 3.0), (9, "real low-res", 2.0))
+    second = found((0, "generated", 5.0))
+    line = list(tables["growth"]([first, second]))[2]
+    assert line.startswith("| all | 7.00 ± 0.20 / 7.00 ± 0.20 | 4.00 ± 0.10 / 5.00 ± 0.10 | 9 / 0 | ")
+    assert line.endswith(" | 3.00 ± 0.10 / 5.00 ± 0.10 | 25 % / 0 % |")
+    assert list(tables["growth"]([second]))[2].endswith(" | 0 | 5.00 ± 0.10 | 0 % |")
+    assert list(tables["curve"]([first, second]))[2:] == [
+        "| 0 | 1.00 ± 0.10 / – | – | – | – | 4.00 ± 0.10 / 5.00 ± 0.10 |",
+        "| 9 | 2.00 ± 0.10 / – | – | – | – | 3.00 ± 0.10 / – |",
+    ]

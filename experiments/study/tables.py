@@ -71,7 +71,8 @@ def table(heads: list[str], lines: list[list[str]]) -> Iterator[str]:
 def over_seeds(seeds: list[Found], cell: Any) -> str:
     """The cells of all seeds, parted by slashes; one dash if no seed has one."""
     cells = [cell(found) for found in seeds]
-    return " / ".join("–" if value is None else str(value) for value in cells) if any(cells) else "–"
+    known = any(value is not None for value in cells)
+    return " / ".join("–" if value is None else str(value) for value in cells) if known else "–"
 
 
 def growth(seeds: list[Found]) -> Iterator[str]:
