@@ -15,7 +15,7 @@ from typing import Any
 RESULTS = Path("experiments/study/results")
 NAMES = {"fashion": "Fashion-MNIST", "cifar": "CIFAR-10"}
 REAL = "real low-res"
-BASES = {"base16@160": "1/8", "base16@320": "1/4", "base16@640": "1/2", "base16": "all"}
+BASES = {"base16@160": "1/8", "base16@320": "1/4", "base16@640": "1/2", "base16": "all"}  # shares of its steps
 ARMS = {  # names of searches -> of arms; behind the whole base, and behind an eighth of its steps
     "none": "no augmentation",
     "blur": "blur",
@@ -160,7 +160,9 @@ def draw(data: dict[str, list[Found]], path: Path) -> None:
     for axes, (name, seeds) in zip(canvas.subplots(1, len(data), squeeze=False)[0], data.items(), strict=True):
         shades = {"real input": ("base16", True, "#777777")}
         blues = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
-        shades |= {f"base after {s}": (n, False, c) for (n, s), c in zip(BASES.items(), blues, strict=True)}
+        shades |= {
+            f"base after {s} of its steps": (n, False, c) for (n, s), c in zip(BASES.items(), blues, strict=True)
+        }
         for label, (search, real, colour) in shades.items():
             for number_, found in enumerate(seeds):
                 own = points(found, search, real)
