@@ -10,7 +10,7 @@ from typing import Any
 
 from cdm_lightning.cascade.bundle import read_bundle_metadata
 from cdm_lightning.evaluation.report.figure_tables import format_number
-from cdm_lightning.evaluation.report.page import Drawing, Section, write_page
+from cdm_lightning.evaluation.report.page import Block, Drawing, Section, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
 from cdm_lightning.evaluation.report.results import facts_of, provenance, provenance_sections, write_results
 from cdm_lightning.evaluation.report.stored_samples import contact_sheet, stage_rows
@@ -69,48 +69,47 @@ def write_search(
         "references": [card.summary() for card in run.cards.values()],
         "made": provenance(),
     }
-    own = stage_of(rows, chosen)
-    others = [row for row in rows if not row.compared and row.stage != chosen.stage]
-    numbers = level_curves(own, chosen, None if floor is None else (f"{run.n:,} real images", floor))
-    curve = [block for block in numbers[:1] if isinstance(block, Drawing)]  # none of a single level
-    for drawing in curve:
-        write_atomically(run.out / "curve.png", drawing.png)
-    side_by_side = run.out / "levels.png"
-    pair = rows_side_by_side(rows, chosen)
-    draw_side_by_side(side_by_side, pair, chosen, low_res, run.shards, run.split)
-    name = chosen.figures[0].name
-    at = " and at ".join(f"s = {row.s}" for row in pair)
-    text = f"{chosen.stage}: one sample per class at {at}, beside a real image"
+    pictures, numbers = write_pictures(run, rows, chosen, low_res, floor)
+    name, own = chosen.figures[0].name, stage_of(rows, chosen)
     whole = format_number(last.figures[0].value, last.figures[0].spread)
     choice = (
         f"Chosen, by {name} of {run.n:,} samples per seed: s = {levels}, {kind if any(levels) else 'without noise'}. "
         f"The whole cascade then measures {whole}."
     )
+    others = [row for row in rows if not row.compared and row.stage != chosen.stage]
     same = [row for row in own if row.kind in (kind, BOTH)]
     slider = {row.s: contact_sheet(Path(row.folders[0]) / "train" / str(row.resolution)) for row in same}
     sections: list[Section] = [
-        (
-            "The finding",
-            [
-                *curve,
-                Drawing(side_by_side.read_bytes(), text, caption=f"{text}. The distances are of all samples."),
-                choice,
-                TERMS,
-            ],
-        ),
+        ("The finding", [*pictures.values(), choice, TERMS]),
         ("Samples by level", level_slider(slider, chosen.s, f"Samples of {chosen.stage}")),
         ("Stages side by side", stages_grid(stage_rows(shown))),
         ("The cascade gap", gap_table([*own, *others])),
-        ("The distance over s", [*numbers[len(curve) :], *level_curves(others)]),
+        ("The distance over s", [*numbers, *level_curves(others)]),
         ("Samplers and steps", cost_curve([row for row in rows if row.compared])),
         *provenance_sections(facts_of(results), results),
     ]
     write_page(run.out / "report.html", "Search over the levels of a cascade", sections, results["conclusion"])
     write_results(run.out, results)
     print(results["conclusion"])
-    pictures = ", ".join([*(str(run.out / "curve.png") for _ in curve), str(side_by_side)])
-    print(f"{pictures}: the same as pictures; report.html, results.json: everything")
+    print(f"{', '.join(map(str, pictures))}: the same as pictures; report.html, results.json: everything")
     return results
+
+
+def write_pictures(
+    run: Any, rows: Sequence[Any], chosen: Any, low_res: Sequence[Path], floor: float | None
+) -> tuple[dict[Path, Drawing], list[Block]]:
+    """Write curve.png, unless the stage was measured at one level alone, and levels.png; gives both, and the tables."""
+    blocks = level_curves(stage_of(rows, chosen), chosen, None if floor is None else (f"{run.n:,} real images", floor))
+    drawn: dict[Path, Drawing] = {}
+    if isinstance(blocks[0], Drawing):
+        drawn[run.out / "curve.png"] = blocks[0]
+        write_atomically(run.out / "curve.png", blocks[0].png)
+    pair, path = rows_side_by_side(rows, chosen), run.out / "levels.png"
+    draw_side_by_side(path, pair, chosen, low_res, run.shards, run.split)
+    at = " and at ".join(f"s = {row.s}" for row in pair)
+    text = f"{chosen.stage}: one sample per class at {at}, beside a real image"
+    levels = Drawing(path.read_bytes(), text, caption=f"{text}. The distances are of all samples.")
+    return {**drawn, path: levels}, blocks[len(drawn) :]
 
 
 def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
