@@ -133,6 +133,7 @@ class StageDistance(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Measure and log, where a measurement is due; elsewhere, give callbacks the value inf."""
         if batch_idx or trainer.sanity_checking:
             return  # once per validation; here, because the module now holds the averaged weights
         fitting = trainer.state.fn == TrainerFn.FITTING

@@ -124,7 +124,7 @@ class SuperResolutionStage(DiffusionStage):
         self, label: torch.Tensor, low_res: torch.Tensor, generator: Sequence[torch.Generator]
     ) -> torch.Tensor:
         """As `sample`, from clean low_res, at `least_level`."""
-        if self.least_level:
+        if self.least_level:  # at 0, it would draw noise for nothing
             low_res = self.augment(low_res, self.least_level, generator)
         return self.sample(label, low_res, self.least_level, 0, generator)
 

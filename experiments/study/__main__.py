@@ -118,7 +118,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 class Study:
-    """The state of a study: which tasks are finished, and what they found. done, results: files."""
+    """The state of a study: which tasks are finished, and what they found. results: the file of figures."""
 
     def __init__(self, tasks: dict[str, Task], run: Path, results: Path) -> None:
         self.tasks, self.run, self.results = tasks, run, results
