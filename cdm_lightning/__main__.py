@@ -51,6 +51,10 @@ COMMANDS = {
         "Make shards from the ImageNet archives as downloaded, or from a folder of images.",
         {name: f"data.preparation.prepare:prepare_{name}" for name in ("imagenet", "folder")},
     ),
+    "import": Command(
+        "Make a checkpoint of a stage from a published network of ADM (guided-diffusion).",
+        "stages.import_stage:import_adm",
+    ),
     "bundle": Command(
         "Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.",
         "cascade.make_bundle:bundle",

@@ -18,6 +18,7 @@ from cdm_lightning.__main__ import main
 from cdm_lightning.data.shards import Manifest, write_manifest, write_shard
 from cdm_lightning.foundation.images import encode_png
 from cdm_lightning.planning.flops import training_flops
+from cdm_lightning.stages.adm import PRESETS, read_flags, stage_arguments
 from cdm_lightning.stages.loading import load_stage
 
 EXPERIMENTS = sorted(
@@ -46,7 +47,7 @@ def test_every_experiment_trains_a_step(path, colour_shards, tmp_path, monkeypat
     run = tmp_path / path.stem
     arguments = ["fit", *configs(path), *QUICK, f"--trainer.default_root_dir={run}"]
     if path.parent.name == "imagenet":
-        arguments.append(f"--data.root={colour_shards}")
+        arguments += [f"--data.root={colour_shards}", "--model.init_from=null"]  # the network is not the published one
     elif path.parent.name == "study":
         arguments += ["--data.root=data/fashion", "--model.image_channels=1"]
     main(arguments)
@@ -88,13 +89,22 @@ def test_the_imagenet_files_state_the_papers_table(name):
 def test_stages_below_128_take_gaussian_noise_and_those_above_blur():
     """The paper's choice, and in words which s it found best, where there is one."""
     kinds = {}
-    for path in (ROOT / "experiments" / "imagenet").glob("sr*.yaml"):
+    for path in (ROOT / "experiments" / "imagenet" / f"{name}.yaml" for name in PAPER if name.startswith("sr")):
         text = path.read_text()
         model = yaml.safe_load(text)["model"]["init_args"]
         kinds[model["resolution"]] = model["augmentation"]
         assert ("# s in sampling. Paper: " in text) == (model["augmentation"] == "gaussian")
         assert model.get("max_level") is None and "min_level" not in model  # amortised over all s
     assert kinds == {64: "gaussian", 128: "blur", 256: "blur"}
+
+
+def test_the_tuned_upsampler_is_adms_network():
+    config = yaml.safe_load((ROOT / "experiments/imagenet/sr256_from_adm.yaml").read_text())["model"]["init_args"]
+    kind, published = stage_arguments(read_flags(PRESETS["64_256_upsampler"]))
+    assert kind == "SuperResolutionStage" and published.pop("augmentation") == "none"
+    with torch.device("meta"):
+        built, _ = (stages.SuperResolutionStage(**given) for given in (config, {**published, "augmentation": "none"}))
+    assert {name: built.hparams[name] for name in published} == published
 
 
 def test_every_number_of_imagenet_is_marked_as_the_papers_or_ours():

@@ -15,7 +15,10 @@ from pkgutil import resolve_name
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from adm_files import random_state
+from adm_files import reduced as reduced_flags
 from commands import QUICK, ROOT
 from PIL import Image
 from scipy.io import savemat
@@ -48,6 +51,7 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
         "10",
     ],
     "sample": ["--sampling_steps", "[2,2,2]", "--block_size", "8"],  # the last block is padded
+    "import": ["--preset=null"],
     "prepare": ["--workers", "1", "--max_corrupt", "0.5"],
     "bundle": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
@@ -115,13 +119,25 @@ def fake_archives(folder: Path) -> None:
         add(tar, f"{root}/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n3\n")
 
 
+def fake_published_files(folder: Path) -> None:
+    """ADM's 64x64 model and its upsampler, with random weights and small."""
+    for preset in ("64x64_diffusion", "64_256_upsampler"):
+        torch.save(random_state(reduced_flags(preset)), folder / f"{preset}.pt")
+
+
 def reduced(words: list[str], few_real: Path) -> list[str]:
     """The arguments of cdm with the small overrides behind them, each of which wins over what it repeats."""
     words = words[1:]
     options = OVERRIDES[words[0]]
     if words[0] == "prepare":
         options = [*options, "--limit", "6"]
-    if words[0] == "sample":
+    if words[0] == "import":
+        options = [*options, "--flags", reduced_flags(words[words.index("--preset") + 1])]
+    if "experiments/imagenet/sr256_from_adm.yaml" in words:  # its network is smaller than the one in the files
+        options = [*options, "--model.init_from=null"]
+    if "runs/adm/bundle" in words:
+        options = ["--sampling_steps=[2,2]", "--block_size=8", "--count=2"]
+    elif words[0] == "sample":
         options = [*options, *(["--count", "6"] if "--count" in words else ["--per_class", "4"])]
     if "experiments/fashion/distance.yaml" in words:  # reduced.yaml has other callbacks
         few = ["--trainer.callbacks.n=20", "--trainer.callbacks.sampling_steps=2"]
@@ -150,6 +166,7 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
         exec(block, {})
     if page == "docs/imagenet.md":
         fake_archives(folder)
+        fake_published_files(folder)
     for command in commands(page):
         if command[0] == "make":
             if command[1] in ("demo", "test"):

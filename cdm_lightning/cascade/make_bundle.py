@@ -35,7 +35,8 @@ def bundle(
     dtype = torch.float16 if half else torch.float32
     write_bundle(out, stages, {"levels": cascade.levels, "truncated": truncated, "classes": classes}, dtype)
     total = sum(p.numel() for stage in stages for p in stage.parameters())
-    steps = " -> ".join(f"{stage.name} ({stage.trained.get('steps', '?')} steps)" for stage in stages)
+    trained = ["imported" if "imported" in s.trained else f"{s.trained.get('steps', '?')} steps" for s in stages]
+    steps = " -> ".join(f"{stage.name} ({how})" for stage, how in zip(stages, trained, strict=True))
     unaveraged = [stage.name for stage in stages if not stage.trained.get("averaged")]
     note = f", NOT averaged: {', '.join(unaveraged)}" if unaveraged else ""
     print(f"{out}: {steps}, {total / 1e6:.2f} M parameters{note}")

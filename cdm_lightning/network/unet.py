@@ -91,8 +91,6 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
-        if channels % heads:
-            raise InputError(f"num_heads {heads} does not divide the {channels} channels of an attention layer")
         self.norm = ModulatedNorm(channels, groups, activation=False)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = zero_init(nn.Linear(channels, channels))
@@ -124,8 +122,19 @@ class UNetBlock(nn.ModuleList):
         return x[0]
 
 
-def check_sizes(resolution: int, channels: int, channel_mult: Sequence[int]) -> None:
-    """Refuse a resolution that cannot be halved once per entry of channel_mult after the first, and odd channels."""
+def heads_of(channels: int, num_heads: int, num_head_channels: int | None) -> int:
+    """Heads of an attention layer: channels / num_head_channels where that is given, else num_heads."""
+    name, divisor = ("num_heads", num_heads) if num_head_channels is None else ("num_head_channels", num_head_channels)
+    if divisor < 1 or channels % divisor:
+        raise InputError(f"{name} {divisor} does not divide the {channels} channels of an attention layer")
+    return num_heads if num_head_channels is None else channels // num_head_channels
+
+
+def check_sizes(resolution: int, channels: int, channel_mult: Sequence[float]) -> None:
+    """Refuse a resolution that cannot be halved once per entry of channel_mult after the first, and odd channels.
+
+    An entry of channel_mult may be a fraction, as long as its width is whole.
+    """
     smallest = 2 ** (len(channel_mult) - 1)
     if resolution % smallest:
         raise InputError(
@@ -134,14 +143,19 @@ def check_sizes(resolution: int, channels: int, channel_mult: Sequence[int]) -> 
         )
     if channels % 2:
         raise InputError(f"channels {channels} is odd, and the time embedding takes pairs of sine and cosine")
+    for mult in channel_mult:
+        if mult <= 0 or channels * mult != int(channels * mult):
+            raise InputError(f"channel_mult {mult} of {channels} channels is no whole width above 0")
 
 
 class UNet(nn.Module):
     """eps(x_t, t, label, low_res, level): a U-Net conditioned by the sum of the embeddings of t, label and level.
 
-    in_channels: channels of x_t plus those of low_res. attention_resolutions: sizes of the feature maps with
-    self-attention; the middle block always has it. num_classes None: no class embedding. level_embedding: adds a second
-    time embedding, for the augmentation level s. checkpointing: recompute activations in the backward pass.
+    in_channels: channels of x_t plus those of low_res. channel_mult: the width of each resolution level, as a multiple
+    of channels. attention_resolutions: sizes of the feature maps with self-attention; the middle block always has it.
+    num_head_channels: channels of one head, in place of num_heads: wider layers then have more heads. num_classes None:
+    no class embedding. level_embedding: adds a second time embedding, for the augmentation level s. checkpointing:
+    recompute activations in the backward pass.
     """
 
     def __init__(
@@ -150,7 +164,7 @@ class UNet(nn.Module):
         in_channels: int,
         out_channels: int,
         channels: int,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         num_heads: int,
@@ -159,6 +173,7 @@ class UNet(nn.Module):
         level_embedding: bool = False,
         norm_groups: int = 32,
         checkpointing: bool = False,
+        num_head_channels: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(resolution, channels, channel_mult)
@@ -171,14 +186,17 @@ class UNet(nn.Module):
         def residual(channels_in: int, channels_out: int, scale_factor: float = 1) -> ResidualBlock:
             return ResidualBlock(channels_in, channels_out, embedding, dropout, norm_groups, scale_factor)
 
-        def level(channels_in: int, channels_out: int, size: int) -> list[nn.Module]:
-            attends = size in attention_resolutions
-            layers: list[nn.Module] = [residual(channels_in, channels_out)]
-            return [*layers, SelfAttention(channels_out, num_heads, norm_groups)] if attends else layers
+        def attention(width: int) -> SelfAttention:
+            return SelfAttention(width, heads_of(width, num_heads, num_head_channels), norm_groups)
 
-        widths = [channels * m for m in channel_mult]
-        width, size, skips = channels, resolution, [channels]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        def level(channels_in: int, channels_out: int, size: int) -> list[nn.Module]:
+            layers: list[nn.Module] = [residual(channels_in, channels_out)]
+            return [*layers, attention(channels_out)] if size in attention_resolutions else layers
+
+        widths = [int(channels * m) for m in channel_mult]
+        width = min(channels, widths[0])  # as narrow as the first level, where that is narrower
+        size, skips = resolution, [width]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
         for depth, wide in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -189,9 +207,7 @@ class UNet(nn.Module):
                 self.down.append(UNetBlock([residual(width, width, 0.5)]))
                 skips.append(width)
                 size //= 2
-        self.middle = UNetBlock(
-            [residual(width, width), SelfAttention(width, num_heads, norm_groups), residual(width, width)]
-        )
+        self.middle = UNetBlock([residual(width, width), attention(width), residual(width, width)])
         self.up = nn.ModuleList()
         for depth, wide in reversed(list(enumerate(widths))):
             for block in range(num_res_blocks + 1):

@@ -30,10 +30,12 @@ class DiffusionStage(L.LightningModule):
         image_channels: 3 for colour, 1 for grey.
         num_classes: Size of the class embedding; null for a stage that ignores the class.
         channels: Base width of the U-Net.
-        channel_mult: Width of each resolution level, as a multiple of `channels`; each after the first halves the size.
+        channel_mult: Width of each resolution level, as a multiple of `channels`, such as 2 or 0.5; each after the
+            first halves the size.
         num_res_blocks: Residual blocks per resolution level.
         attention_resolutions: Sizes of feature maps that get self-attention (the middle always has it).
-        num_heads: Attention heads.
+        num_heads: Attention heads of every attention layer.
+        num_head_channels: Channels of one head, in place of num_heads: wider layers then have more heads.
         dropout: Dropout probability inside the residual blocks.
         norm_groups: Groups of the group norms; must divide every width.
         timesteps: Number of training time steps, T.
@@ -50,6 +52,9 @@ class DiffusionStage(L.LightningModule):
         checkpointing: Recompute activations in the backward pass: less memory, but a step takes a third longer.
         compile: torch.compile mode for training: default, or reduce-overhead (CUDA graphs). Compiling takes minutes at
             the start of a run. null does not compile.
+        init_from: Begin with the weights of another stage instead of random ones: a checkpoint, a run folder, a bundle
+            or the .safetensors of one of its stages. A resumed training has its own weights and needs no init_from.
+        init_skip: Beginnings of names of weights, or names of arguments, that need not fit in `init_from`.
         seed: Seeds every random draw.
     """
 
@@ -63,10 +68,11 @@ class DiffusionStage(L.LightningModule):
         image_channels: int = 3,
         num_classes: int | None = 1000,
         channels: int = 256,
-        channel_mult: list[int] = [1, 2, 3, 4],  # noqa: B006, read only
+        channel_mult: list[int | float] = [1, 2, 3, 4],  # noqa: B006, read only
         num_res_blocks: int = 3,
         attention_resolutions: list[int] = [8, 16],  # noqa: B006, read only
         num_heads: int = 4,
+        num_head_channels: int | None = None,
         dropout: float = 0.0,
         norm_groups: int = 32,
         timesteps: int = 4000,
@@ -82,6 +88,8 @@ class DiffusionStage(L.LightningModule):
         decay_fraction: float = 0.0,
         checkpointing: bool = False,
         compile: CompileMode | None = None,
+        init_from: str | None = None,
+        init_skip: list[str] = [],  # noqa: B006, read only
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -101,12 +109,17 @@ class DiffusionStage(L.LightningModule):
             num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions,
             num_heads=num_heads,
+            num_head_channels=num_head_channels,
             dropout=dropout,
             num_classes=num_classes,
             level_embedding=self.is_super_resolution and self.augmentation.takes_level,
             norm_groups=norm_groups,
             checkpointing=checkpointing,
         )
+        if init_from is not None and not self.unet.conv_in.weight.is_meta:  # `cdm plan` builds stages without weights
+            from cdm_lightning.stages.warm_start import warm_start  # later: it imports this module
+
+            warm_start(self, init_from, init_skip)
 
     @property
     def name(self) -> str:
@@ -245,7 +258,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float | None
 # Arguments that may change when a run is resumed: they alter neither the network nor the training target.
 RESUMABLE_CHANGES = {
     *("sampler", "sampling_steps", "sampling_schedule", "lr", "warmup_steps", "decay_fraction", "seed", "dropout"),
-    *("max_level", "min_level", "blur_sigma", "blur_probability", "checkpointing", "compile"),
+    *("max_level", "min_level", "blur_sigma", "blur_probability", "checkpointing", "compile", "init_from", "init_skip"),
 }
 
 

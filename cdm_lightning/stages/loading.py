@@ -1,7 +1,8 @@
-"""Loading trained stages from checkpoints without unpickling, and finding the newest complete checkpoint."""
+"""Reading and writing checkpoints of stages, without unpickling and never in part, and finding the newest one."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -33,12 +34,17 @@ def load_stage(path: str | Path) -> DiffusionStage:
         )
     stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
     data = checkpoint.get("ShardDataModule", {})
+    if isinstance(imported := checkpoint.get("imported"), dict):
+        stage.trained = imported
+        return stage
     stage.trained = {
         "averaged": "averaging_state" in checkpoint,
         "steps": checkpoint["global_step"],
         "images": data.get("images_seen"),
         **{name: data.get(name) for name in ("classes", "crop", "filter")},
     }
+    if begun_from := checkpoint["hyper_parameters"].get("init_from"):
+        stage.trained["init_from"] = begun_from
     return stage
 
 
@@ -50,6 +56,34 @@ def load_safely(path: str | Path, **options: Any) -> Any:
         raise InputError(
             f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
         ) from error
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """torch.save to <name>.partial in the same folder, flushed to disk and renamed: `path` is whole or as it was.
+
+    Nothing is copied in memory. Raises InputError if it cannot be written; the partial file is then removed.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written: {system_message(error)}") from error
+
+
+def system_message(error: BaseException) -> str:
+    """The operating system's message behind an error; torch wraps it in an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
 
 
 def validated_arguments(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -71,6 +105,8 @@ def first_line(error: Exception) -> str:
 def check_checkpoint(path: str | Path) -> None:
     """Refuse a file that Lightning cannot resume from: truncated, foreign, or in need of unpickling."""
     checkpoint = load_safely(path, map_location="meta", mmap=True)
+    if isinstance(checkpoint, dict) and "imported" in checkpoint:
+        raise InputError(f"{path} is an import, without an optimizer: begin a training by --model.init_from {path}")
     needed = {"pytorch-lightning_version", "epoch", "global_step", "loops", "state_dict", "hyper_parameters"}
     missing = sorted(needed - set(checkpoint)) if isinstance(checkpoint, dict) else sorted(needed)
     if missing:
@@ -79,7 +115,8 @@ def check_checkpoint(path: str | Path) -> None:
 
 def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:
     """A frozen stage in eval mode, from its class name, constructor arguments and weights. source: for errors."""
-    arguments = {name: value for name, value in arguments.items() if not name.startswith("_")}
+    begun = ("init_from", "init_skip")  # how the training began; these weights are its result
+    arguments = {n: value for n, value in arguments.items() if not n.startswith("_") and n not in begun}
     try:
         stage = STAGE_CLASSES[kind](**validated_arguments(kind, arguments))
         stage.load_state_dict(state)

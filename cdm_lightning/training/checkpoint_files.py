@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages.loading import load_safely
+from cdm_lightning.stages.loading import load_safely, write_checkpoint
 
 
 class CheckpointWriteError(InputError):
@@ -39,35 +37,16 @@ class Trainer(L.Trainer):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written atomically: a file holds a complete checkpoint, even after a power cut.
 
-    The checkpoint is written to <name>.partial in the same folder, flushed to disk, and renamed. Nothing is copied in
-    memory. If the write fails, the partial file is removed and the old checkpoint stays as it was.
+    If the write fails, the old checkpoint stays as it was.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise CheckpointWriteError(f"{path} could not be written: {system_message(error)}") from error
+            write_checkpoint(checkpoint, Path(path))
+        except InputError as error:
+            raise CheckpointWriteError(str(error)) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist: a checkpoint is expected")
         return load_safely(path, map_location=map_location)
-
-
-def system_message(error: BaseException) -> str:
-    """The operating system's message behind an error; torch wraps it in an error of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
