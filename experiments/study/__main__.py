@@ -66,9 +66,11 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
         recipes = [Path("experiments/defaults.yaml"), *(HERE / f"{r}.yaml" for r in ("defaults", options["recipe"]))]
         given = {
             "data.root": about["root"], "model.image_channels": about["channels"], "seed_everything": seed,
-            "trainer.default_root_dir": run / name, **without(options, "recipe"),
+            "trainer.default_root_dir": run / name, **without(options, "recipe", "after"),
         }  # fmt: skip
-        tasks[name] = Task([[CDM, "fit", *(f"--config={path}" for path in recipes), *flags(given)]], [])
+        before = [options["after"]] if "after" in options else []  # the training whose weights it begins with
+        given |= {"model.init_from": run / before[0]} if before else {}
+        tasks[name] = Task([[CDM, "fit", *(f"--config={path}" for path in recipes), *flags(given)]], before)
     for name, options in plan["searches"].items():
         bundle, out = run / "bundles" / name, run / "searches" / name
         make, needs = bundled(run, options["stages"], bundle)

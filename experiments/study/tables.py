@@ -21,6 +21,7 @@ ARMS = {  # names of searches -> of arms; behind the whole base, and behind an e
     "blur": "blur",
     "base16": "Gaussian, amortised",
     "truncated": "Gaussian, amortised, truncated",
+    "tuned": "no augmentation, then amortised for a tenth of the steps",
     "to_2000": "Gaussian, amortised up to s = 2000",
     "at_1001": "Gaussian, s = 1001 alone",
     "at_2001": "Gaussian, s = 2001 alone",
