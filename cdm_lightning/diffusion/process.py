@@ -256,14 +256,16 @@ class Diffusion:
 def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """log of the mass of N(mean, scale^2) on the 8-bit bin around x, in nats, of x's shape (DDPM, eq. 13).
 
-    The bins at -1 and 1 extend to infinity.
+    The bins at -1 and 1 extend to infinity. The distribution function is taken as its logarithm and in the lower tail,
+    where it is exact in float32 however far x is from the mean.
     """
     scale = (-log_scale).exp()
-    upper = torch.special.ndtr((x - mean + 1 / 255) * scale)
-    lower = torch.special.ndtr((x - mean - 1 / 255) * scale)
-    inside = (upper - lower).clamp(min=1e-12).log()
-    at_most = upper.clamp(min=1e-12).log()
-    at_least = (1 - lower).clamp(min=1e-12).log()
+    distance = -(x - mean).abs()
+    upper = torch.special.log_ndtr((distance + 1 / 255) * scale)
+    lower = torch.special.log_ndtr((distance - 1 / 255) * scale)
+    inside = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-7)))
+    at_most = torch.special.log_ndtr((x - mean + 1 / 255) * scale)
+    at_least = torch.special.log_ndtr((mean - x + 1 / 255) * scale)
     return torch.where(x < -0.999, at_most, torch.where(x > 0.999, at_least, inside))
 
 

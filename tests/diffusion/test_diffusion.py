@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from scipy.stats import norm
 
 from cdm_lightning.diffusion import Diffusion
 from cdm_lightning.diffusion.process import discretized_gaussian_log_likelihood, schedule_settings
@@ -372,6 +373,25 @@ def test_likelihood_bins_sum_to_one():
     for mean, scale in ((0.1, -2.0), (-1.0, -3.0), (0.9, 0.0)):
         mass = discretized_gaussian_log_likelihood(x, torch.tensor(mean), torch.tensor(scale, dtype=torch.float64))
         assert abs(float(mass.exp().sum()) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("log_scale", [-5.0, -3.0, 0.0])
+def test_the_likelihood_is_exact_far_from_the_mean(log_scale):
+    """In float32, against scipy's logarithm of the normal distribution in float64, out to 30 standard deviations."""
+    scale = np.exp(log_scale)
+    mean = np.linspace(-30, 30, 241) * scale
+    for x in (-1.0, 1 / 255, 1.0):
+        a, b = ((x - mean - x + side / 255) / scale for side in (-1, 1))  # the mean lies around x
+        a, b = np.where(a > 0, -b, a), np.where(a > 0, -a, b)  # the same mass in the lower tail
+        inside = norm.logcdf(b) + np.log(-np.expm1(norm.logcdf(a) - norm.logcdf(b)))
+        tails = {-1.0: norm.logcdf((-mean + 1 / 255) / scale), 1.0: norm.logcdf((mean + 1 / 255) / scale)}
+        expected = torch.from_numpy(tails.get(x, inside)).float()
+        given = (torch.tensor(v, dtype=torch.float32) for v in (np.full_like(mean, x), x + mean, log_scale))
+        got = discretized_gaussian_log_likelihood(*given)
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    mean = torch.tensor([0.0, 0.5, 3.0], requires_grad=True)
+    discretized_gaussian_log_likelihood(torch.zeros(3), mean, torch.full((3,), log_scale)).sum().backward()
+    assert mean.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
