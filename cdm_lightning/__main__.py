@@ -63,6 +63,10 @@ COMMANDS = {
         "Draw images from a trained cascade: shards of samples that training can read, and a picture to look at.",
         "sampling.sample:sample",
     ),
+    "upscale": Command(
+        "Enlarge pictures of your own by the super-resolution stages of a trained cascade.",
+        "sampling.upscale:upscale",
+    ),
     "evaluate": Command(
         "Measure stored samples as the paper does: FID, KID, precision and recall against each reference, and the IS.",
         "evaluation.evaluate:evaluate",

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.stages.loading import STAGE_CLASSES, build_stage
 
@@ -28,9 +28,13 @@ def write_bundle(
     """Write the bundle `folder`: stages from low to high resolution, and `metadata` (classes, levels, ...) as JSON.
 
     dtype: of the stored weights; `read_bundle` returns float32 stages. The folder is written under another name and
-    then renamed, so that it is complete or absent. An existing bundle of that name is replaced.
+    then renamed, so that it is complete or absent. An existing bundle of that name is replaced, and a folder of
+    anything else is refused.
     """
     folder = Path(folder)
+    check_output_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
+        raise InputError(f"{folder} holds other files than a bundle, which would be lost: give another folder")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -98,8 +102,9 @@ def check_bundle_metadata(path: Path, metadata: dict[str, Any]) -> None:
     for entry in metadata["stages"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("trained", {}), dict):
             raise InputError(f"{path} lists a stage that is not a table")
-    for name, kind in (("levels", int), ("classes", str)):
-        value = metadata.get(name)
+    lists = [("levels", int, metadata.get("levels")), ("classes", str, metadata.get("classes"))]
+    lists += [("classes", str, entry.get("trained", {}).get("classes")) for entry in metadata["stages"]]
+    for name, kind, value in lists:
         if value is not None and not (isinstance(value, list) and all(type(each) is kind for each in value)):
             raise InputError(f"{path} has {name} {value!r}: a list of {kind.__name__} is expected")
     if type(metadata.get("truncated", False)) is not bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from cdm_lightning.cascade.bundle import origin, read_bundle
 from cdm_lightning.diffusion import Sampler
+from cdm_lightning.foundation.class_names import check_same_classes
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators
@@ -60,7 +61,7 @@ class CascadeModule(L.LightningModule):
             stages, levels or stored.get("levels"), stored.get("truncated", False) if truncated is None else truncated
         )
         if bundle is not None:
-            self.origin = origin(stored)  # bundle.json may hold class names that the stages lack
+            self.take_origin(stored)  # bundle.json may hold class names that the stages lack
         self.seed = seed
         self.set_sampler(sampler, sampling_steps)
 
@@ -72,8 +73,14 @@ class CascadeModule(L.LightningModule):
         """Take the stages and the choice of levels; refuses stages that do not follow one another."""
         check_stages(stages)
         self.stages = nn.ModuleList(stages)
-        self.origin = origin({"stages": [{"trained": s.trained, "arguments": dict(s.hparams)} for s in stages]})
+        self.take_origin({"stages": [{"trained": s.trained, "arguments": dict(s.hparams)} for s in stages]})
         self.set_levels([stage.least_level for stage in self.stages[1:]] if levels is None else levels, truncated)
+
+    def take_origin(self, metadata: dict[str, Any]) -> None:
+        """Take what bundle.json, or a table like it, knows of the training images; refuses a wrong number of names."""
+        self.origin = origin(metadata)
+        if (names := self.origin["classes"]) is not None and len(names) != self.num_classes:
+            raise InputError(f"bundle.json names {len(names)} classes, and its stages have {self.num_classes}")
 
     @classmethod
     def from_stages(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
@@ -242,6 +249,10 @@ def check_stages(stages: Sequence[DiffusionStage]) -> None:
     classes = {s.name: s.num_classes for s in stages if s.num_classes is not None}
     if len(set(classes.values())) > 1:
         raise InputError(f"the stages disagree about the number of classes: {classes}")
+    taught = {s.name: s.trained.get("classes") for s in stages if s.name in classes}
+    known = [(name, names) for name, names in taught.items() if names is not None]
+    for (name, names), (other, others) in pairwise(known):
+        check_same_classes(names, others, f"stage {name}", f"stage {other}")
     for before, stage in pairwise(stages):
         if not isinstance(stage, SuperResolutionStage):
             raise InputError(f"stage {stage.name} after {before.name} is not a super-resolution stage")

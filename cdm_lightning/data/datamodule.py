@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from cdm_lightning.data.damaged_images import Damage, OnDamage, decode_damage
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
 from cdm_lightning.data.stream import ShardStream, leave_signals_to_the_parent
+from cdm_lightning.foundation.class_names import check_same_classes
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_float
 
@@ -88,7 +89,9 @@ class ShardDataModule(L.LightningDataModule):
             if not any(isinstance(callback, Damage) for callback in callbacks):
                 callbacks.insert(0, Damage())  # before the callback that saves, so that checkpoints hold the new sum
         for split in ["train", "val"] if stage == "fit" else ["val"]:
-            self.manifest(split)
+            folder, manifest = self.manifest(split)
+            self.check_classes(manifest.class_names, folder)
+        self.check_classes(getattr(self.trainer.lightning_module, "origin", {}).get("classes"), "the cascade")
 
     def manifest(self, split: str) -> tuple[Path, Manifest]:
         """The folder and manifest of a split, read once per run and checked against the trained module."""
@@ -111,6 +114,15 @@ class ShardDataModule(L.LightningDataModule):
         if manifest.count < processes:
             raise InputError(f"{folder} holds {manifest.count} images for {processes} processes: each needs one")
         return folder, manifest
+
+    def check_classes(self, classes: list[str] | None, owner: object) -> None:
+        """Refuse splits whose classes differ from `classes` of `owner`, in a module that is conditioned on classes.
+
+        None is unknown.
+        """
+        module: Any = self.trainer.lightning_module
+        for folder, manifest in self.splits.values() if module.num_classes is not None else ():
+            check_same_classes(manifest.class_names, classes, folder, owner)
 
     def micro_batch(self) -> int:
         """Images per process and forward pass."""
@@ -206,10 +218,11 @@ class ShardDataModule(L.LightningDataModule):
         _, manifest = self.manifest("train")
         if self.on_damage == "skip":
             self.sum_skipped()
-        origin = {"classes": manifest.classes, "crop": manifest.crop, "filter": manifest.filter}
+        origin = {"classes": manifest.class_names, "crop": manifest.crop, "filter": manifest.filter}
         counts = {"images_seen": self.images_seen(), "batches": self.batches(), "skipped": self.skipped.tolist()}
         return {**counts, "accumulated": self.trainer.accumulate_grad_batches, **origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.check_classes(state_dict.get("classes"), "the checkpoint")
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]
         self.skipped = torch.tensor(state_dict.get("skipped", [0, 0]))

@@ -17,6 +17,7 @@ from cdm_lightning.evaluation.report.memorisation import card_to_search, real_fo
 from cdm_lightning.evaluation.report.results import print_figures, read_cas
 from cdm_lightning.evaluation.samples import check_manifest, sample_folders
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import check_output_folder
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
 
 
@@ -62,6 +63,7 @@ def evaluate(
     from cdm_lightning.evaluation.metrics.measure import check_score, inception_score, measure_all
     from cdm_lightning.evaluation.report.evaluation_pages import write_evaluation
 
+    check_output_folder(out)
     network = load_detector(detector or read_card(references[0]).detector, trust_detector)
     cards = [read_card(path, network) for path in references]
     folders, manifests = sample_folders(samples, resolution or cards[0].resolution)

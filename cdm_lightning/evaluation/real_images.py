@@ -42,10 +42,19 @@ def read_images(
 
 
 def stream_shards(
-    folder: Path, manifest: Manifest, shards: Sequence[Shard], resolution: int, batch_size: int
+    folder: Path,
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    resolution: int,
+    batch_size: int,
+    at_most: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of images and labels of some shards of a folder, as in `read_images`."""
-    windows = ((np.arange(s.count), open_images(folder, manifest, [s], range(s.count))) for s in shards)
+    """Batches of images and labels of some shards of a folder, as in `read_images`.
+
+    at_most: how many images of each shard, from the first; None for all.
+    """
+    rows = [range(s.count)[:at_most] for s in shards]
+    windows = ((np.array(r), open_images(folder, manifest, [s], r)) for s, r in zip(shards, rows, strict=True))
     for _, images in in_batches(windows, batch_size):
         image = stored_to_tensor(images.image)
         yield downscale(image, resolution), torch.from_numpy(images.label)
@@ -92,6 +101,7 @@ def write_subset(root: Path, split: str, resolution: int, counts: Sequence[int],
     manifest, folder = read_manifest(source), Path(out) / "train" / str(resolution)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     extra = {"subset": {"split": split, "shards_sha256": digest, "counts": list(counts), "seed": seed}}
+    extra |= {name: manifest.extra[name] for name in ("samples",) if name in manifest.extra}
     if (folder / "manifest.json").is_file():
         existing = read_manifest(folder)
         if existing.extra != extra:

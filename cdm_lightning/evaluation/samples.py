@@ -8,8 +8,8 @@ from pathlib import Path
 from cdm_lightning.data.shards import Manifest, read_manifest
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.references.cards import ReferenceCard, check_card
+from cdm_lightning.foundation.class_names import NO_CLASSES, check_same_classes
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.sampling.manifest import NO_CLASSES
 
 
 def sample_folders(samples: Sequence[Path], resolution: int | None) -> tuple[list[Path], list[Manifest]]:
@@ -47,12 +47,13 @@ def check_samples(manifests: Sequence[Manifest], folders: Sequence[Path]) -> Non
         values = [s.get(name) for s in settings]
         if name not in ("seed", "start") and any(value != values[0] for value in values):
             raise InputError(f"the samples differ in {name}: {values}; repetitions differ in their seed alone")
+    for folder, manifest in zip(folders, manifests, strict=True):
+        check_same_classes(manifests[0].class_names, manifest.class_names, folders[0], folder)
 
 
 def check_manifest(card: ReferenceCard, detector: Detector, manifest: Manifest) -> None:
     """Refuse a card of other images or another detector, and samples that lack some of its classes."""
-    unnamed = manifest.classes == [str(c) for c in range(len(manifest.classes))]  # the bundle had no class names
-    classes = None if unnamed else manifest.classes
+    classes = manifest.class_names
     check_images(card, detector, manifest.resolution, manifest.channels, classes, manifest.crop, manifest.filter)
     check_counts(card, None if manifest.classes == NO_CLASSES else manifest.counts)
 

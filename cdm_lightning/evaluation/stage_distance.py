@@ -23,10 +23,10 @@ from cdm_lightning.evaluation.metrics.measure import log_key
 from cdm_lightning.evaluation.real_images import first_images, real_images_for_labels
 from cdm_lightning.evaluation.references.cards import read_card
 from cdm_lightning.evaluation.samples import check_manifest
+from cdm_lightning.foundation.class_names import NO_CLASSES
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators
-from cdm_lightning.sampling.manifest import NO_CLASSES
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 
 
@@ -112,6 +112,8 @@ class StageDistance(L.Callback):
             self.inputs, self.number = {f"{self.key}_real": real[self.index]}, 1
             if self.bundle is not None:
                 self.lower = self.stages_below(pl_module, self.bundle)
+                if classes is not None:
+                    data.check_classes(self.lower.origin["classes"], f"bundle {self.bundle}")
                 self.number = len(self.lower.stages)
                 self.inputs[f"{self.key}_generated"] = None
         elif self.bundle is not None or self.level:
@@ -126,6 +128,7 @@ class StageDistance(L.Callback):
         except InputError as error:
             raise InputError(f"bundle {bundle} does not fit: {error}") from error
         lower = CascadeModule.from_stages(below, stage.seed)
+        lower.origin = whole.origin
         lower.set_levels(whole.levels[: len(below) - 1], whole.truncated)
         lower.set_sampler(self.sampler, [min(self.sampling_steps, each.diffusion.timesteps) for each in below])
         return lower

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     Several processes may write the same path: each has its own temporary file, and the last rename wins. Temporary
     files of the same path that killed processes left behind are removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        check_output_folder(path.parent)
+        raise InputError(f"{path.parent} could not be made: {error.strerror or error}") from error
     for attempt in range(100):
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         try:
@@ -52,18 +56,37 @@ def write_atomically(path: Path, data: bytes) -> None:
                 raise InputError(f"{path} could not be written: {error.strerror or error}") from error
 
 
-def begin_folder(out: Path, manifest: Any) -> None:
-    """Write `manifest`, a dataclass, into a new folder. Refuses a folder that was begun with another manifest."""
-    path = Path(out) / "manifest.json"
-    if not path.is_file():  # several processes may do this at once under torchrun; they write the same bytes
-        write_atomically(path, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+def check_output_folder(out: Path) -> None:
+    """Refuse an output folder that is a file, lies below one, or lies where nothing can be written. Makes nothing."""
+    place = Path(out)
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        where = f"{out} is a file" if place == Path(out) else f"{out} lies below the file {place}"
+        raise InputError(f"{where}: the results need a folder, so give another name")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be written: {place} is not writable")
+
+
+def begin_folder(out: Path, settings: Any, begun: bool, name: str = "manifest.json") -> None:
+    """Write `settings`, a dataclass or a table, into a folder. Refuses a folder that was begun with other settings.
+
+    begun: whether the folder holds results already; while it does not, other settings replace earlier ones.
+    """
+    path, table = Path(out) / name, asdict(settings) if is_dataclass(settings) else settings  # type: ignore[arg-type]
+    if not begun or not path.is_file():  # several processes may do this at once; they write the same bytes
+        write_atomically(path, (json.dumps(table, indent=1) + "\n").encode())
+    check_settings(path, table)
+
+
+def check_settings(path: Path, table: dict[str, Any]) -> None:
+    """Refuse settings other than those in the file `path` of a folder of results."""
     try:
         before = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    differing = [name for name, value in asdict(manifest).items() if before.get(name) != value]
-    if differing:
-        name = differing[0]
-        raise InputError(
-            f"{out} was begun with {name} {before.get(name)}, not {getattr(manifest, name)}: choose another folder"
-        )
+    for name, value in table.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{path.parent} was begun with {name} {before.get(name)}, not {value}: choose another folder"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cdm_lightning.data.shards import open_images, read_manifest, write_shard
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import check_settings
 from cdm_lightning.foundation.images import encode_png, stored_to_tensor
 from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.manifest import SampleManifest, shard_name
@@ -25,9 +27,9 @@ class BlockWriter(BasePredictionWriter):
     The first process shows the progress of all: as a bar on a terminal, and otherwise as a line now and then.
     """
 
-    def __init__(self, folders: Sequence[Path], manifest: SampleManifest) -> None:
+    def __init__(self, out: Path, folders: Sequence[Path], manifest: SampleManifest) -> None:
         super().__init__("batch")
-        self.folders, self.manifest = folders, manifest
+        self.out, self.folders, self.manifest = out, folders, manifest
         self.bar: Any = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -52,8 +54,9 @@ class BlockWriter(BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: Any, prediction: Any, batch_indices: Any, batch: Any, *rest: int
     ) -> None:
-        """Write one block: its images at every resolution that is kept, without the padding of the last block."""
+        """Write one block: its images at every resolution that is kept, without any padding of the last block."""
         number = int(batch["number"])
+        check_settings(self.out / "manifest.json", asdict(self.manifest))  # another command may have taken the folder
         images = prediction[-len(self.folders) :]
         for folder, block in zip(self.folders, images, strict=True):
             arrays = block.permute(0, 2, 3, 1).cpu().numpy()[: self.manifest.size(number)]
@@ -66,10 +69,13 @@ class BlockWriter(BasePredictionWriter):
 
 
 class BlockDataset(Dataset):
-    """The blocks that remain to be drawn, with the stored images that they start from, if any."""
+    """The blocks that remain to be drawn, with the stored images that they start from, if any.
 
-    def __init__(self, manifest: SampleManifest, numbers: list[int], start: Path | None) -> None:
-        self.manifest, self.numbers, self.start = manifest, numbers, start
+    labels: the cascade's number of each class of the stored images.
+    """
+
+    def __init__(self, manifest: SampleManifest, numbers: list[int], start: Path | None, labels: Sequence[int]) -> None:
+        self.manifest, self.numbers, self.start, self.labels = manifest, numbers, start, labels
         self.given = read_manifest(start) if start is not None else None
 
     def __len__(self) -> int:
@@ -80,26 +86,35 @@ class BlockDataset(Dataset):
         if self.start is None or self.given is None:
             return block
         opened = open_images(self.start, self.given, self.given.shards, block["index"].tolist())
-        images = opened.read(range(self.manifest.block_size))
+        images = opened.read(range(len(block["index"])))
         opened.close()
         for index, label, stored in zip(block["index"].tolist(), block["label"].tolist(), images.label, strict=True):
-            if stored != label:
-                raise InputError(f"image {index} of {self.start} has class {stored}, and sample {index} has {label}")
+            if self.labels[stored] != label:
+                name = self.given.classes[stored]
+                raise InputError(
+                    f"image {index} of {self.start} has class {self.labels[stored]} ({name}), and sample {index} has "
+                    f"{label}: give the classes of the stored images, in their order"
+                )
         return {**block, "image": stored_to_tensor(images.image)}
 
 
 class BlockDataModule(L.LightningDataModule):
-    """The blocks that remain to be drawn, as the first process lists them; each of n processes takes every n-th."""
+    """The blocks that remain to be drawn, as the first process lists them; each of n processes takes every n-th.
+
+    start: a folder of stored images to go on from. labels: the cascade's number of each class there.
+    """
 
     trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
 
-    def __init__(self, manifest: SampleManifest, todo: list[int], start: Path | None = None) -> None:
+    def __init__(
+        self, manifest: SampleManifest, todo: list[int], start: Path | None = None, labels: Sequence[int] = ()
+    ) -> None:
         super().__init__()
-        self.manifest, self.todo, self.start = manifest, todo, start
+        self.manifest, self.todo, self.start, self.labels = manifest, todo, start, labels
         self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer blocks than processes
 
     def predict_dataloader(self) -> DataLoader:
         # Processes that start at different times could list different blocks.
         todo = self.trainer.strategy.broadcast(self.todo)
         numbers = todo[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(BlockDataset(self.manifest, numbers, self.start), batch_size=None)
+        return DataLoader(BlockDataset(self.manifest, numbers, self.start, self.labels), batch_size=None)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from cdm_lightning.foundation.class_names import numbers_in
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.network import CompileMode
 
 if TYPE_CHECKING:
     from cdm_lightning.cascade import CascadeModule
+    from cdm_lightning.data.shards import Manifest
 
-NO_CLASSES = ["0"]  # the class names of samples from a cascade without class conditioning
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -23,7 +24,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 class SampleManifest:
     """Defines `count` samples: image i has class classes[i mod len(classes)] and is drawn with seed (seed, i).
 
-    The networks run on blocks of block_size images, the last one padded, so that no image depends on the number of
+    The networks run on blocks of block_size images, the last one smaller, so that no image depends on the number of
     processes. A folder of samples can only be continued with the manifest that it was begun with.
     """
 
@@ -42,9 +43,12 @@ class SampleManifest:
     batch_sizes: list[int] | None = None  # images per network call of each stage; None: a whole block
 
     def block(self, number: int) -> dict[str, torch.Tensor]:
-        """One block: `index` and `label`, int64 (block_size,), and `number`. The last block repeats its last image."""
-        first = number * self.block_size
-        index = torch.arange(first, first + self.block_size).clamp(max=self.count - 1)
+        """One block: `index` and `label`, int64 (B,), and `number`.
+
+        Compiled networks take one size of batch alone, so there the last block is padded by its last image.
+        """
+        first, size = number * self.block_size, self.block_size if self.compile else self.size(number)
+        index = torch.arange(first, first + size).clamp(max=self.count - 1)
         return {"index": index, "label": self.label(index), "number": torch.tensor(number)}
 
     def label(self, index: torch.Tensor) -> torch.Tensor:
@@ -80,7 +84,10 @@ def make_sample_manifest(
     precision: Precision = "32-true",
     compile: CompileMode | None = None,
 ) -> SampleManifest:
-    """The manifest of `count` samples of a cascade with its current settings. Refuses arguments out of range."""
+    """The manifest of `count` samples of a cascade with its current settings. Refuses arguments out of range.
+
+    classes: None for all. A block holds `count` images at most, so that a few images cost a few.
+    """
     from cdm_lightning.data.shards import read_manifest, shards_digest
 
     chosen = list(range(cascade.num_classes or 1)) if classes is None else list(classes)
@@ -94,7 +101,7 @@ def make_sample_manifest(
             raise InputError(f"{name} {value} is less than 1")
     diffusions = [stage.diffusion for stage in cascade.stages]
     manifest = SampleManifest(
-        bundle, count, chosen, cascade.seed, block_size, cascade.levels, cascade.truncated,
+        bundle, count, chosen, cascade.seed, min(block_size, count), cascade.levels, cascade.truncated,
         [d.sampler for d in diffusions], [d.sampling_steps or d.timesteps for d in diffusions],
         precision, shards_digest(read_manifest(start).shards) if start is not None else None, compile,
         cascade.batch_sizes,
@@ -105,7 +112,7 @@ def make_sample_manifest(
 
 
 def check_start(cascade: CascadeModule, manifest: SampleManifest, start: Path) -> None:
-    """Refuse stored images that the cascade cannot continue from: resolution, channels, or too few."""
+    """Refuse stored images that the cascade cannot continue from: resolution, channels, classes, or too few."""
     from cdm_lightning.data.shards import read_manifest
 
     given, resolutions = read_manifest(start), [stage.resolution for stage in cascade.stages]
@@ -115,3 +122,19 @@ def check_start(cascade: CascadeModule, manifest: SampleManifest, start: Path) -
         raise InputError(f"{start} has {given.channels} channels, and the cascade makes {cascade.image_channels}")
     if given.count < manifest.count:
         raise InputError(f"{start} holds {given.count} images, and {manifest.count} are to be drawn from them")
+    start_labels(cascade, given, start)
+
+
+def start_labels(cascade: CascadeModule, given: Manifest, start: Path) -> list[int]:
+    """The cascade's number of each class of stored images: by name, or by number where one side knows no names.
+
+    A cascade without classes calls all of them 0. Raises InputError for images of a class that the cascade lacks.
+    """
+    if cascade.num_classes is None:
+        return [0] * len(given.classes)
+    names = cascade.origin["classes"]
+    if names is not None and given.class_names is not None:
+        return numbers_in(names, given.class_names, given.counts, start, "the cascade's classes")
+    if len(given.classes) != cascade.num_classes:
+        raise InputError(f"{start} has {len(given.classes)} classes, and the cascade {cascade.num_classes}")
+    return list(range(cascade.num_classes))

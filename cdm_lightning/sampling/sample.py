@@ -12,7 +12,9 @@ from jsonargparse.typing import PositiveInt
 
 from cdm_lightning.data.shards import read_manifest, read_shard, shards_digest
 from cdm_lightning.diffusion import Sampler
+from cdm_lightning.foundation.class_names import class_number
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import check_output_folder
 from cdm_lightning.foundation.images import decode_png, save_grid
 from cdm_lightning.foundation.process_group import first_process
 from cdm_lightning.network import CompileMode
@@ -24,7 +26,7 @@ def sample(
     out: Path,
     count: int | None = None,
     per_class: int | None = None,
-    classes: list[int] | None = None,
+    classes: list[int | str] | None = None,
     seed: int = 0,
     levels: list[int] | None = None,
     truncated: bool | None = None,
@@ -47,7 +49,7 @@ def sample(
         out: Folder for the samples: shards in out/train/<resolution>/, and a picture, out/samples.png.
         count: Total number of images, spread evenly over the classes.
         per_class: Number of images of each class, instead of count.
-        classes: Class numbers, such as [1,7]; null for all.
+        classes: Names or numbers of classes, such as [bag,7]; null for all. A name goes before a number.
         seed: Seed of the images.
         levels: The level s of each super-resolution stage, such as [501,0]; null for the bundle's choice.
         truncated: true stops each reverse process at s; false runs it to the end and adds noise up to s; null for the
@@ -56,8 +58,8 @@ def sample(
         sampling_steps: Network calls of each stage, such as [50,50,25]; null for each stage's own.
         start: Stored images to continue from: a finished folder of a lower resolution, such as OUT/train/32 of another
             call with the same classes; null to start from noise.
-        block_size: Images per shard, drawn together by one process. Another size changes pixels by one grey level at
-            most.
+        block_size: Images per shard at most, drawn together by one process. Another size changes pixels by one grey
+            level at most.
         batch_sizes: Images per network call of each stage, such as [256,64,16]; null for a whole block.
         precision: Of the networks: 32-true, bf16-mixed or 16-mixed. The mixed ones are faster, and change the images.
         compile: torch.compile mode of the networks: default, or reduce-overhead (CUDA graphs, on a GPU). It takes
@@ -68,20 +70,22 @@ def sample(
     if (count is None) == (per_class is None):
         raise InputError("give one of count and per_class: how many images to draw")
     from cdm_lightning.cascade import CascadeModule
-    from cdm_lightning.cascade.bundle import origin, read_bundle_metadata
+    from cdm_lightning.cascade.bundle import read_bundle_metadata
     from cdm_lightning.sampling.draw_blocks import draw
 
+    check_output_folder(out)
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
     cascade.set_batch_sizes(batch_sizes)
     metadata = read_bundle_metadata(bundle)
-    class_count = len(classes) if classes is not None else cascade.num_classes or 1
+    chosen = None if classes is None else [class_number(str(each), cascade.origin["classes"]) for each in classes]
+    class_count = len(chosen) if chosen is not None else cascade.num_classes or 1
     total = count if count is not None else class_count * (per_class or 0)
     manifest = make_sample_manifest(
-        cascade, metadata["stages_sha256"], total, classes, block_size, start, precision, compile
+        cascade, metadata["stages_sha256"], total, chosen, block_size, start, precision, compile
     )
     if compile is not None:
         cascade.compile_networks(compile)
-    folders = draw(cascade, manifest, out, start, devices, accelerator, origin(metadata))
+    folders = draw(cascade, manifest, out, start, devices, accelerator)
     if first_process():
         print_result(folders, manifest, Path(out) / "samples.png")
 

@@ -13,16 +13,20 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from cdm_lightning.foundation.errors import InputError
 
 FIRST_PROCESS = "CDM_FIRST_PROCESS"  # environment variable: process id of the process that started the others
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: send this process a signal when its parent ends
 TIMEOUT = timedelta(days=30)  # torch's default, 30 minutes, would end a run with one slow process
 
 
-def trainer_options(devices: int, accelerator: str) -> dict[str, Any]:
-    """The Trainer's arguments for `devices` processes on this machine, or on each machine of a torchrun job.
+def make_trainer(devices: int, accelerator: str, **options: Any) -> L.Trainer:
+    """A Trainer of `devices` processes on this machine, or on each machine of a torchrun job, for a prediction.
 
+    Raises InputError for a device that this machine does not have; nothing is written. options: of the Trainer.
     The processes connect through gloo, on GPUs too, as no gradients are exchanged. With gloo, a waiting process notices
     at once that another one died, because the connection closes; with NCCL it would notice only after the time-out.
     The time-out is therefore long: fast processes wait for the slowest.
@@ -30,7 +34,15 @@ def trainer_options(devices: int, accelerator: str) -> dict[str, Any]:
     end_with_first_process()
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if under_torchrun() else 1
     strategy = DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT) if devices * machines > 1 else "auto"
-    return {"accelerator": accelerator, "devices": devices, "num_nodes": machines, "strategy": strategy}
+    try:
+        return L.Trainer(
+            accelerator=accelerator, devices=devices, num_nodes=machines, strategy=strategy, logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+            use_distributed_sampler=False, **options,  # the callers split the work over the processes
+        )  # fmt: skip
+    except (MisconfigurationException, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"accelerator {accelerator} with {devices} devices is refused: {told}") from error
 
 
 def end_with_first_process() -> None:

@@ -65,9 +65,19 @@ def test_another_batch_size_goes_on_with_the_same_features(few_real, detector, e
         assert torch.equal(ours[1], theirs[1])
 
 
-def test_a_part_is_the_first_shards(few_real, detector, tmp_path):
-    manifest = extract_features(few_real, "val", 16, detector, tmp_path, shards=2, **CPU)
-    assert [shard.count for shard in manifest.shards] == [120, 60] and len(list(tmp_path.glob("*.safetensors"))) == 2
+def test_a_part_is_the_first_images_alone(few_real, detector, tmp_path, monkeypatch):
+    """No more images reach the detector than were asked for, and their features are those of a whole extraction."""
+    seen = []
+    monkeypatch.setattr(type(detector), "__call__", lambda net, image: seen.append(len(image)) or net.forward(image))
+    manifest = extract_features(few_real, "val", 16, detector, tmp_path / "part", count=150, batch_size=30, **CPU)
+    assert sum(seen) == 150 and [shard.count for shard in manifest.shards] == [120, 60]
+    part = [features for features, _ in read_features(tmp_path / "part", manifest)]
+    assert [len(features) for features in part] == [120, 30]
+    whole = extract_features(few_real, "val", 16, detector, tmp_path / "whole", batch_size=30, **CPU)
+    first = [features for features, _ in read_features(tmp_path / "whole", whole)][:2]
+    assert torch.equal(part[0], first[0]) and torch.equal(part[1], first[1][:30])
+    extract_features(few_real, "val", 16, detector, tmp_path / "edge", count=120, **CPU)
+    assert [path.name for path in (tmp_path / "edge").glob("*.safetensors")] == ["000000.safetensors"]
 
 
 def test_features_of_other_images_are_not_gone_on_with(few_real, detector, extracted):

@@ -58,6 +58,15 @@ class Manifest:
         return sum(shard.count for shard in self.shards)
 
     @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes; None for the numbers that samples of a cascade without names of its classes carry.
+
+        Real images always have names: their classes may be called 0 ... n - 1.
+        """
+        numbers = [str(number) for number in range(len(self.classes))]
+        return None if "samples" in self.extra and self.classes == numbers else self.classes
+
+    @property
     def packed(self) -> bool:
         """Whether the shards are packed: either all are, or none."""
         return any(shard.head for shard in self.shards)

@@ -13,7 +13,7 @@ from cdm_lightning.evaluation.cas.protocol import Plan, Recipe, make_plan, read_
 from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table, summarise
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import begin_folder, read_table
+from cdm_lightning.foundation.files import begin_folder, check_output_folder, read_table
 
 SUBSET_SEED = 0  # all trainings use the same images, so that their spread comes from training only
 
@@ -53,14 +53,17 @@ def cas(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {seeds} must be one number or more, each once")
+    check_output_folder(out)
     generated, real, validation = read_manifests(samples, shards)
     plan = make_plan(generated, real, validation, count, recipe, devices)
     from cdm_lightning.data import ShardDataModule
     from cdm_lightning.evaluation.cas.classifier import build_classifier, train
     from cdm_lightning.evaluation.report.evaluation_pages import write_cas
+    from cdm_lightning.sampling.shared_work import make_trainer
 
     build_classifier(plan, 0)  # refuses a recipe that cannot be built, before the folder is begun
-    begin_folder(out, plan)
+    make_trainer(devices, accelerator)  # and a device that is not there
+    begin_folder(out, plan, begun=any(Path(out).glob("*/*")))
     roots = {
         "generated": training_root(samples, generated, plan, Path(out) / "generated"),
         "real": training_root(shards, real, plan, Path(out) / "real"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
+from cdm_lightning.foundation.class_names import NO_CLASSES, check_same_classes
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.sampling.manifest import NO_CLASSES
 
 Architecture = Literal["resnet8", "resnet14", "resnet20", "resnet50"]
 LearningRate = Literal["cosine", "steps"]
@@ -85,11 +85,8 @@ def read_manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Man
             raise InputError(
                 f"{samples} has {len(generated.classes)} classes, and {shards}/{split} {len(other.classes)}"
             )
-        unnamed = generated.classes == [str(c) for c in range(len(generated.classes))]
-        if other.classes != generated.classes and not unnamed:
-            pairs = zip(generated.classes, other.classes, strict=True)
-            c, (ours, theirs) = next((c, pair) for c, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise InputError(f"class {c} of {samples} is {ours!r}, and of {shards}/{split} {theirs!r}")
+        check_same_classes(generated.class_names, other.class_names, samples, f"{shards}/{split}")
+    check_same_classes(real.class_names, validation.class_names, f"{shards}/train", f"{shards}/val")
     if len(real.classes) < 2:
         raise InputError(f"{shards} has {len(real.classes)} class: a classification accuracy takes 2 or more")
     for where, manifest in ((samples, generated), (f"{shards}/val", validation)):

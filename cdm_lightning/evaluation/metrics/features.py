@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
 from cdm_lightning.foundation.progress_bar import ProgressBar
-from cdm_lightning.sampling.shared_work import EndOnSigterm, join_processes, trainer_options
+from cdm_lightning.sampling.shared_work import EndOnSigterm, join_processes, make_trainer
 
 
 def extract_features(
@@ -33,7 +34,7 @@ def extract_features(
     devices: int = 1,
     accelerator: str = "auto",
     batch_size: int = 50,
-    shards: int | None = None,
+    count: int | None = None,
 ) -> Manifest:
     """Write the detector's features of the images of <root>/<split>, reduced to `resolution`: one file per shard.
 
@@ -42,7 +43,7 @@ def extract_features(
     Refuses an `out` with features of other images or of another detector. With several devices, every process
     returns when the last one is done.
 
-    shards: how many shards to measure, from the first; None for all. The returned manifest lists these.
+    count: how many images to measure, from the first; None for all. The returned manifest lists their shards.
     """
     for name, number in (("batch_size", batch_size), ("devices", devices)):
         if number < 1:
@@ -50,26 +51,31 @@ def extract_features(
     join_processes()
     folder = find_folder(root, split, resolution)
     manifest = read_manifest(folder)
-    manifest = replace(manifest, shards=manifest.shards[:shards])
+    sizes = shares(manifest, manifest.count if count is None else count)
+    manifest = replace(manifest, shards=manifest.shards[: len(sizes)])
     settings = {"detector": detector.sha256, "resolution": resolution, "shards": [s.sha256 for s in manifest.shards]}
-    settings_file = Path(out) / "about.json"
-    if first_process() and not settings_file.is_file():
+    settings |= {"count": sum(sizes)}
+    trainer = make_trainer(devices, accelerator, callbacks=[EndOnSigterm()], default_root_dir=out)
+    settings_file, begun = Path(out) / "about.json", any(Path(out).glob("*.safetensors"))
+    if first_process() and not (begun and settings_file.is_file()):
         write_atomically(settings_file, json.dumps(settings).encode())
     wait_for_all()
-    if read_table(settings_file) != settings:
-        raise InputError(f"{out} holds features of other images or of another detector: give another folder")
-    todo = [n for n, shard in enumerate(manifest.shards) if not finished(feature_file(out, n), shard.count)]
+    if {"count": sum(sizes), **read_table(settings_file)} != settings:
+        raise InputError(f"{out} holds features of other images or of another detector: remove it or give another")
+    todo = [n for n, size in enumerate(sizes) if not finished(feature_file(out, n), size)]
     wait_for_all()  # all processes must list the missing shards before one of them writes
     if todo:
-        extractor = FeatureExtractor(folder, manifest, resolution, detector, out, batch_size)
-        trainer = L.Trainer(
-            **trainer_options(devices, accelerator), logger=False, callbacks=[EndOnSigterm()],
-            use_distributed_sampler=False, enable_model_summary=False, enable_checkpointing=False,
-            enable_progress_bar=False, default_root_dir=out,
-        )  # fmt: skip
+        extractor = FeatureExtractor(folder, manifest, sizes, resolution, detector, out, batch_size)
         trainer.predict(extractor, datamodule=ShardNumbers(todo), return_predictions=False)
         wait_for_all()  # the caller reads the features of all processes
     return manifest
+
+
+def shares(manifest: Manifest, count: int) -> list[int]:
+    """How many of the first `count` images lie in each shard; shards without one are left out."""
+    ends = accumulate(shard.count for shard in manifest.shards)
+    sizes = [shard.count - max(0, end - count) for shard, end in zip(manifest.shards, ends, strict=True)]
+    return [size for size in sizes if size > 0]
 
 
 def feature_file(out: Path, number: int) -> Path:
@@ -115,27 +121,34 @@ class ShardNumbers(L.LightningDataModule):
 
 
 class FeatureExtractor(L.LightningModule):
-    """Runs the detector over one shard per step, and writes its features."""
+    """Runs the detector over one shard per step, and writes its features. sizes: images to measure of each shard."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, resolution: int, detector: Detector, out: Path, batch_size: int
+        self,
+        folder: Path,
+        manifest: Manifest,
+        sizes: list[int],
+        resolution: int,
+        detector: Detector,
+        out: Path,
+        batch_size: int,
     ) -> None:
         super().__init__()
-        self.folder, self.manifest, self.resolution = folder, manifest, resolution
+        self.folder, self.manifest, self.sizes, self.resolution = folder, manifest, sizes, resolution
         self.detector, self.out, self.batch_size = detector, out, batch_size
         self.bar: Any = None
 
     def on_predict_start(self) -> None:
-        total = sum(self.manifest.shards[n].count for n in self.trainer.datamodule.todo)  # type: ignore[attr-defined]
+        total = sum(self.sizes[n] for n in self.trainer.datamodule.todo)  # type: ignore[attr-defined]
         self.bar = ProgressBar(
             total=total, desc=f"{self.detector.name}", unit="image", disable=not self.trainer.is_global_zero
         )
 
     def predict_step(self, number: torch.Tensor | int, batch_idx: int) -> None:
         """Write the features of one shard."""
-        shard = self.manifest.shards[int(number)]
+        shards, size = [self.manifest.shards[int(number)]], self.sizes[int(number)]
         features, labels = [], []
-        for image, label in stream_shards(self.folder, self.manifest, [shard], self.resolution, self.batch_size):
+        for image, label in stream_shards(self.folder, self.manifest, shards, self.resolution, self.batch_size, size):
             features.append(features_of(self.detector, image.to(self.device)).cpu())
             labels.append(label)
             self.bar.update(len(image) * self.trainer.world_size)

@@ -19,6 +19,7 @@ from numpy.lib import format as npy
 from cdm_lightning.data.shards import find_folder, read_manifest
 from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import check_output_folder
 from cdm_lightning.foundation.progress_bar import ProgressBar
 
 TORN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
@@ -134,6 +135,7 @@ def npz(samples: Path, out: Path, resolution: PositiveInt | None = None, split: 
     """
     if Path(out).suffix != ".npz":
         raise InputError(f"{out} is the name of no .npz file")
+    check_output_folder(Path(out).parent)
     if resolution is None:
         stored = [int(f.name) for f in Path(samples, split).glob("*") if f.name.isdecimal() and f.is_dir()]
         resolution = max(stored, default=1)

@@ -15,6 +15,7 @@ from safetensors.torch import save as save_safetensors
 from cdm_lightning.evaluation.detectors import Detector, Inception, features_of
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references import adm
+from cdm_lightning.foundation.class_names import check_same_classes
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.progress_bar import ProgressBar
@@ -193,12 +194,7 @@ def check_card(
         known = getattr(card, name)
         if None not in (known, given) and known != given:
             raise InputError(f"{card.path} is of images with {name} {known}, which do not compare with {name} {given}")
-    if card.classes is None or classes is None or card.classes == list(classes):
-        return
-    if len(card.classes) != len(classes):
-        raise InputError(f"{card.path} is of {len(card.classes)} classes, which do not compare with {len(classes)}")
-    label = next(k for k, name in enumerate(classes) if card.classes[k] != name)
-    raise InputError(f"{card.path} calls class {label} {card.classes[label]!r}, and the images {classes[label]!r}")
+    check_same_classes(card.classes, classes, card.path, "the images")
 
 
 def card_names(cards: Sequence[ReferenceCard]) -> list[str]:

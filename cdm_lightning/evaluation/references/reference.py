@@ -16,6 +16,7 @@ from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import check_output_folder
 from cdm_lightning.foundation.process_group import first_process
 from cdm_lightning.foundation.progress_bar import ProgressBar
 
@@ -75,6 +76,7 @@ def make_card(
     out = Path(out)
     if out.suffix != ".safetensors":
         raise InputError(f"{out} does not end in .safetensors, as a reference card does")
+    check_output_folder(out.parent)
     if out.exists():
         raise InputError(f"{out} exists already: remove it or give another name")
     if keep < 0:
@@ -88,8 +90,7 @@ def make_card(
 
     network = load_detector(detector, trust_detector)
     work = out.with_name(out.name + ".partial-features")
-    needed = next(k for k in range(len(stored.shards) + 1) if sum(s.count for s in stored.shards[:k]) >= n)
-    manifest = extract_features(shards, split, resolution, network, work, devices, accelerator, batch_size, needed)
+    manifest = extract_features(shards, split, resolution, network, work, devices, accelerator, batch_size, n)
     if not first_process():  # Lightning sets it when processes start
         return None
     card = summarize(out, manifest, n, resolution, network, keep, work)
@@ -121,14 +122,14 @@ def summarize(
     counts = torch.zeros(len(manifest.classes), dtype=torch.int64)
 
     def feature_batches() -> Iterator[torch.Tensor]:
-        left, wanted = n, min(keep, n)
+        wanted = min(keep, n)
         for features, label in ProgressBar(
             read_features(work, manifest), "moments", len(manifest.shards), unit="shard"
         ):
-            counts.add_(label[:left].bincount(minlength=len(counts)))
-            kept.append(features[:left][:wanted].clone())
-            yield features[:left]
-            left, wanted = max(0, left - len(features)), max(0, wanted - len(features))
+            counts.add_(label.bincount(minlength=len(counts)))
+            kept.append(features[:wanted].clone())
+            yield features
+            wanted = max(0, wanted - len(features))
 
     moments = Moments.from_features(feature_batches())
     packages = ("torch", "lightning", "numpy", "pillow")

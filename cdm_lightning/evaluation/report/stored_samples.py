@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from cdm_lightning.data.shards import Manifest, open_images, read_manifest
+from cdm_lightning.foundation.class_names import NO_CLASSES
 from cdm_lightning.foundation.images import downscale, encode_png
-from cdm_lightning.sampling.manifest import NO_CLASSES
 
 MOST_CLASSES, MOST_UNLABELLED = 20, 8  # rows of pictures on a page, with and without classes
 SHEET_IMAGES, SHEET_COLUMNS = 40, 10

@@ -15,8 +15,8 @@ from cdm_lightning.evaluation.report.figure_tables import decimal_places, format
 from cdm_lightning.evaluation.report.stored_samples import stage_rows
 from cdm_lightning.evaluation.search.level_search import Row
 from cdm_lightning.evaluation.search.level_tables import BOTH, REAL
+from cdm_lightning.foundation.class_names import NO_CLASSES
 from cdm_lightning.foundation.images import save_grid
-from cdm_lightning.sampling.manifest import NO_CLASSES
 
 NON_TRUNCATED = "non-truncated"
 ONE_SEED = 0.05  # share of the distance at s = 0 that counts as a difference where there are no error bars

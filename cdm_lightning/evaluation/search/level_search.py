@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.cascade.bundle import origin
 from cdm_lightning.data.shards import find_folder, read_manifest, shards_digest, write_images
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.evaluation.detectors import Detector
@@ -21,12 +19,13 @@ from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.real_images import first_images, real_images_for_labels
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card
 from cdm_lightning.evaluation.references.reference import make_card
+from cdm_lightning.foundation.class_names import NO_CLASSES, check_same_classes
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.files import begin_folder
 from cdm_lightning.foundation.process_group import first_process, wait_for_all
 from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.draw_blocks import draw
-from cdm_lightning.sampling.manifest import NO_CLASSES, Precision, make_sample_manifest
+from cdm_lightning.sampling.manifest import Precision, make_sample_manifest
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class LevelSearch:
         self.cascade, self.metadata, self.out, self.shards = cascade, metadata, out, shards
         self.split, self.input_split = split, input_split
         self.detector, self.detector_source = detector, detector_source
-        self.n, self.seeds, self.block_size = n, seeds, min(block_size, n)
+        self.n, self.seeds, self.block_size = n, seeds, block_size
         self.precision, self.devices, self.accelerator = precision, devices, accelerator
         self.cards: dict[int, ReferenceCard] = {}
 
@@ -108,19 +107,8 @@ class LevelSearch:
             "samplers": [stage.diffusion.sampler for stage in stages],
             "sampling_steps": [network_calls(stage) for stage in stages],
         }  # fmt: skip
-        path = self.out / "search.json"
-        if path.is_file():
-            try:
-                before = dict(json.loads(path.read_text()))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{path} is not what a search was begun with: {error}") from error
-            for name, value in settings.items():
-                if before.get(name) != value:
-                    raise InputError(
-                        f"{self.out} was begun with {name} {before.get(name)}, not {value}: choose another"
-                    )
-        elif first_process():
-            write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
+        begun = any(self.out.rglob("*.tar")) or any(self.out.rglob("*.safetensors"))  # samples, cards or features
+        begin_folder(self.out, settings, begun, "search.json")
         wait_for_all()
 
     def check_real_images(self) -> None:
@@ -139,6 +127,7 @@ class LevelSearch:
                     )
                 if classes is not None and len(manifest.classes) != classes:
                     raise InputError(f"{folder} has {len(manifest.classes)} classes, and the cascade makes {classes}")
+                check_same_classes(self.cascade.origin["classes"], manifest.classes, "the cascade", folder)
             available = [manifest.count] if classes is None else manifest.counts  # of the last split, the input
             for c, (number, held) in enumerate(zip(needed, available, strict=True)):
                 if number > held:
@@ -247,10 +236,11 @@ class LevelSearch:
 
     def draw(self, part: CascadeModule, out: Path, start: Path | None) -> Path:
         """Draw n samples of a part of the cascade; gives the folder of their highest resolution."""
+        part.origin = self.cascade.origin
         manifest = make_sample_manifest(
             part, self.metadata["stages_sha256"], self.n, None, self.block_size, start, self.precision
         )
-        return draw(part, manifest, out, start, self.devices, self.accelerator, origin(self.metadata))[-1]
+        return draw(part, manifest, out, start, self.devices, self.accelerator)[-1]
 
     def features(self, folder: Path) -> torch.Tensor:
         """The detector's features of a folder of samples, float32 (n, d)."""

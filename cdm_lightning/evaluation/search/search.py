@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import check_output_folder
 from cdm_lightning.foundation.process_group import first_process
 from cdm_lightning.sampling.manifest import Precision
 
@@ -90,10 +91,14 @@ def search(
         search_levels,
     )
     from cdm_lightning.evaluation.search.report import print_rows, store_in_bundle, write_search
+    from cdm_lightning.sampling.shared_work import make_trainer
 
+    check_output_folder(out)
+    make_trainer(devices, accelerator)  # refuses a device that is not there, before anything is written
     network = load_detector(detector, trust_detector)
     parts, metadata = read_bundle(bundle)
     cascade = CascadeModule.from_stages(parts, seed)
+    cascade.take_origin(metadata)
     cascade.set_levels(metadata.get("levels") or cascade.levels, False)
     cascade.set_sampler(sampler, sampling_steps)
     run = LevelSearch(
