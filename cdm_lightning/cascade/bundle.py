@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from cdm_lightning.cascade.hub import write_hub_files
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.stages import DiffusionStage
@@ -49,6 +50,7 @@ def write_bundle(
         table = {"format": FORMAT, "stages_sha256": digest(entries), "stages": entries, **metadata}
         text = json.dumps(table, indent=1) + "\n"
         write_atomically(partial / "bundle.json", text.encode())
+        write_hub_files(partial, table, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

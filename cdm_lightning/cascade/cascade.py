@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from cdm_lightning.cascade.bundle import origin, read_bundle
+from cdm_lightning.cascade.bundle import origin, read_bundle, write_bundle
+from cdm_lightning.cascade.hub import download, upload
 from cdm_lightning.diffusion import Sampler
-from cdm_lightning.foundation.class_names import check_same_classes
+from cdm_lightning.foundation.class_names import check_same_classes, class_number
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.images import quantize, to_float, to_uint8
+from cdm_lightning.foundation.images import output_images, quantize, to_float, to_uint8
 from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.network import CompileMode
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.augmentation import GaussianAugmentation
 from cdm_lightning.stages.base_and_super_resolution import Batch
 from cdm_lightning.stages.loading import load_stage
+
+KEPT = ("data", "license", "search")  # of bundle.json, when the cascade is stored again
 
 
 class CascadeModule(L.LightningModule):
@@ -52,7 +59,7 @@ class CascadeModule(L.LightningModule):
         super().__init__()
         if (bundle is None) == (checkpoints is None):
             raise InputError("a cascade is built from a bundle or from checkpoints: give one of the two")
-        stored: dict[str, Any] = {}
+        stored: dict[str, Any] = {}  # bundle.json
         if bundle is not None:
             stages, stored = read_bundle(bundle)
         else:
@@ -62,12 +69,14 @@ class CascadeModule(L.LightningModule):
         )
         if bundle is not None:
             self.take_origin(stored)  # bundle.json may hold class names that the stages lack
+            self.about = {name: stored[name] for name in KEPT if name in stored}
         self.seed = seed
         self.set_sampler(sampler, sampling_steps)
 
     stages: Any  # a ModuleList of DiffusionStage, base first
     batch_sizes: list[int] | None = None  # images per network call of each stage; None: the whole batch
     origin: dict[str, Any]  # classes, crop and filter of the training images; None is unknown
+    about: dict[str, Any] = {}  # noqa: RUF012, replaced, never mutated: what else bundle.json tells
 
     def assemble(self, stages: Sequence[DiffusionStage], levels: Sequence[int] | None, truncated: bool) -> None:
         """Take the stages and the choice of levels; refuses stages that do not follow one another."""
@@ -75,12 +84,36 @@ class CascadeModule(L.LightningModule):
         self.stages = nn.ModuleList(stages)
         self.take_origin({"stages": [{"trained": s.trained, "arguments": dict(s.hparams)} for s in stages]})
         self.set_levels([stage.least_level for stage in self.stages[1:]] if levels is None else levels, truncated)
+        self.eval()
 
     def take_origin(self, metadata: dict[str, Any]) -> None:
         """Take what bundle.json, or a table like it, knows of the training images; refuses a wrong number of names."""
         self.origin = origin(metadata)
         if (names := self.origin["classes"]) is not None and len(names) != self.num_classes:
             raise InputError(f"bundle.json names {len(names)} classes, and its stages have {self.num_classes}")
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None, **options: Any
+    ) -> CascadeModule:
+        """The cascade of a bundle: a folder, or a repository of the Hugging Face hub, such as "user/name".
+
+        revision, cache_dir: of the hub. options: further arguments of the constructor. No code in the bundle is run.
+        """
+        folder = Path(source) if Path(source).is_dir() else download(str(source), revision, cache_dir)
+        return cls(bundle=folder, **options)
+
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        """Write the cascade as a bundle, which is a repository of the hub too. half: float16, for half the size."""
+        dtype = torch.float16 if half else torch.float32
+        choice = {"levels": self.levels, "truncated": self.truncated, "classes": self.origin["classes"]}
+        write_bundle(Path(folder), list(self.stages), {**self.about, **choice}, dtype)
+
+    def push_to_hub(self, repo: str, private: bool = False, token: str | None = None, half: bool = False) -> str:
+        """Upload the cascade to a repository of the hub, such as "user/name", which may be new; gives its address."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "bundle", half)
+            return upload(Path(folder) / "bundle", repo, private, token)
 
     @classmethod
     def from_stages(cls, stages: Sequence[DiffusionStage], seed: int = 0) -> CascadeModule:
@@ -145,12 +178,75 @@ class CascadeModule(L.LightningModule):
         return next((s.num_classes for s in self.stages if s.num_classes is not None), None)
 
     @torch.no_grad()
+    def forward(
+        self,
+        classes: Any = None,
+        levels: Sequence[int] | None = None,
+        seed: int | None = None,
+        count: int | None = None,
+        output_type: str = "pil",
+        all_resolutions: bool = False,
+        batch_size: int = 64,
+        progress: bool = True,
+    ) -> Any:
+        """Images of given classes, the same as those of `cdm sample` with this seed and this block size.
+
+        classes: numbers or names, one per image; None for `count` images of all classes in turn. levels: s of each
+        super-resolution stage; None for the cascade's. seed: None for the cascade's. output_type: "pil" for a list of
+        PIL images, "np" for float32 (B, H, W, C) and "pt" for (B, C, H, W), both in [0, 1]. all_resolutions: a list
+        with the images of every stage. batch_size: images per network call. Raises InputError for what the cascade
+        cannot do.
+        """
+        label = self.labels(classes, count).to(self.device)
+        index = torch.arange(len(label), device=self.device)
+        bar = partial(tqdm, disable=not progress, unit="call", leave=False)
+        with (
+            self.changed(levels, self.truncated, None, seed),
+            advancing(self.stages, bar, -(-len(label) // batch_size)),
+        ):
+            parts = [self.sample(label[i : i + batch_size], index[i : i + batch_size])
+                     for i in range(0, len(label), batch_size)]  # fmt: skip
+        images = [output_images(torch.cat(stage), output_type) for stage in zip(*parts, strict=True)]
+        return images if all_resolutions else images[-1]
+
+    def labels(self, classes: Any, count: int | None = None) -> torch.Tensor:
+        """The class numbers of images, int64 (B,). classes: numbers or names; None for `count` of all in turn."""
+        if (classes is None) == (count is None):
+            raise InputError("give one of classes, a class for each image, and count")
+        if classes is None:
+            return torch.arange(int(count or 0)) % (self.num_classes or 1)
+        classes = classes.tolist() if hasattr(classes, "tolist") else classes  # a tensor or an array
+        words = classes if isinstance(classes, list | tuple) else [classes]
+        return torch.tensor([class_number(str(word), self.origin["classes"]) for word in words], dtype=torch.int64)
+
+    @contextmanager
+    def changed(
+        self,
+        levels: Sequence[int] | None,
+        truncated: bool,
+        sampling_steps: Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[None]:
+        """Other settings for a while; None keeps them. Raises InputError as `set_levels` and `set_sampler` do."""
+        before = self.levels, self.truncated, self.seed, [stage.diffusion.sampling_steps for stage in self.stages]
+        try:
+            self.set_levels(self.levels if levels is None else levels, truncated)
+            self.set_sampler(None, sampling_steps)
+            self.seed = self.seed if seed is None else seed
+            yield
+        finally:
+            self.levels, self.truncated, self.seed, steps = before
+            for stage, number in zip(self.stages, steps, strict=True):
+                stage.diffusion.sampling_steps = number
+
+    @torch.no_grad()
     def sample(self, label: torch.Tensor, index: torch.Tensor, image: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Images of every resolution, float32 (B, C, R, R), from the base's to the last (CDM, Algorithm 2).
 
-        label, index: int64 (B,). Image i depends on (seed, index[i], label[i]) and not on the rest of the batch, up to
-        the float error of another batch size. image: clean images (real ones or stored samples) at the resolution of
-        one of the stages; the stages above it continue from them. In truncated mode the intermediate entries are z_s.
+        label, index: int64 (B,). index: the number of each image, which seeds it. Image i depends on (seed, index[i],
+        label[i]) and not on the rest of the batch, up to the float error of another batch size. image: clean images
+        (real ones or stored samples) at the resolution of one of the stages; the stages above it continue from them. In
+        truncated mode the intermediate entries are z_s.
         """
         self.check_labels(label)
         _, *upsamplers = self.stages
@@ -224,6 +320,22 @@ class CascadeModule(L.LightningModule):
             return [to_uint8(image) for image in self.sample(batch[1], batch[2])]
         image = to_float(batch["image"]) if "image" in batch else None
         return [to_uint8(image) for image in self.sample(batch["label"], batch["index"], image)]
+
+
+@contextmanager
+def advancing(stages: Sequence[DiffusionStage], bar: Callable[..., Any], batches: int = 1) -> Iterator[None]:
+    """A progress bar that advances by every network call of the stages. bar: makes one, such as tqdm.
+
+    batches: how often each stage draws.
+    """
+    calls = batches * sum(len(stage.diffusion.sampling_grid()[1]) for stage in stages)
+    with bar(total=calls) as advancing_bar:
+        hooks = [stage.unet.register_forward_hook(lambda *_: advancing_bar.update() and None) for stage in stages]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def check_level(stage: SuperResolutionStage, level: int) -> None:

@@ -8,7 +8,13 @@ import torch
 
 
 def bundle(
-    checkpoints: list[Path], out: Path, levels: list[int] | None = None, truncated: bool = False, half: bool = False
+    checkpoints: list[Path],
+    out: Path,
+    levels: list[int] | None = None,
+    truncated: bool = False,
+    half: bool = False,
+    data: str | None = None,
+    license: str | None = None,
 ) -> None:
     """Put trained stages into one folder: averaged weights as safetensors, everything else as JSON, all hashed.
 
@@ -19,6 +25,8 @@ def bundle(
         levels: The default level s of each super-resolution stage in sampling; null for 0.
         truncated: Whether sampling is truncated by default.
         half: Store the weights as float16, for half the size.
+        data: A sentence on the training images and their terms, for the model card; null for none.
+        license: The licence of the weights, such as mit, for the model card; null for none.
     """
     from cdm_lightning.cascade.bundle import write_bundle
     from cdm_lightning.cascade.cascade import CascadeModule, check_stages
@@ -33,7 +41,9 @@ def bundle(
     cascade.set_levels(levels or cascade.levels, truncated)
     classes = next((c for stage in stages if (c := stage.trained.get("classes"))), None)
     dtype = torch.float16 if half else torch.float32
-    write_bundle(out, stages, {"levels": cascade.levels, "truncated": truncated, "classes": classes}, dtype)
+    about = {"levels": cascade.levels, "truncated": truncated, "classes": classes}
+    about |= {name: value for name, value in (("data", data), ("license", license)) if value is not None}
+    write_bundle(out, stages, about, dtype)
     total = sum(p.numel() for stage in stages for p in stage.parameters())
     trained = ["imported" if "imported" in s.trained else f"{s.trained.get('steps', '?')} steps" for s in stages]
     steps = " -> ".join(f"{stage.name} ({how})" for stage, how in zip(stages, trained, strict=True))

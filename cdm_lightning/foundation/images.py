@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,21 @@ def stored_to_tensor(stored: np.ndarray) -> torch.Tensor:
 def quantize(image: torch.Tensor) -> torch.Tensor:
     """Round to 8-bit values, as float32: the next stage gets the same image from memory as from a PNG."""
     return to_float(to_uint8(image))
+
+
+def output_images(image: torch.Tensor, kind: str) -> Any:
+    """Images as diffusers gives them out. image: float (B, C, H, W) in [-1, 1].
+
+    kind: "pil" for a list of PIL images, "np" for float32 (B, H, W, C) in [0, 1], "pt" for float32 (B, C, H, W) in
+    [0, 1]. Raises InputError for another.
+    """
+    if kind not in ("pil", "np", "pt"):
+        raise InputError(f"output_type {kind!r} is none of pil, np and pt")
+    if kind == "pil":
+        stored = to_uint8(image).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in stored]
+    unit = ((image.float() + 1) / 2).clamp(0, 1)
+    return unit if kind == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def downscale(image: torch.Tensor, resolution: int) -> torch.Tensor:

@@ -29,6 +29,14 @@ def generators(index: Iterable[int], device: torch.device | str, *parts: int | s
     return [torch.Generator(device).manual_seed((start + int(i)) % 2**63) for i in index]
 
 
+def default_generators(count: int, device: torch.device) -> list[torch.Generator]:
+    """torch's own generator of a device, once per image: for images that nothing has to reproduce."""
+    if device.type == "cuda":
+        number = torch.cuda.current_device() if device.index is None else device.index
+        return [torch.cuda.default_generators[number]] * count
+    return [torch.default_generator] * count
+
+
 def randn(shape: Sequence[int], generator: Sequence[torch.Generator]) -> torch.Tensor:
     """Standard normal float32 (B, *shape), image i from generator[i]."""
     return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generator])

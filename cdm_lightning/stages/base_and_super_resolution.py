@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cdm_lightning.diffusion import Predict, Schedule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import check_power_of_two, downscale, to_float, to_uint8
+from cdm_lightning.foundation.randomness import default_generators
 from cdm_lightning.stages.augmentation import Augmentation, BlurAugmentation, GaussianAugmentation, NoAugmentation
 from cdm_lightning.stages.diffusion_stage import Batch, DiffusionStage
 
@@ -19,7 +20,11 @@ class BaseStage(DiffusionStage):
     """p(z_0|c): the class-conditional model at the lowest resolution."""
 
     def sample(self, label: torch.Tensor, stop_at: int = 0, generator: Sequence[torch.Generator] = ()) -> torch.Tensor:
-        """z_s at s = stop_at, the image at s = 0: float32 (B, C, H, W). label: int64 (B,). generator: one per image."""
+        """z_s at s = stop_at, the image at s = 0: float32 (B, C, H, W). label: int64 (B,).
+
+        generator: one per image, () for torch's own.
+        """
+        generator = generator or default_generators(len(label), self.device)
         return self.diffusion.sample(self.predictor(label), self.noise(generator), stop_at, generator)
 
     def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
@@ -111,8 +116,9 @@ class SuperResolutionStage(DiffusionStage):
     ) -> torch.Tensor:
         """x_s at s = stop_at, the image at s = 0: float32 (B, C, H, W).
 
-        low_res: (B, C, h, w), already augmented to `level`. generator: one per image.
+        low_res: (B, C, h, w), already augmented to `level`. generator: one per image, () for torch's own.
         """
+        generator = generator or default_generators(len(label), self.device)
         strength = torch.full((len(label),), float(level), device=low_res.device)
         predict = self.conditioned_predictor(label, low_res, strength)
         return self.diffusion.sample(predict, self.noise(generator), stop_at, generator)

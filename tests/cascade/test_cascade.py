@@ -164,7 +164,8 @@ def test_a_bundle_comes_back_to_the_bit(stages, tmp_path):
     assert torch.equal(cascade.sample(LABEL, INDEX)[-1], direct.sample(LABEL, INDEX)[-1])
     assert CascadeModule(bundle=tmp_path / "b", levels=[0, 0], truncated=False).levels == [0, 0]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
-        "base8.safetensors", "bundle.json", "sr16.safetensors", "sr32.safetensors",
+        "README.md", "base8.safetensors", "bundle.json", "model_index.json", "pipeline.py", "sr16.safetensors",
+        "sr32.safetensors",
     ]  # fmt: skip
 
 

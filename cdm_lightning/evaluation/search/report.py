@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cdm_lightning.cascade.bundle import read_bundle_metadata
+from cdm_lightning.cascade.hub import write_hub_files
 from cdm_lightning.evaluation.report.figure_tables import format_number
 from cdm_lightning.evaluation.report.page import Block, Drawing, Section, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
@@ -118,7 +119,9 @@ def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
     found = {
         "n": results["n"], "seeds": results["seeds"], "detector": results["detector"], "date": results["made"]["date"],
         "references": results["references"], "figures": chosen["figures"], "kind": chosen["kind"],
-        "sampler": chosen["sampler"], "steps": chosen["steps"],
+        "sampler": chosen["sampler"], "steps": chosen["steps"], "conclusion": results["conclusion"],
+        "rows": [{"stage": row["stage"], "s": row["s"], "kind": row["kind"], "value": row["figures"][0]["value"],
+                  "spread": row["figures"][0]["spread"]} for row in results["rows"]],
     }  # fmt: skip
     metadata = {
         **read_bundle_metadata(bundle),
@@ -128,4 +131,5 @@ def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
     }
     metadata.pop("results", None)
     write_atomically(Path(bundle) / "bundle.json", (json.dumps(metadata, indent=1) + "\n").encode())
+    write_hub_files(Path(bundle), metadata)
     print(f"{bundle}: now stores levels s = {results['levels']}, truncated {results['truncated']}")

@@ -1,0 +1,115 @@
+"""A cascade as a pipeline of diffusers.
+
+`DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)`, where FOLDER is a bundle.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+
+from cdm_lightning.cascade.cascade import CascadeModule, advancing
+from cdm_lightning.diffusion import Diffusion, Predict
+from cdm_lightning.diffusion.process import schedule_settings
+from cdm_lightning.foundation.images import output_images, quantize
+from cdm_lightning.foundation.randomness import default_generators
+
+
+class CascadeModel(ModelMixin):
+    """A CascadeModule as the one component of the pipeline."""
+
+    config_name = "bundle.json"
+
+    def __init__(self, module: CascadeModule) -> None:
+        super().__init__()
+        self.module = module
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **_: Any) -> CascadeModel:  # type: ignore[override]  # fewer options
+        """The cascade of a bundle, float32. diffusers passes more options, for ways of loading that it lacks."""
+        return cls(CascadeModule(bundle=Path(folder)))
+
+
+class CascadePipeline(DiffusionPipeline):
+    """Draws images of a cascade, stage after stage, non-truncated.
+
+    scheduler: None for each stage's own sampler. Any scheduler of diffusers takes the place of all of them; each stage
+    gives it its own noise schedule and kind of prediction.
+    """
+
+    _optional_components = ["scheduler"]  # noqa: RUF012, read only
+
+    def __init__(self, cascade: CascadeModel, scheduler: Any = None) -> None:
+        super().__init__()
+        self.register_modules(cascade=cascade, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Any = None,
+        num_images: int | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
+        levels: Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Images of the last resolution.
+
+        class_labels: numbers or names, one per image; a cascade without classes takes num_images instead.
+        num_inference_steps: network calls of every stage, or of each; None for the stages' own. levels: s of each
+        super-resolution stage, None for the bundle's. generator: one for all images, or one per image. output_type:
+        "pil", "np" for float (B, H, W, C) in [0, 1], or "pt" for (B, C, H, W). Raises InputError for what the cascade
+        cannot do.
+        """
+        cascade = self.cascade.module
+        label = cascade.labels(class_labels, num_images).to(self._execution_device)
+        steps = num_inference_steps
+        steps = [steps] * len(cascade.stages) if isinstance(steps, int) else steps
+        if generator is None:
+            drawn = default_generators(len(label), label.device)
+        else:
+            drawn = [generator] * len(label) if isinstance(generator, torch.Generator) else list(generator)
+        image = None
+        with cascade.changed(levels, False, steps), advancing(cascade.stages, self.progress_bar):
+            for stage, level in zip(cascade.stages, [0, *cascade.levels], strict=True):
+                low_res = None if image is None else stage.augment(image, level, drawn)
+                strength = torch.full((len(label),), float(level), device=label.device)
+                bound = (label,) if low_res is None else (label, low_res, strength)
+                predict = (stage.predictor if low_res is None else stage.conditioned_predictor)(*bound)
+                image = quantize(self.draw(stage.diffusion, predict, stage.noise(drawn), drawn))
+        assert image is not None
+        images = output_images(image, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def draw(
+        self, diffusion: Diffusion, predict: Predict, noise: torch.Tensor, generator: list[torch.Generator]
+    ) -> torch.Tensor:
+        """x_0 from x_T = noise, float32 (B, C, H, W), by the stage's own sampler or by the pipeline's scheduler."""
+        if self.scheduler is None:
+            return diffusion.sample(predict, noise, 0, generator)
+        settings = schedule_settings(diffusion.schedule, diffusion.timesteps)
+        settings["prediction_type"] = diffusion.prediction
+        if "variance_type" in self.scheduler.config:
+            settings["variance_type"] = "learned_range" if diffusion.variance == "learned" else diffusion.variance
+        scheduler = type(self.scheduler).from_config(self.scheduler.config, **settings)
+        scheduler.set_timesteps(diffusion.sampling_steps or diffusion.timesteps, device=noise.device)
+        takes = inspect.signature(scheduler.step).parameters
+        options = {"generator": generator} if "generator" in takes else {}
+        x = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t)
+            output = predict(scaled, (t + 1).expand(len(x)).to(x))  # diffusers counts time from 0
+            if not str(scheduler.config.get("variance_type")).startswith("learned"):
+                output = output[:, : x.shape[1]]
+            x = scheduler.step(output, t, x, **options).prev_sample
+        return x
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Save the cascade as a bundle, which this pipeline is loaded from."""
+        self.cascade.module.save_pretrained(save_directory)

@@ -1,0 +1,94 @@
+"""A bundle as a repository of the Hugging Face hub: model card, what diffusers needs, download and upload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
+
+# diffusers runs this file if it is told to (`custom_pipeline`); this project never does.
+PIPELINE = '''"""The pipeline of this cascade for diffusers; it needs the package cdm_lightning."""
+
+from cdm_lightning.cascade.diffusers_pipeline import CascadePipeline as CascadePipeline
+'''
+MARK = "<!-- Written from bundle.json, and written again with it: remove this line to keep changes. -->"
+WEIGHTS = ["bundle.json", "*.safetensors"]  # all that is downloaded: no code
+
+
+def write_hub_files(folder: Path, metadata: dict[str, Any], before: Path | None = None) -> None:
+    """Write what makes a bundle a hub repository: README.md (the model card), model_index.json and pipeline.py.
+
+    metadata: bundle.json as a dictionary. before: the bundle that is replaced; a person's README.md there is kept.
+    """
+    from diffusers import __version__
+
+    component = ["cdm_lightning.cascade.diffusers_pipeline", "CascadeModel"]
+    index = {"_class_name": ["pipeline", "CascadePipeline"], "_diffusers_version": __version__, "cascade": component}
+    readme = (before or folder) / "README.md"
+    kept = readme.read_text() if readme.is_file() else MARK
+    write_atomically(folder / "README.md", (card(metadata) if MARK in kept else kept).encode())
+    write_atomically(folder / "model_index.json", (json.dumps(index, indent=1) + "\n").encode())
+    write_atomically(folder / "pipeline.py", PIPELINE.encode())
+
+
+def card(metadata: dict[str, Any]) -> str:
+    """The model card, Markdown: what the cascade is, its data, stages, figures, limits, and how to use it.
+
+    Everything in it is known to bundle.json; what is not known is said to be unknown.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("cdm_lightning.cascade", "."), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,  # Markdown; the hub escapes it
+    )  # fmt: skip
+    from cdm_lightning.cascade.bundle import origin
+
+    stages = []
+    for entry in metadata["stages"]:
+        arguments, trained = entry["arguments"], entry.get("trained", {})
+        low = arguments.get("low_resolution")
+        stages.append({
+            "name": entry["weights"].removesuffix(".safetensors"), "resolution": arguments["resolution"], "low": low,
+            "steps": trained.get("steps"), "images": trained.get("images"), "imported": trained.get("imported"),
+            "augmentation": arguments.get("augmentation", "none") if low else "",
+            "sampler": arguments.get("sampler"),
+            "sampling_steps": arguments.get("sampling_steps") or arguments.get("timesteps"),
+        })  # fmt: skip
+    known, search = origin(metadata), metadata.get("search") or {}
+    rows = [row for row in search.get("rows", []) if row["stage"] == stages[-1]["name"]]
+    return environment.get_template("card.md.jinja").render(
+        mark=MARK, stages=stages, last=stages[-1], classes=known["classes"], crop=known["crop"],
+        data=metadata.get("data"), license=metadata.get("license"), levels=metadata.get("levels") or [],
+        truncated=metadata.get("truncated"),
+        search=search, figures=search.get("figures", []), rows=rows, conclusion=search.get("conclusion"),
+    )  # fmt: skip
+
+
+def download(repo: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """The folder of a bundle on the hub, such as "user/name", in the local cache: weights and bundle.json, no code.
+
+    Raises InputError if it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=WEIGHTS))
+    except Exception as error:  # its errors of names, networks, permissions and disks have no common class
+        line = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"{repo} is no folder here, and as a repository of the hub it could not be had: "
+            f"{type(error).__name__}: {line}"
+        ) from error
+
+
+def upload(folder: Path, repo: str, private: bool = False, token: str | None = None) -> str:
+    """Create the repository on the hub if need be, and upload the bundle `folder`; gives its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a cascade"))
