@@ -33,8 +33,12 @@ def write_bundle(
     """
     folder = Path(folder)
     check_output_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
-        raise InputError(f"{folder} holds other files than a bundle, which would be lost: give another folder")
+    weights = set(folder.glob("*.safetensors")) if (folder / "bundle.json").is_file() else set()
+    ours = weights | {folder / "bundle.json", *(folder / f"{stage.name}.safetensors" for stage in stages)}
+    if others := sorted(set(folder.glob("*")) - ours):
+        raise InputError(
+            f"{folder} holds {others[0].name}, which is of no bundle and would be lost: give another folder"
+        )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

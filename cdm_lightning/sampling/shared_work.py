@@ -42,7 +42,7 @@ def make_trainer(devices: int, accelerator: str, **options: Any) -> L.Trainer:
         )  # fmt: skip
     except (MisconfigurationException, ValueError) as error:
         told = " ".join(str(error).split())
-        raise InputError(f"accelerator {accelerator} with {devices} devices is refused: {told}") from error
+        raise InputError(f"accelerator {accelerator} with devices {devices} cannot be used here: {told}") from error
 
 
 def end_with_first_process() -> None:
