@@ -263,6 +263,51 @@ def test_stages_that_do_not_fit_are_refused(stages):
             CascadeModule.from_stages(chain)
 
 
+def test_stages_of_other_classes_are_refused_by_name(stages, tmp_path):
+    names, other = list("abcdefghij"), list("abcdefghik")
+    stages[0].trained, stages[2].trained = {"classes": names}, {"classes": other}  # nothing is known of sr16
+    with pytest.raises(InputError, match="stage base8 calls class 9 'j', and stage sr32 'k'"):
+        CascadeModule.from_stages(stages)
+    stages[2].trained = {"classes": names[::-1]}
+    write_bundle(tmp_path / "b", stages, {})
+    with pytest.raises(InputError, match="the names are the same, in another order"):
+        CascadeModule(tmp_path / "b")
+    again = SuperResolutionStage(
+        resolution=32, low_resolution=16, augmentation="none", **{**SMALL, "num_classes": None}
+    )
+    again.trained = {"classes": other}  # it never sees a class
+    assert CascadeModule.from_stages([*stages[:2], again]).origin["classes"] == names
+
+
+def test_names_that_are_not_as_many_as_the_classes_are_refused(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {"classes": ["a", "b"]})
+    with pytest.raises(InputError, match=r"bundle\.json names 2 classes, and its stages have 10"):
+        CascadeModule(tmp_path / "b")
+    stages[1].trained = {"classes": [1]}
+    write_bundle(tmp_path / "c", stages, {})
+    with pytest.raises(InputError, match=r"has classes \[1\]: a list of str is expected"):
+        CascadeModule(tmp_path / "c")
+
+
+def test_a_bundle_replaces_nothing_but_a_bundle(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {})
+    write_bundle(tmp_path / "b", stages[:1], {})
+    assert len(list((tmp_path / "b").iterdir())) == 2
+    (tmp_path / "b" / "notes.txt").write_text("kept")
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "val.safetensors").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    for name, sentence in (
+        ("b", "b holds notes.txt, no part of a bundle, which would be lost"),
+        ("cards", "cards holds val.safetensors, no part of a bundle"),
+        ("file", "file is a file: the results need a folder"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            write_bundle(tmp_path / name, stages, {})
+    assert (tmp_path / "file").read_text() == (tmp_path / "cards" / "val.safetensors").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "cards", "file"]
+
+
 @pytest.mark.parametrize(
     "levels, sentence",
     [
