@@ -52,6 +52,7 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "bundle": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
     "npz": [],
+    "upscale": ["--sampling_steps", "[2]"],
     "plan": ["--arguments=--model.num_res_blocks=1 --model.channel_mult=[1,2]"],
     "sweep": [
         "--count=1",
@@ -150,6 +151,9 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
         exec(block, {})
     if page == "docs/imagenet.md":
         fake_archives(folder)
+    if page == "docs/measuring.md":
+        (folder / "photos").mkdir()
+        (folder / "photos" / "a.jpg").write_bytes(jpeg(np.random.default_rng(0), 40))
     for command in commands(page):
         if command[0] == "make":
             if command[1] in ("demo", "test"):

@@ -298,8 +298,8 @@ def test_a_bundle_replaces_nothing_but_a_bundle(stages, tmp_path):
     (tmp_path / "cards" / "val.safetensors").write_text("kept")
     (tmp_path / "file").write_text("kept")
     for name, sentence in (
-        ("b", "b holds notes.txt, no part of a bundle, which would be lost"),
-        ("cards", "cards holds val.safetensors, no part of a bundle"),
+        ("b", "b holds notes.txt, which is of no bundle and would be lost"),
+        ("cards", "cards holds val.safetensors, which is of no bundle"),
         ("file", "file is a file: the results need a folder"),
     ):
         with pytest.raises(InputError, match=sentence):

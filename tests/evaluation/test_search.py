@@ -238,11 +238,11 @@ def test_a_search_without_a_result_binds_nobody(tmp_path, few_real, monkeypatch)
     write_bundle(tmp_path / "bundle", smallest_stages(), {})
     monkeypatch.setattr(points.LevelSearch, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     few = {"levels": [5], "real": False, "truncated": False}
-    for n in (30, 20):
+    for n in (10, 20):
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "bundle", tmp_path / "out", few_real, **{**GREY, **few, "n": n})
     assert json.loads((tmp_path / "out" / "search.json").read_text())["n"] == 20
     (tmp_path / "out" / "references").mkdir()
     (tmp_path / "out" / "references" / "val-16.safetensors").touch()
-    with pytest.raises(InputError, match="out was begun with n 20, not 30: choose another"):
-        search(tmp_path / "bundle", tmp_path / "out", few_real, **{**GREY, **few, "n": 30})
+    with pytest.raises(InputError, match="out was begun with n 20, not 10: choose another"):
+        search(tmp_path / "bundle", tmp_path / "out", few_real, **{**GREY, **few, "n": 10})
