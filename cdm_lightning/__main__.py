@@ -5,6 +5,7 @@ To start fast, this module imports only what the given command needs, once the c
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,15 +115,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[0] == "--version":
         print(f"cdm_lightning {__version__}")
         return
-    sys.argv[1:] = arguments  # Lightning reads it, and starts further processes with it
     with ending_together():
         try:
+            arguments = import_modules(arguments)
+            sys.argv[1:] = arguments  # Lightning reads it, and starts further processes with it
             run(arguments)
         except Exception as error:
             refusal = user_error(error)
             if refusal is None and not follows_a_refusal():
                 raise
             sys.exit(2 if refusal is None else exit_with_sentence(refusal))
+
+
+def import_modules(arguments: list[str]) -> list[str]:
+    """Import the modules of `--import MODULE` before the command, which may define stages; gives the other arguments.
+
+    $CDM_IMPORT, modules parted by commas, does the same; it hands them on to further processes.
+    """
+    named = [name for name in os.environ.get("CDM_IMPORT", "").split(",") if name]
+    while arguments[:1] == ["--import"]:
+        named, arguments = [*named, *arguments[1:2]], arguments[2:]
+    if named:
+        os.environ["CDM_IMPORT"] = ",".join(dict.fromkeys(named))
+        sys.path.insert(0, os.getcwd())
+    for name in named:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise InputError(f"--import {name}: {error}") from error
+    return arguments
 
 
 def run(arguments: list[str]) -> None:
@@ -149,7 +170,15 @@ def overview() -> str:
     about = LIGHTNING | {name: command.about for name, command in COMMANDS.items()}
     lines = (f"  {name:10s}{text}" for name, text in about.items())
     return "\n".join(
-        ["usage: cdm COMMAND [options]", "       cdm COMMAND --help", "", "Cascaded diffusion models.", "", *lines]
+        [
+            "usage: cdm COMMAND [options]",
+            "       cdm COMMAND --help",
+            "       cdm --import MODULE COMMAND [options]",
+            "",
+            "Cascaded diffusion models.",
+            "",
+            *lines,
+        ]
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from cdm_lightning.stages.adm import PRESETS, adm_name, read_flags, stage_arguments
-from cdm_lightning.stages.loading import STAGE_CLASSES
+from cdm_lightning.stages.loading import stage_class
 
 
 def reduced(preset: str) -> str:
@@ -20,5 +20,5 @@ def random_state(flags: str, seed: int = 0) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     return {
         adm_name(name): 0.02 * torch.randn(value.shape + (1,) * name.endswith(("qkv.weight", "project.weight")))
-        for name, value in STAGE_CLASSES[kind](**arguments).state_dict().items()
+        for name, value in stage_class(kind, "adm")(**arguments).state_dict().items()
     }

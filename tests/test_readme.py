@@ -26,7 +26,7 @@ from torch.distributed.run import get_args_parser
 
 from cdm_lightning.__main__ import main
 
-RUN = ["README.md", "docs/imagenet.md", "docs/measuring.md", "docs/sweeps.md"]
+RUN = ["README.md", "docs/imagenet.md", "docs/measuring.md", "docs/sweeps.md", "docs/python.md"]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "data").glob("*/README.md"))]
 HISTORY = {"experiments/study.mk", "experiments/study_table.py"}  # which the pages say to look up in the history
@@ -56,6 +56,7 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "bundle": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
     "npz": [],
+    "upscale": ["--sampling_steps", "[2]"],
     "plan": ["--arguments=--model.num_res_blocks=1 --model.channel_mult=[1,2]"],
     "sweep": [
         "--count=1",
@@ -128,6 +129,8 @@ def fake_published_files(folder: Path) -> None:
 def reduced(words: list[str], few_real: Path) -> list[str]:
     """The arguments of cdm with the small overrides behind them, each of which wins over what it repeats."""
     words = words[1:]
+    if words[0] == "--import":
+        return [*words[:2], *reduced(words[1:], few_real)]
     options = OVERRIDES[words[0]]
     if words[0] == "prepare":
         options = [*options, "--limit", "6"]
@@ -135,7 +138,7 @@ def reduced(words: list[str], few_real: Path) -> list[str]:
         options = [*options, "--flags", reduced_flags(words[words.index("--preset") + 1])]
     if "experiments/imagenet/sr256_from_adm.yaml" in words:  # its network is smaller than the one in the files
         options = [*options, "--model.init_from=null"]
-    if "runs/adm/bundle" in words:
+    if words[0] == "sample" and {"runs/adm/bundle", "runs/decayed/bundle"} & set(words):
         options = ["--sampling_steps=[2,2]", "--block_size=8", "--count=2"]
     elif words[0] == "sample":
         options = [*options, *(["--count", "6"] if "--count" in words else ["--per_class", "4"])]
@@ -163,10 +166,16 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("page", RUN)
 def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
     for block in blocks(page, "python"):
-        exec(block, {})
+        if file := re.match(r"# (\w+\.py)\n", block):
+            (folder / file[1]).write_text(block)
+        else:
+            exec(block, {})
     if page == "docs/imagenet.md":
         fake_archives(folder)
         fake_published_files(folder)
+    if page == "docs/measuring.md":
+        (folder / "photos").mkdir()
+        (folder / "photos" / "a.jpg").write_bytes(jpeg(np.random.default_rng(0), 40))
     for command in commands(page):
         if command[0] == "make":
             if command[1] in ("demo", "test"):
@@ -179,6 +188,7 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
         "docs/imagenet.md": ["runs/imagenet/samples/samples.png"],
         "docs/measuring.md": ["runs/measure/samples.npz", "runs/measure/cas/results.json", f"{SR32}/best.ckpt"],
         "docs/sweeps.md": ["runs/sweeps/level/results.json"],
+        "docs/python.md": ["dress.png", "runs/decayed/samples/samples.png", "runs/thumbnail.safetensors"],
     }
     assert all((folder / name).is_file() for name in left[page])
 

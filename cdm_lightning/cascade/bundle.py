@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from cdm_lightning.cascade.hub import write_hub_files
+from cdm_lightning.cascade.hub import HUB_FILES, write_hub_files
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.stages import DiffusionStage
-from cdm_lightning.stages.loading import STAGE_CLASSES, build_stage
+from cdm_lightning.stages.diffusion_stage import kind_of
+from cdm_lightning.stages.loading import build_stage, stage_class
 
 FORMAT = 1
 
@@ -34,8 +35,13 @@ def write_bundle(
     """
     folder = Path(folder)
     check_output_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
-        raise InputError(f"{folder} holds other files than a bundle, which would be lost: give another folder")
+    replaced = {*folder.glob("*.safetensors"), *(folder / name for name in HUB_FILES)}
+    ours = replaced if (folder / "bundle.json").is_file() else set()
+    ours |= {folder / "bundle.json", *(folder / f"{stage.name}.safetensors" for stage in stages)}
+    if others := sorted(set(folder.glob("*")) - ours):
+        raise InputError(
+            f"{folder} holds {others[0].name}, which is of no bundle and would be lost: give another folder"
+        )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -45,7 +51,7 @@ def write_bundle(
             weights = save_safetensors(state)
             file = f"{stage.name}.safetensors"
             write_atomically(partial / file, weights)
-            entry = {"kind": type(stage).__name__, "weights": file, "sha256": hashlib.sha256(weights).hexdigest()}
+            entry = {"kind": kind_of(stage), "weights": file, "sha256": hashlib.sha256(weights).hexdigest()}
             entries.append({**entry, "trained": stage.trained, "arguments": dict(stage.hparams)})
         table = {"format": FORMAT, "stages_sha256": digest(entries), "stages": entries, **metadata}
         text = json.dumps(table, indent=1) + "\n"
@@ -119,13 +125,9 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
     if metadata.get("stages_sha256") != digest(metadata["stages"]):
         raise InputError(f"{folder}/bundle.json was changed after it was written: the SHA-256 of its stages differs")
     for entry in metadata["stages"]:
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("kind"), str)
-            or entry["kind"] not in STAGE_CLASSES
-            or not isinstance(entry.get("arguments"), dict)
-        ):
-            raise InputError(f"{folder}/bundle.json lists a stage whose kind is none of {sorted(STAGE_CLASSES)}")
+        kind = stage_class(entry.get("kind"), f"a stage of {folder}/bundle.json")
+        if not isinstance(entry.get("arguments"), dict):
+            raise InputError(f"{folder}/bundle.json lists a stage without arguments")
         name = str(entry.get("weights"))
         if not name.isprintable():
             raise InputError(f"{folder}/bundle.json lists a file {name!r}, a name that cannot be printed")
@@ -139,6 +141,6 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
             state = load_safetensors(data)
         except SafetensorError as error:
             raise InputError(f"{path} is not a safetensors file: {error}") from error
-        stages.append(build_stage(entry["kind"], entry["arguments"], state, str(path)))
+        stages.append(build_stage(kind, entry["arguments"], state, str(path)))
         stages[-1].trained = entry.get("trained", {})
     return stages, metadata

@@ -15,6 +15,7 @@ PIPELINE = '''"""The pipeline of this cascade for diffusers; it needs the packag
 from cdm_lightning.cascade.diffusers_pipeline import CascadePipeline as CascadePipeline
 '''
 MARK = "<!-- Written from bundle.json, and written again with it: remove this line to keep changes. -->"
+HUB_FILES = ("README.md", "model_index.json", "pipeline.py")
 WEIGHTS = ["bundle.json", "*.safetensors"]  # all that is downloaded: no code
 
 

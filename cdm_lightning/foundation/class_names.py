@@ -24,7 +24,7 @@ def check_same_classes(
         raise InputError(f"{what} has {len(classes)} classes, and {other} {len(others)}")
     number = next(k for k, (name, another) in enumerate(zip(classes, others, strict=True)) if name != another)
     order = ": the names are the same, in another order" if sorted(classes) == sorted(others) else ""
-    raise InputError(f"{what} calls class {number} {classes[number]!r}, and {other} calls it {others[number]!r}{order}")
+    raise InputError(f"{what} calls class {number} {classes[number]!r}, and {other} {others[number]!r}{order}")
 
 
 def numbers_in(

@@ -92,8 +92,8 @@ class BlockDataset(Dataset):
             if self.labels[stored] != label:
                 name = self.given.classes[stored]
                 raise InputError(
-                    f"image {index} of {self.start} has class {self.labels[stored]} ({name}), and sample {index} has "
-                    f"{label}: give the classes of the stored images, in their order"
+                    f"image {index} of {self.start} has class {self.labels[stored]}, and sample {index} has {label}: "
+                    f"its class is called {name!r}, and classes must be those of the stored images, in their order"
                 )
         return {**block, "image": stored_to_tensor(images.image)}
 

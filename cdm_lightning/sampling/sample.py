@@ -26,7 +26,7 @@ def sample(
     out: Path,
     count: int | None = None,
     per_class: int | None = None,
-    classes: list[int | str] | None = None,
+    classes: list[int | str] | int | str | None = None,
     seed: int = 0,
     levels: list[int] | None = None,
     truncated: bool | None = None,
@@ -77,7 +77,8 @@ def sample(
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
     cascade.set_batch_sizes(batch_sizes)
     metadata = read_bundle_metadata(bundle)
-    chosen = None if classes is None else [class_number(str(each), cascade.origin["classes"]) for each in classes]
+    words = classes if isinstance(classes, list | None) else [classes]
+    chosen = None if words is None else [class_number(str(word), cascade.origin["classes"]) for word in words]
     class_count = len(chosen) if chosen is not None else cascade.num_classes or 1
     total = count if count is not None else class_count * (per_class or 0)
     manifest = make_sample_manifest(

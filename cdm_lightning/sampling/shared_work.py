@@ -40,9 +40,9 @@ def make_trainer(devices: int, accelerator: str, **options: Any) -> L.Trainer:
             enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
             use_distributed_sampler=False, **options,  # the callers split the work over the processes
         )  # fmt: skip
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, ImportError) as error:  # a TPU wants another package
         told = " ".join(str(error).split())
-        raise InputError(f"accelerator {accelerator} with {devices} devices is refused: {told}") from error
+        raise InputError(f"accelerator {accelerator} with devices {devices} cannot be used here: {told}") from error
 
 
 def end_with_first_process() -> None:

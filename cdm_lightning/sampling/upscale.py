@@ -33,7 +33,7 @@ SHOWN = 20  # rows of the picture
 
 def upscale(
     bundle: Path,
-    images: list[Path],
+    images: Path | list[Path],
     out: Path,
     class_name: int | str | None = None,
     low_resolution: PositiveInt | None = None,
@@ -83,7 +83,9 @@ def upscale(
 
     check_output_folder(out)
     cascade = CascadeModule(bundle, seed=seed)
-    pictures = reduced_pictures(list_pictures(images), cascade, low_resolution, crop)
+    pictures = reduced_pictures(
+        list_pictures(images if isinstance(images, list) else [images]), cascade, low_resolution, crop
+    )
     used = choose_settings(cascade, pictures.image.shape[-1], levels, truncated, sampler, sampling_steps)
     labels = class_labels(pictures, cascade, class_name, used)
     make_trainer(devices, accelerator)  # refuses a device that is not there, before anything is written
@@ -100,7 +102,7 @@ def upscale(
 
 
 class Picture(NamedTuple):
-    """A file, and the name of the class folder that it lies in, None in no such folder. listed: by name, by the user."""
+    """A file, and the name of its class's folder, None in no such folder. listed: the user gave the file itself."""
 
     file: Path
     folder: str | None
@@ -123,15 +125,11 @@ def list_pictures(images: Sequence[Path]) -> list[Picture]:
         if path.is_file():
             pictures.append(Picture(path, None, True))
             continue
-        for inside in visible(path):
-            files = visible(inside) if inside.is_dir() else [inside]
-            pictures += [Picture(f, inside.name if inside.is_dir() else None, False) for f in files if f.is_file()]
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            inside = file.relative_to(path).parts
+            if not any(part.startswith(".") for part in inside):  # hidden files are no pictures of the user's
+                pictures.append(Picture(file, inside[0] if len(inside) > 1 else None, False))
     return pictures
-
-
-def visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted by name, without hidden files."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def reduced_pictures(

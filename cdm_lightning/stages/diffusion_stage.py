@@ -204,11 +204,11 @@ class DiffusionStage(L.LightningModule):
         clip_gradients(self.unet.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["stage"] = type(self).__name__
+        checkpoint["stage"] = kind_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another stage, network or training target before anything is loaded."""
-        check_same_stage(type(self).__name__, self.name, dict(self.hparams), checkpoint)
+        check_same_stage(kind_of(self), self.name, dict(self.hparams), checkpoint)
         if self._trainer is not None:  # resumed training: Adam must suit the precision of this run
             for state in checkpoint.get("optimizer_states", []):
                 for group in state["param_groups"]:
@@ -217,6 +217,12 @@ class DiffusionStage(L.LightningModule):
     def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
         """x_T, standard normal, float32 (B, C, R, R)."""
         return randn((self.image_channels, self.resolution, self.resolution), generator)
+
+
+def kind_of(stage: DiffusionStage) -> str:
+    """The name of a stage's class in checkpoints and bundles: of our own classes the name, of others the whole path."""
+    kind = type(stage)
+    return kind.__name__ if kind.__module__.startswith("cdm_lightning.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def configure_adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
 
     from cdm_lightning.foundation.errors import InputError
     from cdm_lightning.stages.adm import PRESETS, is_true, read_flags, stage_arguments, stage_weights
-    from cdm_lightning.stages.loading import STAGE_CLASSES, load_safely, validated_arguments, write_checkpoint
+    from cdm_lightning.stages.loading import load_safely, stage_class, validated_arguments, write_checkpoint
 
     if (preset is None) == (flags is None):
         raise InputError("the file does not say which network it is: give one of --preset and --flags")
@@ -40,12 +40,13 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
         raise InputError(f"{file} does not exist: a file of guided-diffusion is expected")
     table = read_flags(PRESETS[preset] if preset is not None else flags or "")
     kind, arguments = stage_arguments(table)
+    made = stage_class(kind, file)
     try:
-        arguments = validated_arguments(kind, arguments)
+        arguments = validated_arguments(made, arguments)
     except Exception as error:  # jsonargparse names the argument and the types that it may have
         raise InputError(f"the flags are no network of ADM: {' '.join(str(error).split())}") from error
     with torch.device("meta"):
-        stage = STAGE_CLASSES[kind](**arguments)
+        stage = made(**arguments)
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     theirs = load_safely(file, mmap=True) if is_zip(file) else load_safely(file)

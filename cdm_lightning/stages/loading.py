@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,7 +17,28 @@ from torch import nn
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages.base_and_super_resolution import BaseStage, DiffusionStage, SuperResolutionStage
 
-STAGE_CLASSES: dict[str, type[DiffusionStage]] = {kind.__name__: kind for kind in (BaseStage, SuperResolutionStage)}
+
+def stage_class(kind: Any, source: object) -> type[DiffusionStage]:
+    """The class that a checkpoint or a bundle names: one of ours, or an imported subclass of one, by its whole path.
+
+    Nothing is imported here, since the file may come from a stranger. source: for the InputError.
+    """
+    ours: list[type[DiffusionStage]] = [BaseStage, SuperResolutionStage]
+    found, unseen = {one.__name__: one for one in ours}, list(ours)
+    while unseen:  # the classes that exist by now, each after its base
+        derived = unseen.pop().__subclasses__()
+        found |= {f"{one.__module__}.{one.__qualname__}": one for one in derived}
+        unseen += derived
+    if isinstance(kind, str) and kind in found:
+        return found[kind]
+    module, _, name = str(kind).rpartition(".")
+    if re.fullmatch(r"[A-Za-z_][\w.]*", module) and module not in sys.modules:
+        raise InputError(
+            f"{source} is of the class {kind}, which is not imported: if you trust it, `import {module}`, or "
+            f"`cdm --import {module} ...` in the folder of {module.split('.')[0]}"
+        )
+    known = ", ".join(found)
+    raise InputError(f"{source} is not a checkpoint of a stage: its class is {kind!r}, and known are {known}")
 
 
 def load_stage(path: str | Path) -> DiffusionStage:
@@ -23,15 +46,10 @@ def load_stage(path: str | Path) -> DiffusionStage:
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist: a checkpoint of a stage is expected")
     checkpoint = load_safely(path)
-    kind = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
-    if (
-        not isinstance(kind, str)
-        or kind not in STAGE_CLASSES
-        or not {"hyper_parameters", "state_dict", "global_step"} <= checkpoint.keys()
-    ):
-        raise InputError(
-            f"{path} is not a checkpoint of a stage: its stage is {kind!r}, and known are {sorted(STAGE_CLASSES)}"
-        )
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    kind = stage_class(checkpoint.get("stage"), path)
+    if missing := {"hyper_parameters", "state_dict", "global_step"} - checkpoint.keys():
+        raise InputError(f"{path} is not a checkpoint of a stage: it holds no {min(missing)}")
     stage = build_stage(kind, checkpoint["hyper_parameters"], checkpoint["state_dict"], str(path))
     data = checkpoint.get("ShardDataModule", {})
     if isinstance(imported := checkpoint.get("imported"), dict):
@@ -86,14 +104,16 @@ def system_message(error: BaseException) -> str:
     return str(error).splitlines()[0]
 
 
-def validated_arguments(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def validated_arguments(kind: type[DiffusionStage], arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a stage, checked against the types in its constructor; the file may not be trusted."""
-    hints = {**get_type_hints(DiffusionStage.__init__), **get_type_hints(STAGE_CLASSES[kind].__init__)}
+    hints: dict[str, Any] = {}
+    for one in reversed(kind.__mro__):  # a class hands on the arguments of its bases
+        hints |= get_type_hints(one.__init__) if issubclass(one, DiffusionStage) else {}
     for name, value in arguments.items():
         if value is None and type(None) not in get_args(hints.get(name)):
             raise TypeError(f"{name} is null")  # jsonargparse accepts null for any type
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(STAGE_CLASSES[kind], fail_untyped=False)
+    parser.add_class_arguments(kind, fail_untyped=False)
     return parser.parse_object(arguments).as_dict()
 
 
@@ -113,17 +133,21 @@ def check_checkpoint(path: str | Path) -> None:
         raise InputError(f"{path} is not a checkpoint of a training: it holds no {missing[0]}")
 
 
-def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:
-    """A frozen stage in eval mode, from its class name, constructor arguments and weights. source: for errors."""
+def build_stage(
+    kind: type[DiffusionStage], arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str
+) -> DiffusionStage:
+    """A frozen stage in eval mode, from its class, constructor arguments and weights. source: for errors."""
     begun = ("init_from", "init_skip")  # how the training began; these weights are its result
     arguments = {n: value for n, value in arguments.items() if not n.startswith("_") and n not in begun}
     try:
-        stage = STAGE_CLASSES[kind](**validated_arguments(kind, arguments))
+        stage = kind(**validated_arguments(kind, arguments))
         stage.load_state_dict(state)
     except InputError:
         raise
     except Exception as error:  # wrong types or sizes make torch and Python raise many kinds of error
-        raise InputError(f"{source} does not fit {kind}: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(
+            f"{source} does not fit {kind.__name__}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     nn.Module.requires_grad_(stage, False)
     return stage.eval()
 

@@ -8,6 +8,7 @@ from small_models import SMALL, randomise_weights, record_calls
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import digest, origin, read_bundle, read_bundle_metadata, write_bundle
+from cdm_lightning.cascade.hub import HUB_FILES
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_uint8
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
@@ -213,6 +214,8 @@ def test_a_bundle_that_was_changed_is_refused(stages, tmp_path):
     (bundle / "bundle.json").write_text("[]")
     refused("is not a bundle of format 1")
     (bundle / "bundle.json").unlink()
+    for name in HUB_FILES:  # without a bundle beside them, they could be anybody's
+        (bundle / name).unlink()
     refused("holds no bundle.json")
     for change in (
         {"weights": "../b/base8.safetensors"},
@@ -226,7 +229,7 @@ def test_a_bundle_that_was_changed_is_refused(stages, tmp_path):
             read_bundle(bundle)
         about["stages_sha256"] = digest(about["stages"])
         (bundle / "bundle.json").write_text(json.dumps(about))
-        refused("is missing|none of|does not fit BaseStage")
+        refused("is missing|known are BaseStage|does not fit BaseStage")
 
 
 def test_no_half_written_bundle_keeps_the_name(stages, tmp_path, monkeypatch):
@@ -262,6 +265,51 @@ def test_stages_that_do_not_fit_are_refused(stages):
     ):
         with pytest.raises(InputError, match=sentence):
             CascadeModule.from_stages(chain)
+
+
+def test_stages_of_other_classes_are_refused_by_name(stages, tmp_path):
+    names, other = list("abcdefghij"), list("abcdefghik")
+    stages[0].trained, stages[2].trained = {"classes": names}, {"classes": other}  # nothing is known of sr16
+    with pytest.raises(InputError, match="stage base8 calls class 9 'j', and stage sr32 'k'"):
+        CascadeModule.from_stages(stages)
+    stages[2].trained = {"classes": names[::-1]}
+    write_bundle(tmp_path / "b", stages, {})
+    with pytest.raises(InputError, match="the names are the same, in another order"):
+        CascadeModule(tmp_path / "b")
+    again = SuperResolutionStage(
+        resolution=32, low_resolution=16, augmentation="none", **{**SMALL, "num_classes": None}
+    )
+    again.trained = {"classes": other}  # it never sees a class
+    assert CascadeModule.from_stages([*stages[:2], again]).origin["classes"] == names
+
+
+def test_names_that_are_not_as_many_as_the_classes_are_refused(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {"classes": ["a", "b"]})
+    with pytest.raises(InputError, match=r"bundle\.json names 2 classes, and its stages have 10"):
+        CascadeModule(tmp_path / "b")
+    stages[1].trained = {"classes": [1]}
+    write_bundle(tmp_path / "c", stages, {})
+    with pytest.raises(InputError, match=r"has classes \[1\]: a list of str is expected"):
+        CascadeModule(tmp_path / "c")
+
+
+def test_a_bundle_replaces_nothing_but_a_bundle(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {})
+    write_bundle(tmp_path / "b", stages[:1], {})
+    assert len(list((tmp_path / "b").iterdir())) == 5
+    (tmp_path / "b" / "notes.txt").write_text("kept")
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "val.safetensors").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    for name, sentence in (
+        ("b", "b holds notes.txt, which is of no bundle and would be lost"),
+        ("cards", "cards holds val.safetensors, which is of no bundle"),
+        ("file", "file is a file: the results need a folder"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            write_bundle(tmp_path / name, stages, {})
+    assert (tmp_path / "file").read_text() == (tmp_path / "cards" / "val.safetensors").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "cards", "file"]
 
 
 @pytest.mark.parametrize(

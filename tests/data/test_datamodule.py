@@ -1,6 +1,7 @@
 """The data module: every image once, one sequence for any number of processes, and a run that goes on where it was."""
 
 import warnings
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from refusals import sentence_of_error
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.data.shards import read_manifest
+from cdm_lightning.data.shards import read_manifest, write_manifest
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.training import Checkpoint
 
@@ -228,6 +229,42 @@ def test_data_that_does_not_fit_the_model_or_the_run_is_refused_before_it_starts
     setup(f"{tmp_path / 'train/8'} holds no manifest.json", where=tmp_path)
     make_folder(tmp_path / "train/8", [3], resolution=4)
     setup("holds images of resolution 4, its name says 8", where=tmp_path)
+
+
+def renamed(root, split, classes, **extra):
+    """Call the classes of a split otherwise."""
+    folder = root / split / "8"
+    write_manifest(folder, replace(read_manifest(folder), classes=classes, extra=extra))
+
+
+def test_classes_are_compared_by_name_wherever_two_lists_meet(tmp_path):
+    """Splits with each other, with a checkpoint and with a cascade; a stage without classes takes any."""
+    for split in ("train", "val"):
+        make_folder(tmp_path / split / "8", [12])
+    names = read_manifest(tmp_path / "train/8").classes
+    data = attached(tmp_path)
+    data.trainer.lightning_module.origin = {"classes": names}
+    data.setup("fit")
+    state = {"images_seen": 0, "batches": 0, "classes": names}
+    data.load_state_dict(state)
+    data.load_state_dict({**state, "classes": None})  # an older checkpoint
+    other = ["dress", *names[1:]]
+    sentence = "train/8 calls class 0 'class 0', and the checkpoint 'dress'"
+    sentence_of_error(lambda: data.load_state_dict({**state, "classes": other}), sentence)
+    validated = attached(tmp_path)
+    validated.setup("validate")
+    sentence = "val/8 calls class 0 'class 0', and the checkpoint 'class 9': the names are the same, in another order"
+    sentence_of_error(lambda: validated.load_state_dict({**state, "classes": names[::-1]}), sentence)
+    data.trainer.lightning_module.origin = {"classes": other}
+    sentence_of_error(lambda: data.setup("fit"), "8 calls class 0 'class 0', and the cascade 'dress'")
+    renamed(tmp_path, "val", other)
+    sentence_of_error(lambda: attached(tmp_path).setup("fit"), f"{tmp_path}/val/8", "class 0", f"{tmp_path}/train/8")
+    attached(tmp_path, classes=None).setup("fit")
+    numbers = [str(number) for number in range(10)]
+    renamed(tmp_path, "train", numbers)
+    sentence_of_error(lambda: attached(tmp_path).setup("fit"), "calls class 0 '0'")  # folders may be called so
+    renamed(tmp_path, "train", numbers, samples={})  # samples of a cascade that knows no names
+    attached(tmp_path).setup("fit")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(root):

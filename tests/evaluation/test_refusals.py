@@ -107,7 +107,7 @@ def test_too_few_images(toy, tmp_path):
         ({"resolution": 32}, "is of images with resolution 32, which do not compare with resolution 16"),
         ({"channels": 3}, "is of images with channels 3, which do not compare with channels 1"),
         ({"detector_sha256": "0" * 64}, f"holds features of {CNN} (SHA-256 {'0' * 64})"),
-        ({"classes": list("abcdefghi")}, "is of 9 classes, which do not compare with 10"),
+        ({"classes": list("abcdefghi")}, "has 9 classes, and the images 10"),
         ({"classes": list("abcdefghij")}, "calls class 0 'a', and the images 'T-shirt'"),
         ({"classes": None, "counts": [9] * 9}, "is of 9 classes, which do not compare with 10"),
         ({"detector": "vgg"}, "detector 'vgg' is unknown: known are"),

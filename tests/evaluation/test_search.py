@@ -9,6 +9,7 @@ from small_models import smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import read_bundle, read_bundle_metadata, write_bundle
+from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.evaluation.detectors import features_of, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
 from cdm_lightning.evaluation.real_images import read_images, real_images_for_labels
@@ -210,6 +211,7 @@ def test_a_cascade_without_classes_is_searched_on_images_of_ten(tmp_path, few_re
         (["gaussian"], {}, {"sampling_steps": [5]}, "has 1 entries for 2 stages"),
         (["gaussian"], {}, {"shards": Path("nowhere")}, "nowhere/val does not exist"),
         (["gaussian"], {"image_channels": 3}, {}, "holds images of 1 channels, and the cascade makes 3"),
+        (["gaussian"], {}, {"accelerator": "tpu"}, "accelerator tpu with devices 1 cannot be used here"),
         ([], {}, {"levels": None}, "a cascade of one stage takes no low-resolution input"),
         (["blur"], {}, {}, r"levels \[5\] are for stages with Gaussian augmentation"),
     ],
@@ -219,3 +221,28 @@ def test_what_a_search_refuses(augmentations, options, arguments, sentence, tmp_
     with pytest.raises(InputError, match=sentence):
         search(tmp_path / "bundle", tmp_path / "out", **{"shards": few_real, "levels": [5], **GREY, **arguments})
     assert not (tmp_path / "out").exists()
+
+
+def test_real_images_of_other_classes_are_refused_by_name(tmp_path, few_real):
+    names = read_manifest(few_real / "val" / "32").classes
+    for number, (classes, sentence) in enumerate(
+        [(["pyjamas", *names[1:]], "the cascade calls class 0 'pyjamas'"), (names[::-1], "in another order")]
+    ):
+        write_bundle(tmp_path / f"{number}", smallest_stages(), {"classes": classes})
+        with pytest.raises(InputError, match=sentence):
+            search(tmp_path / f"{number}", tmp_path / "out", few_real, levels=[5], **GREY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_without_a_result_binds_nobody(tmp_path, few_real, monkeypatch):
+    write_bundle(tmp_path / "bundle", smallest_stages(), {})
+    monkeypatch.setattr(points.LevelSearch, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    few = {"levels": [5], "real": False, "truncated": False}
+    for n in (10, 20):
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path / "bundle", tmp_path / "out", few_real, **{**GREY, **few, "n": n})
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["n"] == 20
+    (tmp_path / "out" / "references").mkdir()
+    (tmp_path / "out" / "references" / "val-16.safetensors").touch()
+    with pytest.raises(InputError, match="out was begun with n 20, not 10: choose another"):
+        search(tmp_path / "bundle", tmp_path / "out", few_real, **{**GREY, **few, "n": 10})

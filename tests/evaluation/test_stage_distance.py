@@ -177,6 +177,7 @@ def test_a_run_goes_on_from_its_best_checkpoint_in_the_same_bits(toy, tmp_path):
 
 def test_what_does_not_fit_is_one_sentence_before_the_training(toy, tmp_path):
     write_bundle(tmp_path / "other", smallest_stages(timesteps=30)[:1], {})
+    write_bundle(tmp_path / "named", smallest_stages(), {"classes": list("abcdefghij")})
     base, upsampler = (toy.cards[0], toy.base), (toy.cards[1], toy.upsampler)
     for (card, stage), options, *parts in [
         ((toy.cards[1], toy.base), {}, "16.safetensors is of images with resolution 16", "resolution 8"),
@@ -187,6 +188,7 @@ def test_what_does_not_fit_is_one_sentence_before_the_training(toy, tmp_path):
         (upsampler, {"level": 21}, "level 21 of stage sr16 lies outside 0 <= s <= 20"),
         (upsampler, {"n": 300}, "n = 300 asks for 30 real images of class"),
         (upsampler, {"bundle": tmp_path / "other"}, f"bundle {tmp_path}/other does not fit: the clocks disagree"),
+        (upsampler, {"bundle": tmp_path / "named"}, "calls class 0 'T-shirt', and bundle", "named 'a'"),
         (base, {"sampling_steps": 0}, "sampling_steps 0 of StageDistance is less than 1"),
         (
             (toy.cards[0], Classifier(8, 1, 10, "resnet8")),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from folders import hashes
@@ -10,7 +11,7 @@ from small_models import randomise_weights
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.data.shards import read_manifest, read_shard
+from cdm_lightning.data.shards import read_manifest, read_shard, write_images
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, to_uint8
 from cdm_lightning.sampling.sample import sample
@@ -33,11 +34,101 @@ def test_shards_hold_what_the_cascade_draws(bundle, tmp_path):
         samples = [s for shard in manifest.shards for s in read_shard(folder / shard.name)]
         assert [int(s["cls"]) for s in samples] == [7, 2] * 5
         assert [int(s["__key__"]) for s in samples] == list(range(10))
-        index = torch.arange(8, 12).clamp(max=9)
-        expected = to_uint8(cascade.sample(torch.tensor([7, 2, 2, 2]), index)[number])
+        expected = to_uint8(cascade.sample(torch.tensor([7, 2]), torch.arange(8, 10))[number])
         got = torch.from_numpy(decode_png(samples[8]["png"])).permute(2, 0, 1)
         assert torch.equal(got, expected[0])
     assert (tmp_path / "s" / "samples.png").stat().st_size > 1000
+
+
+def test_few_images_cost_few_and_compiled_networks_see_one_size(bundle, tmp_path, monkeypatch):
+    sizes = []
+    real = CascadeModule.sample
+    monkeypatch.setattr(CascadeModule, "sample", lambda c, *given: sizes.append(len(given[0])) or real(c, *given))
+    sample(bundle, tmp_path / "three", count=3)
+    assert sizes == [3] and json.loads((tmp_path / "three/manifest.json").read_text())["block_size"] == 3
+    sample(bundle, tmp_path / "five", count=5, block_size=4)
+    assert sizes[1:] == [4, 1]
+    monkeypatch.setattr("cdm_lightning.network.unet.UNet.compile", lambda network, mode: None)
+    sample(bundle, tmp_path / "compiled", count=5, block_size=4, compile="default")
+    assert sizes[3:] == [4, 4]
+    assert read_manifest(tmp_path / "compiled/train/32").count == 5
+
+
+def test_a_folder_without_an_image_binds_nobody(bundle, tmp_path):
+    out = tmp_path / "s"
+    with pytest.raises(InputError, match="accelerator gpu with devices 1 cannot be used here"):
+        sample(bundle, out, count=10, accelerator="gpu" if not torch.cuda.is_available() else "tpu")
+    assert not out.exists()
+    with pytest.raises(InputError, match="class 'x' is none of this cascade's classes"):
+        sample(bundle, out, count=10, classes=["x"])
+    with pytest.raises(InputError, match="is a file: the results need a folder"):
+        sample(bundle, bundle / "bundle.json", count=2)
+    out.mkdir()
+    (out / "manifest.json").write_text('{"count": 10}')  # of a command that failed before its first image
+    sample(bundle, out, count=3)
+    assert read_manifest(out / "train" / "32").count == 3
+    with pytest.raises(InputError, match="was begun with count 3, not 4"):
+        sample(bundle, out, count=4)
+
+
+def test_a_folder_that_another_command_has_taken_is_left_to_it(bundle, tmp_path, monkeypatch):
+    real = CascadeModule.sample
+
+    def taken(cascade, *rest):
+        (tmp_path / "s" / "manifest.json").write_text('{"count": 7}')
+        return real(cascade, *rest)
+
+    monkeypatch.setattr(CascadeModule, "sample", taken)
+    with pytest.raises(InputError, match="was begun with"):
+        sample(bundle, tmp_path / "s", count=3)
+    assert not any((tmp_path / "s").rglob("*.tar"))
+
+
+def test_classes_are_given_by_name_or_number(bundle, tmp_path):
+    sample(bundle, tmp_path / "names", count=4, classes=["h", 2])
+    sample(bundle, tmp_path / "numbers", count=4, classes=[7, "c"])
+    assert hashes(tmp_path / "names") == hashes(tmp_path / "numbers")
+    sample(bundle, tmp_path / "one", per_class=2, classes="c")
+    assert read_manifest(tmp_path / "one" / "train" / "8").counts == [0, 0, 2, *[0] * 7]
+
+
+def renamed(folder, out, classes, numbers):
+    """The same stored images in a list of other classes; numbers: of each old class in the new list."""
+    manifest = read_manifest(folder)
+    read = [s for shard in manifest.shards for s in read_shard(folder / shard.name)]
+    images = np.stack([decode_png(s["png"]) for s in read])
+    labels = np.array([numbers[int(s["cls"])] for s in read])
+    write_images(out, images, labels, range(len(read)), classes, None)
+    return out
+
+
+def test_stored_images_are_taken_up_by_the_names_of_their_classes(bundle, tmp_path):
+    """Another order of the same names is mapped; another name is refused, whatever its number."""
+    sample(bundle, tmp_path / "whole", count=4, classes=["a", "d"])
+    stored, names = tmp_path / "whole" / "train" / "16", list("abcdefghij")
+    turned = renamed(stored, tmp_path / "turned" / "train" / "16", names[::-1], {0: 9, 3: 6})
+    alone = renamed(stored, tmp_path / "alone" / "train" / "16", ["d", "a"], {0: 1, 3: 0})
+    for number, start in enumerate((turned, alone)):
+        sample(bundle, tmp_path / f"{number}", count=4, classes=["a", "d"], start=start)
+        whole = tmp_path / "whole" / "train" / "32" / "000000.tar"
+        assert (tmp_path / f"{number}" / "train" / "32" / "000000.tar").read_bytes() == whole.read_bytes()
+    with pytest.raises(InputError, match=r"image 0 of .* has class 0, and sample 0 has 1: its class is called 'a'"):
+        sample(bundle, tmp_path / "wrong", count=4, classes=["b", "d"], start=alone)
+    other = renamed(stored, tmp_path / "other" / "train" / "16", ["dress", "c"], {0: 0, 3: 1})
+    with pytest.raises(InputError, match="holds images of class 'dress', which is none of the cascade's classes: a, b"):
+        sample(bundle, tmp_path / "wrong", count=4, classes=[0, 1], start=other)
+    assert not (tmp_path / "wrong").exists() or not any((tmp_path / "wrong").rglob("*.tar"))
+
+
+def test_where_a_bundle_knows_no_names_the_number_of_classes_is_compared(stages, tmp_path):
+    write_bundle(tmp_path / "b", stages, {})
+    sample(tmp_path / "b", tmp_path / "whole", count=3)
+    start = tmp_path / "whole" / "train" / "16"
+    assert read_manifest(start).classes == [str(c) for c in range(10)] and read_manifest(start).class_names is None
+    sample(tmp_path / "b", tmp_path / "more", count=3, start=start)
+    few = renamed(start, tmp_path / "few" / "train" / "16", ["a", "b", "c"], {c: c for c in range(3)})
+    with pytest.raises(InputError, match="has 3 classes, and the cascade 10"):
+        sample(tmp_path / "b", tmp_path / "else", count=3, start=few)
 
 
 def test_networks_are_compiled_where_asked_and_the_manifest_says_so(bundle, tmp_path, monkeypatch):

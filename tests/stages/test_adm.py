@@ -9,7 +9,7 @@ from refusals import sentence_of_error, sentence_of_refusal
 from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import read_bundle
 from cdm_lightning.stages.adm import PRESETS, read_flags, stage_arguments
-from cdm_lightning.stages.loading import STAGE_CLASSES, load_stage
+from cdm_lightning.stages.loading import load_stage, stage_class
 
 IMAGE = "--image_size 16 --class_cond True --learn_sigma True --resblock_updown True --num_channels 32 " \
     "--num_res_blocks 2 --channel_mult 1,2,2 --attention_resolutions 8,4 --noise_schedule linear"  # fmt: skip
@@ -136,7 +136,7 @@ def test_an_import_is_the_function_of_the_other_network(tmp_path, legacy):
 def test_every_preset_has_the_shapes_of_its_published_file(preset):
     kind, arguments = stage_arguments(read_flags(PRESETS[preset]))
     with torch.device("meta"):
-        stage = STAGE_CLASSES[kind](**arguments)
+        stage = stage_class(kind, preset)(**arguments)
     size = sum(parameter.numel() for parameter in stage.parameters())
     assert size == SIZES[preset]
     heads = {m.heads for m in stage.modules() if hasattr(m, "heads")}

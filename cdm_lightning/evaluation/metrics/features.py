@@ -61,7 +61,9 @@ def extract_features(
         write_atomically(settings_file, json.dumps(settings).encode())
     wait_for_all()
     if {"count": sum(sizes), **read_table(settings_file)} != settings:
-        raise InputError(f"{out} holds features of other images or of another detector: remove it or give another")
+        raise InputError(
+            f"{out} holds features of other images or of another detector: give another folder, or remove it"
+        )
     todo = [n for n, size in enumerate(sizes) if not finished(feature_file(out, n), size)]
     wait_for_all()  # all processes must list the missing shards before one of them writes
     if todo:
