@@ -35,8 +35,8 @@ def write_bundle(
     """
     folder = Path(folder)
     check_output_folder(folder)
-    replaced = {*folder.glob("*.safetensors"), *(folder / name for name in HUB_FILES)}
-    ours = replaced if (folder / "bundle.json").is_file() else set()
+    of_bundle = {*folder.glob("*.safetensors"), *(folder / name for name in HUB_FILES)}
+    ours = of_bundle if (folder / "bundle.json").is_file() else set()
     ours |= {folder / "bundle.json", *(folder / f"{stage.name}.safetensors" for stage in stages)}
     if others := sorted(set(folder.glob("*")) - ours):
         raise InputError(

@@ -42,6 +42,11 @@ class CascadePipeline(DiffusionPipeline):
     gives it its own noise schedule and kind of prediction.
     """
 
+    cascade: Any  # the parts that register_modules sets
+    scheduler: Any
+    register_modules: Any  # of diffusers' class, which is not typed
+    progress_bar: Any
+    _execution_device: Any
     _optional_components = ["scheduler"]  # noqa: RUF012, read only
 
     def __init__(self, cascade: CascadeModel, scheduler: Any = None) -> None:
