@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.manifest import Precision, SampleManifest, make_sample_manifest
 from cdm_lightning.sampling.sample import read_samples
 
-if TYPE_CHECKING:
-    from cdm_lightning.cascade import CascadeModule
-
 SHOWN = 20  # rows of the picture
+# A cascade is Any here: jsonargparse runs the imports of a TYPE_CHECKING block, and the help of a command must be quick.
 
 
 def upscale(
@@ -133,7 +131,7 @@ def list_pictures(images: Sequence[Path]) -> list[Picture]:
 
 
 def reduced_pictures(
-    listed: Sequence[Picture], cascade: CascadeModule, low_resolution: int | None, crop: Crop | None
+    listed: Sequence[Picture], cascade: Any, low_resolution: int | None, crop: Crop | None
 ) -> Pictures:
     """The pictures that can be read, at the low resolution of one of the cascade's stages.
 
@@ -174,7 +172,7 @@ def reduce_picture(image: Image.Image, size: int, resolutions: Sequence[int], cr
 
 
 def choose_settings(
-    cascade: CascadeModule,
+    cascade: Any,
     size: int,
     levels: Sequence[int] | None,
     truncated: bool | None,
@@ -196,9 +194,7 @@ def choose_settings(
     return used
 
 
-def class_labels(
-    pictures: Pictures, cascade: CascadeModule, class_name: int | str | None, used: Sequence[Any]
-) -> list[int]:
+def class_labels(pictures: Pictures, cascade: Any, class_name: int | str | None, used: Sequence[Any]) -> list[int]:
     """The class number of each picture: of class_name, else of its folder. Without classes all of them are 0."""
     folders = {picture.folder for picture in pictures.files}
     names = cascade.origin["classes"]
@@ -221,7 +217,7 @@ def class_labels(
     return labels
 
 
-def store_pictures(pictures: Pictures, labels: list[int], cascade: CascadeModule, out: Path) -> Path:
+def store_pictures(pictures: Pictures, labels: list[int], cascade: Any, out: Path) -> Path:
     """Write the pictures as shards to out/input/train/<R>, and return that folder.
 
     Refuses to replace other pictures that results were made of.
