@@ -33,8 +33,8 @@ def write_bundle(
     """
     folder = Path(folder)
     check_output_folder(folder)
-    weights = set(folder.glob("*.safetensors")) if (folder / "bundle.json").is_file() else set()
-    ours = weights | {folder / "bundle.json", *(folder / f"{stage.name}.safetensors" for stage in stages)}
+    replaced_weights = set(folder.glob("*.safetensors")) if (folder / "bundle.json").is_file() else set()
+    ours = replaced_weights | {folder / "bundle.json", *(folder / f"{stage.name}.safetensors" for stage in stages)}
     if others := sorted(set(folder.glob("*")) - ours):
         raise InputError(
             f"{folder} holds {others[0].name}, which is of no bundle and would be lost: give another folder"

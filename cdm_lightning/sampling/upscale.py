@@ -26,7 +26,7 @@ from cdm_lightning.sampling.manifest import Precision, SampleManifest, make_samp
 from cdm_lightning.sampling.sample import read_samples
 
 SHOWN = 20  # rows of the picture
-# A cascade is Any here: jsonargparse runs the imports of a TYPE_CHECKING block, and the help of a command must be quick.
+# A cascade is Any here: jsonargparse runs the imports of a TYPE_CHECKING block, and help must be quick.
 
 
 def upscale(
@@ -144,7 +144,7 @@ def reduced_pictures(
     if low_resolution is not None and low_resolution not in possible:
         raise InputError(f"low_resolution {low_resolution} is none at which the cascade takes pictures up: {possible}")
     resolutions = [stage.resolution for stage in cascade.stages]
-    crop = crop or next((known for known in FILTERS if known == cascade.origin["crop"]), "adm")
+    known: Crop = next((name for name in FILTERS if name == cascade.origin["crop"]), "adm")
     files, reduced = [], []
     for picture in ProgressBar(listed, "reading pictures", unit="image"):
         try:
@@ -158,7 +158,7 @@ def reduced_pictures(
         reached = [size for size in possible if size <= min(image.size)] or possible[:1]
         sizes = reached if low_resolution is None else [low_resolution]
         files.append(picture)
-        reduced.append({size: reduce_picture(image, size, resolutions, crop) for size in sizes})
+        reduced.append({size: reduce_picture(image, size, resolutions, crop or known) for size in sizes})
     if not files:
         raise InputError("images hold no picture that can be read: give files, or a folder that holds some")
     common = min(max(sizes) for sizes in reduced)
@@ -200,8 +200,8 @@ def class_labels(pictures: Pictures, cascade: Any, class_name: int | str | None,
     names = cascade.origin["classes"]
     if class_name is not None and cascade.num_classes is None:
         raise InputError(f"class_name {class_name} is given, and this cascade takes no classes")
-    if class_name is not None and folders != {None}:
-        raise InputError(f"give class_name {class_name} or subfolders such as {sorted(folders - {None})[0]}, not both")
+    if class_name is not None and (subfolders := sorted(folder for folder in folders if folder is not None)):
+        raise InputError(f"give class_name {class_name} or subfolders such as {subfolders[0]}, not both")
     if cascade.num_classes is None or (class_name is None and folders == {None}):
         if any(stage.num_classes is not None for stage in used):
             some = "numbers" if names is None else ", ".join(names[:3])
