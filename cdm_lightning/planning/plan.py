@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.foundation.terminal import folding_table, table_console
 from cdm_lightning.planning.devices import current_device, data_sheet
 
@@ -49,6 +49,8 @@ def plan(
         raise InputError(f"devices {devices} is less than 1")
     if not 0 < utilisation <= 1:
         raise InputError(f"utilisation {utilisation} lies outside 0 < share <= 1")
+    if out is not None:
+        check_output_folder(Path(out).parent)
     from cdm_lightning.planning.estimate import estimate, training_command
     from cdm_lightning.planning.memory import AUTOCAST
     from cdm_lightning.planning.recipe import configurations, read_recipe

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cdm_lightning.foundation.errors import InputError, split_arguments
-from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.planning.sweep_report import Trial, report
 
 # wandb is imported where it is used: on import it may fix its mode, which `cdm fit` has to choose first.
@@ -40,6 +40,7 @@ def sweep(
     config = read_sweep(file)
     config["command"] = [*config["command"], *split_arguments(arguments)]
     folder = (Path("runs/sweeps") / Path(file).stem if out is None else Path(out)).absolute()
+    check_output_folder(folder)
     trials = run_offline(file, config, folder, count) if offline else run_on_server(config, folder, count)
     metric, goal = config["metric"]["name"], config["metric"]["goal"]
     results = report(folder, {"sweep": str(file), "command": config["command"]}, metric, goal, trials)

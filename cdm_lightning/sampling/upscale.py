@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.manifest import Precision, SampleManifest, make_sample_manifest
 from cdm_lightning.sampling.sample import read_samples
 
-if TYPE_CHECKING:
-    from cdm_lightning.cascade import CascadeModule
-
 SHOWN = 20  # rows of the picture
+# A cascade is Any here: jsonargparse runs the imports of a TYPE_CHECKING block, and help must be quick.
 
 
 def upscale(
@@ -133,7 +131,7 @@ def list_pictures(images: Sequence[Path]) -> list[Picture]:
 
 
 def reduced_pictures(
-    listed: Sequence[Picture], cascade: CascadeModule, low_resolution: int | None, crop: Crop | None
+    listed: Sequence[Picture], cascade: Any, low_resolution: int | None, crop: Crop | None
 ) -> Pictures:
     """The pictures that can be read, at the low resolution of one of the cascade's stages.
 
@@ -146,7 +144,7 @@ def reduced_pictures(
     if low_resolution is not None and low_resolution not in possible:
         raise InputError(f"low_resolution {low_resolution} is none at which the cascade takes pictures up: {possible}")
     resolutions = [stage.resolution for stage in cascade.stages]
-    crop = crop or next((known for known in FILTERS if known == cascade.origin["crop"]), "adm")
+    known: Crop = next((name for name in FILTERS if name == cascade.origin["crop"]), "adm")
     files, reduced = [], []
     for picture in ProgressBar(listed, "reading pictures", unit="image"):
         try:
@@ -160,7 +158,7 @@ def reduced_pictures(
         reached = [size for size in possible if size <= min(image.size)] or possible[:1]
         sizes = reached if low_resolution is None else [low_resolution]
         files.append(picture)
-        reduced.append({size: reduce_picture(image, size, resolutions, crop) for size in sizes})
+        reduced.append({size: reduce_picture(image, size, resolutions, crop or known) for size in sizes})
     if not files:
         raise InputError("images hold no picture that can be read: give files, or a folder that holds some")
     common = min(max(sizes) for sizes in reduced)
@@ -174,7 +172,7 @@ def reduce_picture(image: Image.Image, size: int, resolutions: Sequence[int], cr
 
 
 def choose_settings(
-    cascade: CascadeModule,
+    cascade: Any,
     size: int,
     levels: Sequence[int] | None,
     truncated: bool | None,
@@ -196,16 +194,14 @@ def choose_settings(
     return used
 
 
-def class_labels(
-    pictures: Pictures, cascade: CascadeModule, class_name: int | str | None, used: Sequence[Any]
-) -> list[int]:
+def class_labels(pictures: Pictures, cascade: Any, class_name: int | str | None, used: Sequence[Any]) -> list[int]:
     """The class number of each picture: of class_name, else of its folder. Without classes all of them are 0."""
     folders = {picture.folder for picture in pictures.files}
     names = cascade.origin["classes"]
     if class_name is not None and cascade.num_classes is None:
         raise InputError(f"class_name {class_name} is given, and this cascade takes no classes")
-    if class_name is not None and folders != {None}:
-        raise InputError(f"give class_name {class_name} or subfolders such as {sorted(folders - {None})[0]}, not both")
+    if class_name is not None and (subfolders := sorted(folder for folder in folders if folder is not None)):
+        raise InputError(f"give class_name {class_name} or subfolders such as {subfolders[0]}, not both")
     if cascade.num_classes is None or (class_name is None and folders == {None}):
         if any(stage.num_classes is not None for stage in used):
             some = "numbers" if names is None else ", ".join(names[:3])
@@ -221,7 +217,7 @@ def class_labels(
     return labels
 
 
-def store_pictures(pictures: Pictures, labels: list[int], cascade: CascadeModule, out: Path) -> Path:
+def store_pictures(pictures: Pictures, labels: list[int], cascade: Any, out: Path) -> Path:
     """Write the pictures as shards to out/input/train/<R>, and return that folder.
 
     Refuses to replace other pictures that results were made of.

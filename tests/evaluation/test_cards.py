@@ -354,7 +354,7 @@ def test_a_card_is_compared_with_its_like_alone(card):
         ({"channels": 3}, "with channels 1, which do not compare with channels 3"),
         ({"crop": "area"}, "with crop adm, which do not compare with crop area"),
         ({"filter": "box"}, "with filter none, which do not compare with filter box"),
-        ({"classes": classes[:9]}, "is of 10 classes, which do not compare with 9"),
+        ({"classes": classes[:9]}, "has 10 classes, and the images 9"),
         ({"classes": [*classes[:9], "hat"]}, "calls class 9 'ankle boot', and the images 'hat'"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -205,7 +205,7 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_written(toy, tmp_path):
     score("three has 3 classes, and", "real/train 10", samples="three")
     score("one has 1 class: a classification accuracy takes 2 or more", samples="one", shards="one")
     score("any is of a cascade without classes, and a classification accuracy needs classes", samples="any")
-    score("class 0 of", "is 'class 0', and of", "'T-shirt'", samples="other")
+    score("other calls class 0 'class 0', and", "/train 'T-shirt'", samples="other")
     score("60 of class T-shirt, and there are 20: ask for a smaller count", shards="small")
     score("count 9 must lie between one image a class and the 590", count=9)
     score("count 591 must lie between", count=591)

@@ -9,6 +9,7 @@ from PIL import Image
 from small_models import smallest_stages
 
 from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.real_images import real_images_for_labels
 from cdm_lightning.evaluation.report.stored_samples import read_pictures
@@ -136,7 +137,7 @@ def test_the_best_level_above_stands_beside_a_chosen_s_of_0():
 def found(tmp_path_factory, few_real):
     """A search of a cascade 8 -> 16 with every kind of input."""
     root = tmp_path_factory.mktemp("finding")
-    write_bundle(root / "bundle", smallest_stages(), {"classes": [f"class {c}" for c in range(10)]})
+    write_bundle(root / "bundle", smallest_stages(), {"classes": read_manifest(few_real / "val" / "32").classes})
     options = {"n": 20, "block_size": 20, "detector": "fashion-cnn-64", "levels": [4, 9], "seed": 3}
     return root / "out", search(root / "bundle", root / "out", few_real, **options)
 

@@ -140,6 +140,7 @@ def test_files_of_our_own_that_were_torn(tmp_path, few_real, capsys):
     work.mkdir()
     for text in ("{", "[1]", "\xff", ""):
         (work / "about.json").write_text(text)
+        (work / "000000.safetensors").write_bytes(b"")  # a folder without features is begun anew
         assert f"{work}/about.json is damaged or foreign" in sentence_of_refusal(capsys, card)
     (work / "about.json").unlink()
     main(card)
