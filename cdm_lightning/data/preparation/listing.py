@@ -17,7 +17,7 @@ from typing import IO, Literal
 
 import numpy as np
 
-from cdm_lightning.data.preparation.raw_images import RawImage, has_image_header, image_suffixes
+from cdm_lightning.data.preparation.raw_images import MAX_FILE_BYTES, RawImage, has_image_header, image_suffixes
 from cdm_lightning.data.shards.tar import check_member, tar_files
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.progress_bar import ProgressBar
@@ -53,7 +53,7 @@ class Listing:
         elif path.suffix.lower() in image_suffixes():
             kind = ""
         else:
-            kind = image.problem or without_image(open_file)
+            kind = image.problem or without_image(image.size, open_file)
         if kind:
             self.left_out[kind].append(image.name)
         else:
@@ -78,8 +78,10 @@ class Listing:
         return "; ".join(f"{kind}: {len(names):,} ({examples(names)})" for kind, names in self.left_out.items())
 
 
-def without_image(open_file: Callable[[], IO[bytes] | None]) -> str:
+def without_image(size: int, open_file: Callable[[], IO[bytes] | None]) -> str:
     """Why a file that is not called an image is left out; "" if it is one."""
+    if size > MAX_FILE_BYTES:
+        return "larger than an image may be"
     try:
         file = open_file()
         assert file is not None

@@ -67,7 +67,8 @@ def has_image_header(stream: IO[bytes]) -> bool:
 def decode(data: bytes, grey: bool = False) -> Image.Image:
     """Decode an image, or the first of several, to RGB or grey. Raises ValueError with the reason if it is damaged.
 
-    Of an image longer than MAX_RATIO times its width only the middle is returned.
+    Of an image longer than MAX_RATIO times its width only the middle is returned. Memory is bounded: Pillow's limit is
+    179 million pixels, of 4 bytes each, and there are two copies at most.
     """
     with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken EXIF data although the pixels are good
         try:
@@ -79,6 +80,8 @@ def decode(data: bytes, grey: bool = False) -> Image.Image:
         except UnidentifiedImageError as error:
             raise ValueError("no known image format" if data else "an empty file") from error
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+            if "out of memory" in str(error):
+                raise MemoryError from error
             raise ValueError(str(error) or type(error).__name__) from error
 
 
