@@ -133,7 +133,7 @@ def hostile() -> dict[str, dict[str, bytes]]:
             "claims.jpg": jpeg_of(65_500, 65_500),
             "zero.png": png(0, 8, zeros(1)),
             "claims.png": png(4000, 4000, zlib.compress(bytes(1000))),
-            "claims 10 gigapixels.png": png(100_000, 100_000, zeros(1)),
+            "claims 10 gigapixels": png(100_000, 100_000, zeros(1)),
             "texts.png": png(8, 8, zeros(1), before=text * 100),
             "profile.png": png(8, 8, zeros(1), before=profile),
             "zero.gif": gif_of((0, 0), (0, 0)),

@@ -37,7 +37,8 @@ from cdm_lightning.data.stream import ShardStream
 SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 NO_IMAGES = {
     "notes.txt": b"P2P and P6 are no greymaps", "cars.md": b"BMW makes cars", "formats.csv": b"GIF89a,JFIF\n",
-    "x.eps": SCRIPT, "phone.heic": b"\0\0\0\x18ftypheic" + bytes(100), "drawing.svg": b"<svg/>", "page.pdf": b"%PDF-1.4", "nothing": b"",
+    "x.eps": SCRIPT, "phone.heic": b"\0\0\0\x18ftypheic" + bytes(100), "drawing.svg": b"<svg/>",
+    "page.pdf": b"%PDF-1.4", "nothing": b"",
 }  # fmt: skip
 
 

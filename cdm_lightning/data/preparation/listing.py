@@ -120,14 +120,14 @@ def class_folders(source: Path) -> tuple[list[Path], Listing]:
     """The class folders of a source, sorted, and what lies beside them. Refuses names that no manifest can hold."""
     if not source.is_dir():
         raise InputError(f"{source} is not a folder: one subfolder per class is expected inside it")
-    folders, beside = [], Listing()
+    folders, beside, home = [], Listing(), source.resolve()
     for entry in os.scandir(source):
         path = Path(entry.path)
         if entry.name.startswith("."):
             beside.left_out[HIDDEN].append(entry.name)
         elif not path.is_dir():
             beside.left_out["beside the class folders"].append(entry.name)
-        elif source.resolve().is_relative_to(path.resolve()):
+        elif home.is_relative_to(path.resolve()):
             beside.left_out["link to a folder that holds it"].append(entry.name)
         else:
             folders.append(path)
