@@ -173,7 +173,7 @@ def list_below(folder: Path) -> Listing:
                 pending.append((entry.path, name))
             else:
                 image = RawImage(name, entry.path, 0, *size_and_problem(entry))
-                listing.add(folder.name, image, partial(open, entry.path, "rb"))
+                listing.add(folder.name, image, partial(io.FileIO, entry.path))
     return listing
 
 
@@ -293,7 +293,7 @@ def list_val_folder(source: Path, devkit: Path | None) -> Listing:
     for entry in os.scandir(source):
         if entry.name.startswith(VALIDATION):
             image = RawImage(entry.name, entry.path, 0, *size_and_problem(entry))
-            found.add(VALIDATION, image, partial(open, entry.path, "rb"))
+            found.add(VALIDATION, image, partial(io.FileIO, entry.path))
         else:
             found.left_out["beside the images"].append(entry.name)
     return labelled_by_devkit(found, source, devkit or find_devkit(source, source.parent))
