@@ -66,3 +66,8 @@ def quiet_libraries() -> None:
 def is_shown(record: logging.LogRecord) -> bool:
     """Whether a log record is printed: everything but info messages of SILENCED_MODULES."""
     return record.levelno > logging.INFO or record.module not in SILENCED_MODULES
+
+
+def printable(name: str) -> str:
+    """A name from outside, such as a file's, as it may be printed: control characters and odd bytes are escaped."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()

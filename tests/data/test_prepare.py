@@ -4,117 +4,40 @@ from __future__ import annotations
 
 import errno
 import gzip
-import io
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from commands import ROOT
 from folders import hashes
 from PIL import Image
+from raw_sources import (
+    WNIDS,
+    encoded,
+    jpeg,
+    picture,
+    stored,
+    tar_bytes,
+    tiny_tree,
+    train_files,
+    val_archive,
+    write_devkit,
+    write_train_archive,
+    write_tree,
+)
 
 from cdm_lightning.data.preparation.prepare import prepare_folder, prepare_imagenet
 from cdm_lightning.data.preparation.raw_images import cut_square, decode
 from cdm_lightning.data.shards import manifest as shards
-from cdm_lightning.data.shards import open_images, read_manifest
+from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale
-
-WNIDS = ["n02119789", "n01440764", "n03000134", "n02100735"]  # not sorted, as in the devkit
-RNG = np.random.default_rng(0)
-
-
-# ------------------------------------------------------------------------------------------------------ fake sources
-
-
-def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
-    """Noise over a slope: a mistake of one pixel or one grey level shows."""
-    slope = np.linspace(0, 150, width)[None, :, None] + np.zeros((height, 1, 3))
-    return Image.fromarray((slope + RNG.integers(0, 100, (height, width, 3))).astype(np.uint8)).convert(mode)
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def jpeg(width: int = 40, height: int = 30, mode: str = "RGB") -> bytes:
-    return encoded(picture(width, height, mode), "JPEG", quality=90)
-
-
-def tar_bytes(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def train_files(per_class: int = 6) -> dict[str, dict[str, bytes]]:
-    """WNID -> file name -> bytes; each synset has one grey and one CMYK JPEG."""
-    modes = ["L", "CMYK"] + ["RGB"] * per_class
-    return {w: {f"{w}_{i}.JPEG": jpeg(36 + 3 * i, 50 - i, modes[i]) for i in range(per_class)} for w in WNIDS}
-
-
-def write_train_archive(path: Path, files: dict[str, dict[str, bytes]]) -> Path:
-    path.write_bytes(tar_bytes({f"{wnid}.tar": tar_bytes(inner) for wnid, inner in files.items()}))
-    return path
-
-
-def write_tree(root: Path, files: dict[str, dict[str, bytes]]) -> Path:
-    for folder, inner in files.items():
-        (root / folder).mkdir(parents=True)
-        for name, data in inner.items():
-            (root / folder / name).write_bytes(data)
-    return root
-
-
-def write_devkit(path: Path, truth: list[int]) -> Path:
-    """The devkit as it is: leaves first, in an order that is not the WNIDs', then inner nodes of the tree."""
-    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
-    synsets = np.zeros((len(WNIDS) + 1, 1), dtype=[(field, object) for field in fields])
-    for number, wnid in enumerate(WNIDS, 1):
-        synsets[number - 1, 0] = (float(number), wnid, "a thing", "what it is", 0.0, np.zeros((1, 0)), 0.0)
-    synsets[-1, 0] = (float(len(WNIDS) + 1), "n00001740", "entity", "all", 2.0, np.array([[1.0, 2.0]]), 19.0)
-    buffer = io.BytesIO()
-    scipy.io.savemat(buffer, {"synsets": synsets})
-    lines = "".join(f"{number}\n" for number in truth).encode()
-    root = "ILSVRC2012_devkit_t12"
-    data = {f"{root}/data/meta.mat": buffer.getvalue(), f"{root}/data/ILSVRC2012_validation_ground_truth.txt": lines}
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in data.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def val_archive(folder: Path, truth: list[int]) -> tuple[Path, dict[str, bytes]]:
-    files = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg() for i in range(len(truth))}
-    path = folder / "ILSVRC2012_img_val.tar"
-    path.write_bytes(tar_bytes(dict(reversed(files.items()))))  # the order inside the tar does not matter
-    write_devkit(folder / "ILSVRC2012_devkit_t12.tar.gz", truth)
-    return path, files
-
-
-def stored(out: Path) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(key, uint8 image, label) of every sample of a folder of shards, in order."""
-    manifest = read_manifest(out)
-    opened = open_images(out, manifest, manifest.shards, range(manifest.count))
-    for item in range(manifest.count):
-        yield opened.key(item), *opened.load(item)
 
 
 def times(out: Path) -> dict[Path, int]:
@@ -281,13 +204,6 @@ def test_folder_in_grey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 # -------------------------------------------------------------------------------------------- order, resuming, workers
-
-
-def tiny_tree(root: Path, classes: int, per_class: int, side: int = 8) -> Path:
-    def one_class() -> dict[str, bytes]:
-        return {f"{i:04d}.bmp": encoded(picture(side, side), "BMP") for i in range(per_class)}
-
-    return write_tree(root, {f"class{c}": one_class() for c in range(classes)})
 
 
 def test_every_shard_mixes_all_classes(tmp_path: Path) -> None:
@@ -476,6 +392,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
     refused("images_per_shard is 0: it must be at least 1", source, out, folder=True, images_per_shard=0)
     refused("workers is 0: it must be at least 1", source, out, folder=True, workers=0)
     refused("limit is 0: it must be at least 1", source, out, folder=True, limit=0)
+    refused("8192]: 4096 is the largest", source, out, folder=True, resolutions=[8192])
+    refused("images_per_shard is 10000001: a shard can hold", source, out, folder=True, images_per_shard=10**7 + 1)
     refused("max_corrupt is 2: it is a share", source, out, folder=True, max_corrupt=2)
     assert not out.exists()
 
@@ -487,8 +405,6 @@ def test_bad_folders(tmp_path: Path) -> None:
     refused("flat has no subfolders: one folder per class", tmp_path / "flat", out, folder=True)
     refused("x.png is not a folder: one subfolder per class", tmp_path / "flat/x.png", out, folder=True)
     refused("holds a folder class0: ImageNet has nXXXXXXXX", source, out)
-    (source / "empty").mkdir()
-    refused("empty holds no images: every class folder needs one of .bmp", source, out, folder=True)
     assert not out.exists()
 
 
@@ -497,7 +413,7 @@ def test_bad_archives(tmp_path: Path) -> None:
     train = write_train_archive(tmp_path / "train.tar", files)
     val, _ = val_archive(tmp_path, [1, 2, 3])
     refused("is not the training archive: it holds ILSVRC2012_val_00000003.JPEG where", val, out)
-    refused("is not the validation archive: it holds n01440764.tar, not", train, out, "val")
+    refused("is not the validation archive: it holds n02119789.tar, not", train, out, "val")
     (tmp_path / "text").write_text("not a tar " * 100)
     refused("text cannot be read as a tar archive: .*unfinished download", tmp_path / "text", out)
     data = train.read_bytes()
@@ -520,14 +436,14 @@ def test_bad_devkits(tmp_path: Path) -> None:
     devkit.write_bytes(gzip.compress(tar_bytes({"data/readme.txt": b""})))
     refused("as downloaded: KeyError: 'meta.mat'", val, out, "val")
     devkit.unlink()
-    refused("t12.tar.gz does not exist: without .* the validation archive has no labels", val, out, "val")
+    refused("t12.tar.gz does not exist: without .* the validation images have no labels", val, out, "val")
     assert not out.exists()
 
 
 def test_splits_must_agree_on_classes(tmp_path: Path) -> None:
     prepare_folder(tiny_tree(tmp_path / "a", 3, 1), tmp_path / "out", "train", [8], workers=1)
-    source = tiny_tree(tmp_path / "b", 2, 1)
-    with pytest.raises(InputError, match=r"2 classes, .*train has 3, and label 2 is \[\] here and \['class2'\] there"):
+    source = tiny_tree(tmp_path / "b", 4, 1)
+    with pytest.raises(InputError, match=r"4 classes, .*train has 3, and label 3 is \['class3'\] here and \[\] there"):
         prepare_folder(source, tmp_path / "out", "val", [8], workers=1)
     assert not (tmp_path / "out/val").exists()
 

@@ -15,19 +15,17 @@ from typing import Any
 
 import PIL
 
-from cdm_lightning.data.preparation.raw_images import (
-    FILTERS,
-    Crop,
-    Listing,
-    Split,
-    list_folder,
-    list_imagenet,
-)
+from cdm_lightning.data.preparation.listing import Listing, Split, examples, list_folder, list_imagenet
+from cdm_lightning.data.preparation.raw_images import FILTERS, Crop
 from cdm_lightning.data.preparation.tasks import PROGRESS, Task, make_shards
 from cdm_lightning.data.shards import Manifest, Shard, read_manifest, write_manifest
+from cdm_lightning.data.shards.manifest import MAX_IMAGES
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import check_power_of_two
+from cdm_lightning.foundation.terminal import printable
+
+MAX_RESOLUTION = 4096  # a larger image may not fit into what is read of one file in a shard
 
 
 def prepare_imagenet(
@@ -44,18 +42,20 @@ def prepare_imagenet(
     limit: int | None = None,
     packed: int = 64,
 ) -> None:
-    """Make shards from the ImageNet archives as downloaded, without unpacking them.
+    """Make shards from the ImageNet archives as downloaded, without unpacking them, or from their unpacked folders.
 
     If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
     class index is the rank of its WNID (n01440764 is 0).
 
     Args:
-        source: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or a folder of WNID/*.JPEG.
+        source: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or a folder that one of them was unpacked to: of
+            WNID.tar, of WNID/*.JPEG, or of ILSVRC2012_val_*.JPEG.
         out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
         split: which part of the data set the source is: train or val.
         resolutions: widths to store. The largest is cropped from the raw image; each lower one is the mean over 2x2
             pixels of the next larger, so the ratio of two widths must be a power of two.
-        devkit: ILSVRC2012_devkit_t12.tar.gz, which labels the validation archive. Default: in the source's folder.
+        devkit: ILSVRC2012_devkit_t12.tar.gz or its folder, which labels the validation images where no folders do.
+            Default: beside the source, or in it.
         crop: how a raw image becomes a square. adm: resize by box halvings and bicubic, then crop the centre, as
             guided-diffusion does. area: crop the centre square, then take the mean over each pixel's area.
         seed: seed of the random order of all images over the shards.
@@ -87,13 +87,15 @@ def prepare_folder(
     limit: int | None = None,
     packed: int = 64,
 ) -> None:
-    """Make shards from a folder of images with one subfolder per class.
+    """Make shards from a folder of images with one subfolder per class, whatever the files' names end in.
 
     If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
-    class index is the rank of the subfolder's name.
+    class index is the rank of the subfolder's name. The validation split may lack classes of the training split, if
+    that one is prepared first.
 
     Args:
-        source: folder with one subfolder per class, images inside (jpg, png, bmp, gif, webp, tif).
+        source: folder with one subfolder per class, images inside or in folders below: JPEG, PNG, BMP, GIF, WebP, TIFF,
+            PPM, PGM, PBM and AVIF. What is left out is named.
         out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
         split: which part of the data set the source is: train or val.
         resolutions: widths to store. The largest is cropped from the raw image; each lower one is the mean over 2x2
@@ -141,10 +143,13 @@ def prepare(
     in_arrays = [resolution for resolution in resolutions if resolution <= packed]
     if not Path(source).exists():
         raise InputError(f"{source} does not exist: it should be the archive or folder of raw images")
-    classes, images = find()
-    if not images:
-        raise InputError(f"{source} holds no images")
-    check_classes(Path(out), split, classes)
+    listing = find()
+    if not any(listing.images.values()):
+        left_out = listing.about_left_out()
+        raise InputError(f"{source} holds no images" + (f"; left out are {left_out}" if left_out else ""))
+    classes = settle_classes(Path(out), split, sorted(listing.images))
+    images = listing.labelled(classes)
+    print_listing(listing, classes)
     lines = sorted(os.fsencode(f"{image.name} {image.label} {image.size}\n") for image in images)
     arguments = {  # everything that the bytes of the shards depend on
         "seed": seed, "resolutions": resolutions, "crop": crop, "grey": grey, "images_per_shard": images_per_shard,
@@ -161,11 +166,13 @@ def prepare(
         records = make_shards(tasks, workers, max_corrupt)
         counts = sum((Counter(record["labels"]) for record in records), Counter())
         skipped = [entry for record in records for entry in record["skipped"]]
+        if not counts:
+            raise InputError(f"{source} holds no image that can be read: {printable(skipped[0]['reason'])}")
         for resolution in resolutions:
             manifest = Manifest(
                 resolution, 1 if grey else 3, split, classes, [counts[label] for label in range(len(classes))],
                 [Shard(**record["shards"][str(resolution)]) for record in records],
-                seed, crop, FILTERS[crop], Path(source).resolve().name, len(skipped),
+                seed, crop, FILTERS[crop], printable(Path(source).resolve().name), len(skipped),
                 {"arguments": arguments, "skipped": skipped},
             )  # fmt: skip
             write_manifest(folder / str(resolution), manifest)
@@ -193,22 +200,42 @@ def check_arguments(
     for name, number in [("images_per_shard", images_per_shard), ("workers", workers), ("limit", limit)]:
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}: it must be at least 1")
+    if max(resolutions) > MAX_RESOLUTION:
+        raise InputError(f"resolutions are {list(resolutions)}: {MAX_RESOLUTION} is the largest that shards can hold")
+    if images_per_shard > MAX_IMAGES:
+        raise InputError(f"images_per_shard is {images_per_shard}: a shard can hold {MAX_IMAGES} at most")
     if packed < 0:
         raise InputError(f"packed is {packed}: it is the largest width to store packed, 0 for none")
     if not 0 <= max_corrupt <= 1:
         raise InputError(f"max_corrupt is {max_corrupt}: it is a share and must lie between 0 and 1")
 
 
-def check_classes(out: Path, split: str, classes: list[str]) -> None:
-    """Refuse classes that differ from those of another split, as a label would then mean two classes."""
+def settle_classes(out: Path, split: str, classes: list[str]) -> list[str]:
+    """The classes in label order, those of the training split if the validation split has no others.
+
+    Refuses classes that differ from those of another split, as a label would then mean two classes.
+    """
     for path in sorted(out.glob("*/*/manifest.json")):
         other = path.parent.parent.name
-        if other != split and (known := read_manifest(path.parent).classes) != classes:
+        known = classes if other == split else read_manifest(path.parent).classes
+        if (split, other) == ("val", "train") and set(classes) <= set(known):
+            return known
+        if known != classes:
             label = next(k for k in range(len(known) + 1) if known[k : k + 1] != classes[k : k + 1])
             raise InputError(
                 f"the source has {len(classes)} classes, {out / other} has {len(known)}, and label {label} is "
-                f"{classes[label : label + 1]} here and {known[label : label + 1]} there: the splits must agree"
+                f"{classes[label : label + 1]} here and {known[label : label + 1]} there: the splits must agree, or "
+                "train be prepared first and val lack some"
             )
+    return classes
+
+
+def print_listing(listing: Listing, classes: list[str]) -> None:
+    """Print what is left out before any image is decoded, and which classes have no images."""
+    if left_out := listing.about_left_out():
+        print(f"left out: {left_out}")
+    if empty := [name for name in classes if not listing.images.get(name)]:
+        print(f"{len(empty)} of {len(classes)} classes have no images: {examples(empty)}")
 
 
 def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
@@ -235,7 +262,9 @@ def print_summary(folder: Path, resolutions: list[int]) -> None:
     for resolution in resolutions:
         manifest = read_manifest(folder / str(resolution))
         print(
-            f"{folder / str(resolution)}: {manifest.count:,} images of {len(manifest.classes)} classes in "
-            f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards):,} bytes, "
+            f"{printable(str(folder / str(resolution)))}: {manifest.count:,} images of {len(manifest.classes)} classes "
+            f"in {len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards):,} bytes, "
             f"{manifest.skipped} unreadable images left out"
         )
+    for entry in manifest.extra.get("skipped", [])[:1]:
+        print(f"the first unreadable one is {printable(entry['name'])}: {printable(entry['reason'])}")

@@ -26,6 +26,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table, write_atomically
 from cdm_lightning.foundation.images import downscale, encode_photo
 from cdm_lightning.foundation.progress_bar import ProgressBar
+from cdm_lightning.foundation.terminal import printable
 
 PROGRESS = ".progress"  # a subfolder of the split while the preparation runs
 CHUNK = 8  # images reduced together: few enough to stay in the cache
@@ -79,7 +80,7 @@ def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dic
             records[record["number"]] = record
             bar.update(len(tasks[record["number"]].images))
             for entry in record["skipped"]:
-                bar.write(f"skipped {entry['name']}: {entry['reason']}", file=sys.stderr)
+                bar.write(f"skipped {printable(entry['name'])}: {printable(entry['reason'])}", file=sys.stderr)
             check_skipped(records, total, max_corrupt)
     seconds = time.monotonic() - started
     print(f"{count:,} images read in {seconds:.0f} s by {workers} workers: {count / seconds:.0f} images/s")
@@ -90,9 +91,10 @@ def check_skipped(records: dict[int, dict[str, Any]], total: int, max_corrupt: f
     """Refuse a source with a larger share of unreadable images than `max_corrupt`."""
     skipped = [entry for record in records.values() for entry in record["skipped"]]
     if len(skipped) > max_corrupt * total:
+        first = f"{printable(skipped[0]['name'])} ({printable(skipped[0]['reason'])})"
         raise InputError(
-            f"{len(skipped)} of {total} images ({len(skipped) / total:.2%}) cannot be read, the first is "
-            f"{skipped[0]['name']} ({skipped[0]['reason']}): more than max_corrupt = {max_corrupt:.2%} is an error"
+            f"{len(skipped)} of {total} images ({len(skipped) / total:.2%}) cannot be read, the first is {first}: more "
+            f"than max_corrupt = {max_corrupt:.2%} is an error"
         )
 
 
@@ -168,10 +170,15 @@ def read_squares(task: Task, skipped: list[dict[str, str]]) -> Iterator[tuple[in
     """(position, label, uint8 (R, R, C)) of each image, R the largest resolution; `skipped` gets unreadable ones."""
     for position, raw in enumerate(task.images, task.start):
         try:
-            picture = decode(raw.read(), task.grey)
+            square = cut_square(decode(raw.read(), task.grey), task.resolutions[0], task.crop)
+        except (ValueError, PermissionError) as error:
+            reason = "permission denied" if isinstance(error, PermissionError) else str(error)
+            skipped.append({"name": raw.name, "reason": reason})
+            continue
         except OSError as error:
             raise InputError(f"{raw.file} can no longer be read: {error.strerror or error}") from error
-        except ValueError as error:
-            skipped.append({"name": raw.name, "reason": str(error)})
-            continue
-        yield position, raw.label, cut_square(picture, task.resolutions[0], task.crop)
+        except MemoryError as error:
+            raise InputError(
+                f"{raw.name} of {raw.file} takes more memory than there is: use fewer --workers, or leave it out"
+            ) from error
+        yield position, raw.label, square
