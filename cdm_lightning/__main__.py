@@ -14,6 +14,7 @@ from typing import Any
 from cdm_lightning import __version__
 from cdm_lightning.foundation.errors import InputError, user_error
 from cdm_lightning.foundation.process_group import ending_together, exit_with_sentence, follows_a_refusal
+from cdm_lightning.foundation.stopping import ending_with_a_sentence
 from cdm_lightning.foundation.terminal import quiet_libraries
 
 
@@ -95,7 +96,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. An error of the user ends with one sentence and exit code 2.
+    """Run one command. An error of the user ends with one sentence and exit code 2, a signal with 128 + its number.
 
     arguments: None for sys.argv.
     """
@@ -107,9 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"cdm_lightning {__version__}")
         return
     sys.argv[1:] = arguments  # Lightning reads it, and starts further processes with it
-    with ending_together():
+    with ending_together(), ending_with_a_sentence():
         try:
             run(arguments)
+        except BrokenPipeError:
+            raise  # nobody reads the output any more
         except Exception as error:
             refusal = user_error(error)
             if refusal is None and not follows_a_refusal():

@@ -24,6 +24,7 @@ LEADER = "CDM_LEADER"  # environment variable: process id of the first process, 
 REFUSAL = "CDM_REFUSAL"  # environment variable: a file that exists once a process of the run has refused its input
 GRACE = 3.0  # seconds for a process to end by itself after another has refused its input
 refused_here = ""  # the refusal file, if this process wrote it
+limit: tuple[float, Callable[[], str]] | None = None  # when the present wait must be over, and what to say if it is not
 
 
 def torch_distributed() -> Any:
@@ -89,9 +90,30 @@ def ending_together() -> Iterator[None]:
                 os.environ.pop(name)
 
 
+@contextmanager
+def time_limit(seconds: float, describe: Callable[..., str], *arguments: Any) -> Iterator[None]:
+    """Exit with a sentence and code 2 if what is done within takes longer; for waits that nothing else can end.
+
+    describe: gives the sentence from the arguments, in another thread. Acts while a command of `cdm` runs.
+    """
+    global limit
+    limit = time.monotonic() + seconds, lambda: describe(*arguments)
+    try:
+        yield
+    finally:
+        limit = None
+
+
 def watch(stop: threading.Event) -> None:
-    """Until `stop` is set: exit if another process has refused its input, after GRACE seconds to end by itself."""
+    """Until `stop` is set: exit when a time limit is over.
+
+    Also exit if another process has refused its input, after GRACE seconds to end by itself.
+    """
     while not stop.wait(0.5):
+        if (present := limit) is not None and time.monotonic() > present[0]:
+            if claim_refusal():
+                print(f"cdm: error: {present[1]()}", file=sys.stderr, flush=True)
+            os._exit(2)
         if another_refused():
             # A leader that is gone may have ended normally, while this process still has work to do.
             if not stop.wait(10 * GRACE if is_follower() and leader_is_gone() else GRACE):

@@ -13,7 +13,8 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from cdm_lightning.foundation.stopping import stop
 
 FIRST_PROCESS = "CDM_FIRST_PROCESS"  # environment variable: process id of the process that started the others
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: send this process a signal when its parent ends
@@ -52,16 +53,12 @@ def end_with_first_process() -> None:
 class EndOnSigterm(L.Callback):
     """Ends a prediction at SIGTERM, with exit code 143; the processes that this one started end too.
 
-    Lightning itself only sets a flag at SIGTERM, which a prediction does not check. Stored results are kept.
+    Lightning's own handler waits for the other processes. Stored results are kept.
     """
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        def end(number: int, frame: Any) -> None:
-            rank_zero_info("SIGTERM: what is written stays, and the same command goes on")
-            raise SystemExit(128 + number)
-
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, end)  # Lightning restores the previous handler at the end
+            signal.signal(signal.SIGTERM, stop)  # Lightning restores the previous handler at the end
 
 
 def under_torchrun() -> bool:

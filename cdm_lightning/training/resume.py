@@ -13,10 +13,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from cdm_lightning.foundation import stopping
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Checkpoint(ModelCheckpoint):
@@ -26,8 +27,9 @@ class Checkpoint(ModelCheckpoint):
     that is killed there and resumed would miss both. This callback saves when the next batch starts. last.ckpt is
     always the newest checkpoint, and at the end holds the final step of the run.
 
-    SIGTERM and SIGUSR1 (SLURM sends it before the time limit) end the run after the current step, even if only one
-    process receives the signal: last.ckpt is saved, and all processes exit with code 128 + signal number.
+    SIGTERM, Ctrl-C and SIGUSR1 (SLURM sends it before the time limit) end the run at the next batch, even if only one
+    process receives the signal, and even if the batch does not come: last.ckpt is saved as it was after the last
+    optimizer step, and all processes exit with code 128 + signal number. A second Ctrl-C ends the run without saving.
 
     Args:
         dirpath: Folder of the checkpoints; null for <default_root_dir>/checkpoints.
@@ -45,8 +47,8 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,  # one last.ckpt, always the newest
             **kwargs,
         )
-        self.signal_number = 0  # the signal that this process received; 0: none
         self.step = 0  # the optimizer step at the last batch start
+        self.after_step: dict[str, Any] = {}  # what the batches accumulated since then have changed, as it was before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.dirpath is None:
@@ -55,13 +57,11 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.step, self.signal_number = trainer.global_step, 0
+        stopping.pending = 0
+        self.note_step(trainer, pl_module)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning's handlers act within a step; it restores them at the end
-                signal.signal(number, self.note_signal)
-
-    def note_signal(self, number: int, frame: Any) -> None:
-        self.signal_number = number
+                signal.signal(number, stopping.note_signal)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Do not save here, as Lightning would: the validation and the logs of this step come later."""
@@ -69,16 +69,57 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.step:
-            return  # no step since the last batch: a checkpoint would lose the gradients accumulated so far
+        if trainer.global_step != self.step:  # else a checkpoint would lose the gradients accumulated so far
+            self.note_step(trainer, pl_module)
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        if number := self.agreed_signal(trainer):
+            self.leave(trainer, pl_module, number)
+            raise stopping.Stopped(number, sentence="")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save if a signal came while the run waited for a batch: in the turn of on_train_batch_start."""
+        if isinstance(exception, stopping.StoppedWaiting):
+            if trainer.global_step != self.step:
+                self.note_step(trainer, pl_module)
+            self.leave(trainer, pl_module, self.agreed_signal(trainer))
+            exception.sentence = ""
+        super().on_exception(trainer, pl_module, exception)
+
+    def agreed_signal(self, trainer: L.Trainer) -> int:
+        """The signal that any process of the run has received; 0 if none. All processes must call this."""
+        if trainer.world_size == 1:
+            return stopping.pending
+        received = torch.tensor(stopping.pending, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
+
+    def leave(self, trainer: L.Trainer, pl_module: L.LightningModule, number: int) -> None:
+        """Save the run as it was after the last optimizer step, and say so."""
+        self.undo_batches(trainer, pl_module)
+        self.save_last_step(trainer)
+        path, name = Path(self.dirpath or "") / "last.ckpt", stopping.signal_name(number)
+        rank_zero_info(f"{name}: saved {path} at step {self.step}; the same command goes on")
+
+    def note_step(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Keep what the batches of the next step will change before it is taken."""
         self.step = trainer.global_step
-        super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        received = torch.tensor(self.signal_number, device=trainer.strategy.root_device)
-        if number := int(trainer.strategy.reduce(received, reduce_op="max")):
-            self.save_last_step(trainer)
-            path, name = Path(self.dirpath or "") / "last.ckpt", signal.Signals(number).name
-            rank_zero_info(f"{name}: saved {path} at step {self.step}; the same command goes on")
-            raise SystemExit(128 + number)
+        self.after_step = {"batches": batch_progress(trainer).total.processed}
+        if hasattr(pl_module, "meter"):
+            self.after_step["sums"] = dict(pl_module.meter.sums)  # its tensors are replaced, never changed
+        if (left_out := getattr(trainer.datamodule, "unsummed", None)) is not None:  # type: ignore[attr-defined]
+            self.after_step["unsummed"] = left_out.clone()
+
+    def undo_batches(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Forget the batches accumulated since the last optimizer step: their gradients are in no checkpoint."""
+        progress = batch_progress(trainer)
+        progress.is_last_batch = False  # it describes the next batch
+        undone = progress.total.processed - self.after_step["batches"]
+        for counts in (progress.total, progress.current) if undone else ():
+            batches = counts.processed - undone
+            counts.ready, counts.started, counts.processed, counts.completed = (batches,) * 4
+        if "sums" in self.after_step:
+            pl_module.meter.sums = self.after_step["sums"]
+        if "unsummed" in self.after_step:
+            trainer.datamodule.unsummed.copy_(self.after_step["unsummed"])  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save_last_step(trainer)  # first, so that starting the finished run again does nothing
@@ -125,6 +166,11 @@ class Checkpoint(ModelCheckpoint):
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= in_epoch or validation_ended_epoch(
             trainer, progress["total"]["processed"]
         )
+
+
+def batch_progress(trainer: Any) -> Any:
+    """Lightning's counts of the training's batches."""
+    return trainer.fit_loop.epoch_loop.batch_progress
 
 
 def validation_ended_epoch(trainer: Any, batches: int) -> bool:
