@@ -13,7 +13,12 @@ from typing import Any
 
 from cdm_lightning import __version__
 from cdm_lightning.foundation.errors import InputError, user_error
-from cdm_lightning.foundation.process_group import ending_together, exit_with_sentence, follows_a_refusal
+from cdm_lightning.foundation.process_group import (
+    connection_error,
+    ending_together,
+    exit_with_sentence,
+    follows_a_refusal,
+)
 from cdm_lightning.foundation.stopping import ending_with_a_sentence
 from cdm_lightning.foundation.terminal import quiet_libraries
 
@@ -115,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise  # nobody reads the output any more
         except Exception as error:
             refusal = user_error(error)
-            if refusal is None and not follows_a_refusal():
+            if refusal is None and not follows_a_refusal() and (refusal := connection_error(error)) is None:
                 raise
             sys.exit(2 if refusal is None else exit_with_sentence(refusal))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
 from cdm_lightning.data.stream import ShardStream, leave_signals_to_the_parent
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_float
-from cdm_lightning.foundation.process_group import time_limit
+from cdm_lightning.foundation.process_group import exit_now, time_limit
 from cdm_lightning.foundation.stopping import interruptible_wait
 
 SHARED_MEMORY = Path("/dev/shm")  # where torch puts the batches of reading processes, on Linux
@@ -28,8 +29,8 @@ PREFETCHED = 8  # batches that each reading process holds ready: enough to bridg
 class ResumableLoader(DataLoader):
     """A DataLoader of a ShardStream: every pass starts at the current place of the run, and no wait is without an end.
 
-    wait_limit: seconds to wait for a batch before InputError, which says what was to be read; without reading processes
-    the process ends, since its own read may not be interruptible.
+    wait_limit: seconds to wait for a batch before InputError, which says what was to be read. torch has a limit too,
+    but none while it takes a batch from a reading process, which may be stopped at that moment.
     """
 
     current_place: Callable[[], int] | None = None  # of a training; a signal may end its wait for a batch
@@ -39,22 +40,34 @@ class ResumableLoader(DataLoader):
         stream: Any = self.dataset
         if self.current_place is not None:
             stream.start = self.current_place()
-        batches, number, end = super().__iter__(), 0, object()
+        batches, number, end, late = super().__iter__(), 0, object(), []  # type: ignore[var-annotated]
+        give_up = partial(self.give_up, batches, late)
         while True:
-            with (
-                interruptible_wait() if self.current_place else nullcontext(),
-                nullcontext() if self.num_workers else time_limit(self.wait_limit, self.describe_wait, batches, number),
-            ):
-                try:
+            try:
+                with (
+                    interruptible_wait() if self.current_place else nullcontext(),
+                    time_limit(self.wait_limit + (1 if self.num_workers else 0), partial(give_up, number)),
+                ):
                     batch = next(batches, end)
-                except RuntimeError as error:
-                    if not str(error).startswith("DataLoader timed out"):
-                        raise
-                    raise InputError(self.describe_wait(batches, number)) from error
+            except BaseException as error:
+                if str(error).startswith("DataLoader timed out"):
+                    late.append(self.describe_wait(batches, number))
+                end_readers(batches)  # torch would wait for one that hangs
+                if late and isinstance(error, Exception):
+                    raise InputError(late[0]) from error
+                raise
             if batch is end:
                 return
             yield batch
             number += 1
+
+    def give_up(self, batches: Any, late: list[str], number: int) -> None:
+        """In another thread: end the readers, which ends a wait for them, or else this process."""
+        if late or not self.num_workers:
+            exit_now(late[0] if late else self.describe_wait(batches, number))
+        late.append(self.describe_wait(batches, number))
+        for reader in readers(batches):
+            reader.kill()
 
     def describe_wait(self, batches: Any, number: int) -> str:
         """A sentence about batch `number` of this pass, which has not come in time: who was to read what."""
@@ -295,6 +308,19 @@ class ShardDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]
         self.skipped = torch.tensor(state_dict.get("skipped", [0, 0]))
+
+
+def readers(batches: Any) -> list[Any]:
+    """The reading processes of a loader's iterator."""
+    return getattr(batches, "_workers", [])
+
+
+def end_readers(batches: Any) -> None:
+    """Kill the reading processes of a loader's iterator, also those that are stopped."""
+    for act in (lambda reader: reader.kill(), lambda reader: reader.join(1)):
+        for reader in readers(batches):
+            with suppress(RuntimeError):  # torch reports that one was killed
+                act(reader)
 
 
 def state_of(pid: int) -> str:

@@ -37,6 +37,8 @@ def user_error(error: BaseException | None) -> Exception | None:
                 f"a process that reads images was ended from outside, as happens when memory runs out "
                 f"({str(error).split('. ')[0]}): the same command goes on, with fewer data.num_workers if need be"
             )
+        if isinstance(error, RuntimeError) and "received 0 items of ancdata" in str(error) + str(error.__cause__):
+            return InputError("too many files are open: raise the limit by `ulimit -n`, or give fewer data.num_workers")
         error = error.__cause__
     return None
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-GOES_ON = "what is finished stays, and the same command goes on"
+GOES_ON = "what is written stays, and the same command goes on"
 pending = 0  # the signal that a training has noted, and will leave for at the next batch; 0: none
 waiting = False  # whether the process is in an interruptible wait
 
@@ -49,10 +49,11 @@ def ending_with_a_sentence() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if stopped.sentence and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{signal_name(stopped.number)}: {stopped.sentence}", file=sys.stderr, flush=True)
-        raise
+        raise stopped from None
     except BrokenPipeError:
         if not discard_closed_output():
             raise

@@ -13,8 +13,10 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from cdm_lightning.foundation.stopping import stop
+from cdm_lightning.foundation.process_group import watch_over
+from cdm_lightning.foundation.stopping import GOES_ON, Stopped, discard_blocked_output
 
 FIRST_PROCESS = "CDM_FIRST_PROCESS"  # environment variable: process id of the process that started the others
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: send this process a signal when its parent ends
@@ -56,9 +58,17 @@ class EndOnSigterm(L.Callback):
     Lightning's own handler waits for the other processes. Stored results are kept.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        watch_over(trainer.strategy.launcher)
+
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def end(number: int, frame: Any) -> None:
+            discard_blocked_output()
+            rank_zero_info(f"SIGTERM: {GOES_ON}")
+            raise Stopped(number, sentence="")
+
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)  # Lightning restores the previous handler at the end
+            signal.signal(signal.SIGTERM, end)  # Lightning restores the previous handler at the end
 
 
 def under_torchrun() -> bool:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from cdm_lightning.foundation import stopping
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.process_group import watch_over
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -54,6 +55,7 @@ class Checkpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+        watch_over(trainer.strategy.launcher)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
