@@ -19,7 +19,7 @@ from cdm_lightning.foundation.process_group import (
     exit_with_sentence,
     follows_a_refusal,
 )
-from cdm_lightning.foundation.stopping import ending_with_a_sentence
+from cdm_lightning.foundation.stopping import closed_outputs, ending_with_a_sentence
 from cdm_lightning.foundation.terminal import quiet_libraries
 
 
@@ -116,9 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ending_together(), ending_with_a_sentence():
         try:
             run(arguments)
-        except BrokenPipeError:
-            raise  # nobody reads the output any more
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and closed_outputs():
+                raise  # nobody reads the output any more
             refusal = user_error(error)
             if refusal is None and not follows_a_refusal() and (refusal := connection_error(error)) is None:
                 raise

@@ -55,8 +55,10 @@ def ending_with_a_sentence() -> Iterator[None]:
             print(f"{signal_name(stopped.number)}: {stopped.sentence}", file=sys.stderr, flush=True)
         raise stopped from None
     except BrokenPipeError:
-        if not discard_closed_output():
+        if not (closed := closed_outputs()):
             raise
+        for output in closed:
+            discard(output)  # else Python tries once more to write what is left
         raise SystemExit(128 + signal.SIGPIPE) from None
     finally:
         for number, handler in handlers.items():
@@ -101,16 +103,12 @@ def discard_blocked_output() -> None:
                 discard(output)
 
 
-def discard_closed_output() -> bool:
-    """Send stdout and stderr to nowhere if their reader is gone; returns whether one of them was."""
-    closed = []
+def closed_outputs() -> list[int]:
+    """Which of stdout and stderr have lost their reader."""
+    poll = select.poll()
     for output in (1, 2):
-        poll = select.poll()
         poll.register(output, select.POLLOUT)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            closed.append(output)
-            discard(output)
-    return bool(closed)
+    return [output for output, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
 
 
 def discard(output: int) -> None:
