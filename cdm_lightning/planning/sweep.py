@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -196,7 +197,13 @@ def run_on_server(config: dict[str, Any], folder: Path, count: int | None) -> li
     metric, trials = config["metric"]["name"], []
     try:
         sweep_id = wandb.sweep(config)
-        wandb.agent(sweep_id, count=count)
+        # At a KeyboardInterrupt, which is what it knows, the agent lets its runs end.
+        handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            wandb.agent(sweep_id, count=count)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         for run in wandb.Api().sweep(sweep_id).runs:
             trial = Trial({name: run.config.get(name) for name in config["parameters"]}, run.id)
             done = run.state == "finished"

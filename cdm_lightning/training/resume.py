@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,19 @@ class Checkpoint(ModelCheckpoint):
             self.note_step(trainer, pl_module)
             super().on_train_batch_end(trainer, pl_module, None, None, 0)
         if number := self.agreed_signal(trainer):
-            self.leave(trainer, pl_module, number)
+            self.undo_batches(trainer, pl_module)
+            self.save_last_step(trainer)
+            path, name = Path(self.dirpath or "") / "last.ckpt", stopping.signal_name(number)
+            rank_zero_info(f"{name}: saved {path} at step {self.step}; the same command goes on")
             raise stopping.Stopped(number, sentence="")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save if a signal came while the run waited for a batch: in the turn of on_train_batch_start."""
         if isinstance(exception, stopping.StoppedWaiting):
-            if trainer.global_step != self.step:
-                self.note_step(trainer, pl_module)
-            self.leave(trainer, pl_module, self.agreed_signal(trainer))
+            with suppress(stopping.Stopped):
+                self.on_train_batch_start(trainer, pl_module, None, 0)  # where the other processes are
             exception.sentence = ""
+        stopping.pending = 0
         super().on_exception(trainer, pl_module, exception)
 
     def agreed_signal(self, trainer: L.Trainer) -> int:
@@ -94,17 +98,12 @@ class Checkpoint(ModelCheckpoint):
         received = torch.tensor(stopping.pending, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(received, reduce_op="max"))
 
-    def leave(self, trainer: L.Trainer, pl_module: L.LightningModule, number: int) -> None:
-        """Save the run as it was after the last optimizer step, and say so."""
-        self.undo_batches(trainer, pl_module)
-        self.save_last_step(trainer)
-        path, name = Path(self.dirpath or "") / "last.ckpt", stopping.signal_name(number)
-        rank_zero_info(f"{name}: saved {path} at step {self.step}; the same command goes on")
-
     def note_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep what the batches of the next step will change before it is taken."""
         self.step = trainer.global_step
-        self.after_step = {"batches": batch_progress(trainer).total.processed}
+        loop = trainer.fit_loop.epoch_loop  # type: ignore[attr-defined]  # untyped there
+        counts = (loop.batch_progress, loop.automatic_optimization.optim_progress)
+        self.after_step = {"counts": [(each, each.state_dict()) for each in counts]}
         if hasattr(pl_module, "meter"):
             self.after_step["sums"] = dict(pl_module.meter.sums)  # its tensors are replaced, never changed
         if (left_out := getattr(trainer.datamodule, "unsummed", None)) is not None:  # type: ignore[attr-defined]
@@ -112,18 +111,16 @@ class Checkpoint(ModelCheckpoint):
 
     def undo_batches(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Forget the batches accumulated since the last optimizer step: their gradients are in no checkpoint."""
-        progress = batch_progress(trainer)
-        progress.is_last_batch = False  # it describes the next batch
-        undone = progress.total.processed - self.after_step["batches"]
-        for counts in (progress.total, progress.current) if undone else ():
-            batches = counts.processed - undone
-            counts.ready, counts.started, counts.processed, counts.completed = (batches,) * 4
+        for counts, before in self.after_step["counts"]:
+            counts.load_state_dict(before)
+        trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False  # type: ignore[attr-defined]  # it describes the next batch
         if "sums" in self.after_step:
             pl_module.meter.sums = self.after_step["sums"]
         if "unsummed" in self.after_step:
             trainer.datamodule.unsummed.copy_(self.after_step["unsummed"])  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stopping.pending = 0
         self.save_last_step(trainer)  # first, so that starting the finished run again does nothing
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
@@ -168,11 +165,6 @@ class Checkpoint(ModelCheckpoint):
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= in_epoch or validation_ended_epoch(
             trainer, progress["total"]["processed"]
         )
-
-
-def batch_progress(trainer: Any) -> Any:
-    """Lightning's counts of the training's batches."""
-    return trainer.fit_loop.epoch_loop.batch_progress
 
 
 def validation_ended_epoch(trainer: Any, batches: int) -> bool:
