@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ class ResumableLoader(DataLoader):
     current_place: Callable[[], int] | None = None  # of a training; a signal may end its wait for a batch
     wait_limit = 0.0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         stream: Any = self.dataset
         if self.current_place is not None:
             stream.start = self.current_place()

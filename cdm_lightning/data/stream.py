@@ -142,14 +142,16 @@ class ShardStream(IterableDataset):
         return downscale(image, self.resolution).contiguous(), torch.from_numpy(images.label), index
 
 
-def share(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def share(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Move a batch to shared memory, from which the parent takes it.
 
     torch would do so in a thread, whose error it prints while the parent waits for the lost batch. Raises InputError
     where there is no room.
     """
     try:
-        return tuple(tensor.share_memory_() for tensor in batch)
+        for tensor in batch:
+            tensor.share_memory_()
+        return batch
     except RuntimeError as error:
         size = sum(tensor.nbytes for tensor in batch)
         raise InputError(

@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -43,9 +43,7 @@ def ending_with_a_sentence() -> Iterator[None]:
 
     Within, SIGTERM and SIGINT raise Stopped.
     """
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = handle(stop, signal.SIGTERM, signal.SIGINT)
     try:
         yield
         sys.stdout.flush()
@@ -63,6 +61,17 @@ def ending_with_a_sentence() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def handle(handler: Callable[[int, Any], None], *numbers: int) -> dict[int, Any]:
+    """Set the handler of signals, except those that are ignored, as a shell's background process ignores Ctrl-C.
+
+    Returns the handlers before. Does nothing in another thread than the main one, which hears no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 @contextmanager

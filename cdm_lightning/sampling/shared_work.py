@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from cdm_lightning.foundation.process_group import watch_over
-from cdm_lightning.foundation.stopping import GOES_ON, Stopped, discard_blocked_output
+from cdm_lightning.foundation.stopping import GOES_ON, Stopped, discard_blocked_output, handle
 
 FIRST_PROCESS = "CDM_FIRST_PROCESS"  # environment variable: process id of the process that started the others
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: send this process a signal when its parent ends
@@ -67,8 +66,7 @@ class EndOnSigterm(L.Callback):
             rank_zero_info(f"SIGTERM: {GOES_ON}")
             raise Stopped(number, sentence="")
 
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, end)  # Lightning restores the previous handler at the end
+        handle(end, signal.SIGTERM)  # Lightning restores the previous handler at the end
 
 
 def under_torchrun() -> bool:

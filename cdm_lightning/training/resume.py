@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -62,9 +61,7 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         stopping.pending = 0
         self.note_step(trainer, pl_module)
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # Lightning's handlers act within a step; it restores them at the end
-                signal.signal(number, stopping.note_signal)
+        stopping.handle(stopping.note_signal, *SIGNALS)  # Lightning's act within a step; it restores them at the end
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Do not save here, as Lightning would: the validation and the logs of this step come later."""

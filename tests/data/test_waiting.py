@@ -92,6 +92,7 @@ for _ in DataLoader(ShardStream(folder, read_manifest(folder), 64, 8), batch_siz
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode != 0
     if sys.platform == "linux" and Path("/usr/bin/unshare").exists()

@@ -39,6 +39,15 @@ def test_a_signal_ends_a_command_with_a_sentence_and_its_code(monkeypatch, capsy
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    """As a shell sets it for a command that runs behind it."""
+    ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    process = start("print('begun', flush=True); time.sleep(0.5)", stdout=subprocess.PIPE, preexec_fn=ignoring)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+
+
 def test_a_full_pipe_does_not_keep_a_signal_from_being_heard():
     process = start("while True: print('a line', flush=True)", stdout=subprocess.PIPE)
     try:

@@ -271,7 +271,7 @@ class Interrupt(Callback):
     [
         (9, True, 4),  # one of two batches of the fifth step is done, and is done again
         (8, False, 4),  # likewise
-        (11, False, 6),  # a validation is due, and comes first
+        pytest.param(11, False, 6, marks=pytest.mark.long),  # a validation is due, and comes first
     ],
 )
 def test_ctrl_c_saves_the_run_which_goes_on_as_the_unbroken_one(whole, tmp_path, caplog, at, begins, step):
