@@ -14,7 +14,13 @@ from typing import Any
 
 from cdm_lightning import __version__
 from cdm_lightning.foundation.errors import InputError, user_error
-from cdm_lightning.foundation.process_group import ending_together, exit_with_sentence, follows_a_refusal
+from cdm_lightning.foundation.process_group import (
+    connection_error,
+    ending_together,
+    exit_with_sentence,
+    follows_a_refusal,
+)
+from cdm_lightning.foundation.stopping import closed_outputs, ending_with_a_sentence
 from cdm_lightning.foundation.terminal import quiet_libraries
 
 
@@ -104,7 +110,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. An error of the user ends with one sentence and exit code 2.
+    """Run one command. An error of the user ends with one sentence and exit code 2, a signal with 128 + its number.
 
     arguments: None for sys.argv.
     """
@@ -115,14 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[0] == "--version":
         print(f"cdm_lightning {__version__}")
         return
-    with ending_together():
+    with ending_together(), ending_with_a_sentence():
         try:
             arguments = import_modules(arguments)
             sys.argv[1:] = arguments  # Lightning reads it, and starts further processes with it
             run(arguments)
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and closed_outputs():
+                raise  # nobody reads the output any more
             refusal = user_error(error)
-            if refusal is None and not follows_a_refusal():
+            if refusal is None and not follows_a_refusal() and (refusal := connection_error(error)) is None:
                 raise
             sys.exit(2 if refusal is None else exit_with_sentence(refusal))
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from cdm_lightning.data.damaged_images import Damage, OnDamage, decode_damage
@@ -16,17 +20,71 @@ from cdm_lightning.data.stream import ShardStream, leave_signals_to_the_parent
 from cdm_lightning.foundation.class_names import check_same_classes
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_float
+from cdm_lightning.foundation.process_group import exit_now, time_limit
+from cdm_lightning.foundation.stopping import interruptible_wait
+
+SHARED_MEMORY = Path("/dev/shm")  # where torch puts the batches of reading processes, on Linux
+PREFETCHED = 8  # batches that each reading process holds ready: enough to bridge the reading of the next window
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader whose every pass starts at the current place of the run, not at the first image."""
+    """A DataLoader of a ShardStream: every pass starts at the current place of the run, and no wait is without an end.
 
-    current_place: Callable[[], int] | None = None
+    wait_limit: seconds to wait for a batch before InputError, which says what was to be read. torch has a limit too,
+    but none while it takes a batch from a reading process, which may be stopped at that moment.
+    """
+
+    current_place: Callable[[], int] | None = None  # of a training; a signal may end its wait for a batch
+    wait_limit = 0.0
 
     def __iter__(self) -> Any:
+        stream: Any = self.dataset
         if self.current_place is not None:
-            self.dataset.start = self.current_place()  # type: ignore[attr-defined]  # a ShardStream
-        return super().__iter__()
+            stream.start = self.current_place()
+        batches, number, end, late = super().__iter__(), 0, object(), []  # type: ignore[var-annotated]
+        give_up = partial(self.give_up, batches, late)
+        while True:
+            try:
+                with (
+                    interruptible_wait() if self.current_place else nullcontext(),
+                    time_limit(self.wait_limit + (1 if self.num_workers else 0), partial(give_up, number)),
+                ):
+                    batch = next(batches, end)
+            except BaseException as error:
+                if str(error).startswith("DataLoader timed out"):
+                    late.append(self.describe_wait(batches, number))
+                end_readers(batches)  # torch would wait for one that hangs
+                if late and isinstance(error, Exception):
+                    raise InputError(late[0]) from error
+                raise
+            if batch is end:
+                return
+            yield batch
+            number += 1
+
+    def give_up(self, batches: Any, late: list[str], number: int) -> None:
+        """In another thread: end the readers, which ends a wait for them, or else this process."""
+        if late or not self.num_workers:
+            exit_now(late[0] if late else self.describe_wait(batches, number))
+        late.append(self.describe_wait(batches, number))
+        for reader in readers(batches):
+            reader.kill()
+
+    def describe_wait(self, batches: Any, number: int) -> str:
+        """A sentence about batch `number` of this pass, which has not come in time: who was to read what."""
+        stream: Any = self.dataset
+        reader = "this process has read no batch"
+        if self.num_workers:
+            reader = "a reading process gave no batch"
+            with suppress(AttributeError, LookupError):  # torch's own tables
+                worker = batches._task_info[batches._rcvd_idx][0]
+                pid = batches._workers[worker].pid
+                reader = f"reading process {worker + 1} of {self.num_workers} (pid {pid}{state_of(pid)}) gave no batch"
+        shards = ", ".join(str(path) for path in stream.shards_of(number))
+        return (
+            f"{reader} for {self.wait_limit:g} s, which is data.timeout; it was to read from {shards}: once they "
+            "can be read, the same command goes on"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the data module saves the place. Having both methods tells Lightning that the loader can resume."""
@@ -52,6 +110,8 @@ class ShardDataModule(L.LightningDataModule):
             such split: with val_root, a model can train on them and be tested on real images.
         on_damage: refuse ends the run with an error at the first image or shard that is missing, damaged or does not
             match its manifest. skip leaves it out, and logs how many were left out (data/skipped_images).
+        timeout: Seconds to wait for a batch. A run that has waited longer ends with an error: a reading process hangs,
+            or the shards lie on a network disk that is gone.
     """
 
     trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
@@ -66,14 +126,18 @@ class ShardDataModule(L.LightningDataModule):
         seed: int = 0,
         val_root: Path | None = None,
         on_damage: OnDamage = "refuse",
+        timeout: float = 600,
     ) -> None:
         super().__init__()
         if window < 1 or num_workers < 0:
             raise InputError(f"window {window} must be at least 1, and num_workers {num_workers} at least 0")
+        if not timeout > 0:
+            raise InputError(f"timeout {timeout} of the data is not positive: it is the seconds to wait for a batch")
         self.roots = {"train": Path(root), "val": Path(root if val_root is None else val_root)}
         self.batch_size, self.num_workers = batch_size, num_workers
         self.flip, self.window, self.seed = flip, window, seed
         self.seen, self.batches_before, self.on_damage = 0, 0, on_damage
+        self.timeout, self.prefetched = timeout, PREFETCHED
         self.splits: dict[str, tuple[Path, Manifest]] = {}
         self.skipped = torch.zeros(2, dtype=torch.int64)  # images left out of training, and stand-ins, of all processes
         self.unsummed = torch.zeros(2, dtype=torch.int64)  # the same, of this process since the last sum over processes
@@ -92,6 +156,7 @@ class ShardDataModule(L.LightningDataModule):
             folder, manifest = self.manifest(split)
             self.check_classes(manifest.class_names, folder)
         self.check_classes(getattr(self.trainer.lightning_module, "origin", {}).get("classes"), "the cascade")
+        self.prefetched = self.fit_shared_memory()
 
     def manifest(self, split: str) -> tuple[Path, Manifest]:
         """The folder and manifest of a split, read once per run and checked against the trained module."""
@@ -134,6 +199,33 @@ class ShardDataModule(L.LightningDataModule):
             )
         return self.batch_size // parts
 
+    def fit_shared_memory(self) -> int:
+        """How many batches each reading process may hold ready. Raises InputError if not one of each fits.
+
+        The batches lie in shared memory, which in a container often holds 64 MB. Two loaders share it, since the
+        readers of the training keep theirs during a validation.
+        """
+        if not self.num_workers or not SHARED_MEMORY.is_dir():
+            return PREFETCHED
+        module: Any = self.trainer.lightning_module
+        images, space = self.micro_batch(), os.statvfs(SHARED_MEMORY)
+        batch = images * (module.image_channels * module.resolution**2 + 16) + 3 * space.f_frsize  # labels, indices
+        free, loaders = space.f_bavail * space.f_frsize, 2 * self.trainer.num_devices
+        ready = (free // loaders // batch - 2) // self.num_workers  # two more are in the hands of the training
+        if ready < 1:
+            least = loaders * batch * (self.num_workers + 2)
+            raise InputError(
+                f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free, and {self.num_workers} reading processes for each of "
+                f"{self.trainer.num_devices} processes need {least / 1e6:,.0f} MB for batches of {images} images: give "
+                f"fewer data.num_workers, a smaller micro-batch, or a larger {SHARED_MEMORY} (docker run --shm-size)"
+            )
+        if ready < PREFETCHED:
+            rank_zero_warn(
+                f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free: each reading process reads {ready} batches ahead, not "
+                f"{PREFETCHED}"
+            )
+        return min(ready, PREFETCHED)
+
     def loader(self, split: str, batch_size: int, **options: Any) -> ResumableLoader:
         """The loader of a split's stream, for this process."""
         folder, manifest = self.manifest(split)
@@ -143,14 +235,17 @@ class ShardDataModule(L.LightningDataModule):
             folder, manifest, module.resolution, batch_size, rank, world_size, self.seed, self.window,
             on_damage=self.on_damage, **options,
         )  # fmt: skip
-        return ResumableLoader(
+        loader = ResumableLoader(
             stream,
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            prefetch_factor=8 if self.num_workers else None,  # enough batches to bridge the reading of the next window
+            prefetch_factor=self.prefetched if self.num_workers else None,
+            timeout=self.timeout if self.num_workers else 0,
             worker_init_fn=leave_signals_to_the_parent,
         )
+        loader.wait_limit = self.timeout
+        return loader
 
     def train_dataloader(self) -> ResumableLoader:
         """An endless stream. Its length, for the progress bar, is max_steps where given, else one epoch."""
@@ -226,3 +321,24 @@ class ShardDataModule(L.LightningDataModule):
         self.check_classes(state_dict.get("classes"), "the checkpoint")
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]
         self.skipped = torch.tensor(state_dict.get("skipped", [0, 0]))
+
+
+def readers(batches: Any) -> list[Any]:
+    """The reading processes of a loader's iterator."""
+    return getattr(batches, "_workers", [])
+
+
+def end_readers(batches: Any) -> None:
+    """Kill the reading processes of a loader's iterator, also those that are stopped."""
+    for act in (lambda reader: reader.kill(), lambda reader: reader.join(1)):
+        for reader in readers(batches):
+            with suppress(RuntimeError):  # torch reports that one was killed
+                act(reader)
+
+
+def state_of(pid: int) -> str:
+    """What Linux says of a process that does not answer, as ", stopped"; empty where that says nothing."""
+    with suppress(OSError):
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return {"T": ", stopped", "D": ", waiting for a disk or a network file", "Z": ", ended"}.get(letter, "")
+    return ""

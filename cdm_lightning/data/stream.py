@@ -62,7 +62,16 @@ class ShardStream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for places, images in in_batches(self.open_windows(), self.batch_size):
-            yield self.collate(places, images)
+            batch = self.collate(places, images)
+            yield share(batch) if torch.utils.data.get_worker_info() else batch
+
+    def shards_of(self, batch: int) -> list[Path]:
+        """The files of the window that holds the first image of a batch of this rank, counted from `start`."""
+        place = self.start + self.rank + batch * self.batch_size * self.world_size
+        for first, shards, order in self.windows():
+            if place < first + len(order):
+                return [self.folder / shard.name for shard in shards]
+        raise AssertionError("the sequence has no end")
 
     def stand_in(self) -> Images:
         """The first intact image of the window, or else of the folder. It depends only on which images are damaged."""
@@ -133,16 +142,36 @@ class ShardStream(IterableDataset):
         return downscale(image, self.resolution).contiguous(), torch.from_numpy(images.label), index
 
 
+def share(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Move a batch to shared memory, from which the parent takes it.
+
+    torch would do so in a thread, whose error it prints while the parent waits for the lost batch. Raises InputError
+    where there is no room.
+    """
+    try:
+        for tensor in batch:
+            tensor.share_memory_()
+        return batch
+    except RuntimeError as error:
+        size = sum(tensor.nbytes for tensor in batch)
+        raise InputError(
+            f"a reading process has no room for a batch of {size / 1e6:.3g} MB in shared memory, /dev/shm on Linux "
+            f"({' '.join(str(error).split())}): give fewer data.num_workers, or a larger /dev/shm (docker run "
+            "--shm-size), and the same command goes on"
+        ) from error
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
     """Let a reading process outlive signals that are sent to the whole group, so that the training process can save.
 
-    A reader ends when its parent ends. It ignores SIGUSR1. After a first SIGTERM it goes on reading for at most five
-    minutes; a second one, which a parent sends to a reader that is stuck, ends it at once.
+    A reader ends when its parent ends. It ignores SIGUSR1 and Ctrl-C. After a first SIGTERM it goes on reading for at
+    most five minutes; a second one, which a parent sends to a reader that is stuck, ends it at once.
     """
 
     def once(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.alarm(300)
 
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, once)

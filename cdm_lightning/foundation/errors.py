@@ -28,10 +28,17 @@ def user_error(error: BaseException | None) -> Exception | None:
         if is_misconfiguration(error):
             return InputError(" ".join(str(error).split()))
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+            if "Bus error" in str(error):
+                return InputError(
+                    "a process that reads images found no room in /dev/shm: give fewer data.num_workers, or a larger "
+                    "/dev/shm (docker run --shm-size), and the same command goes on"
+                )
             return InputError(
                 f"a process that reads images was ended from outside, as happens when memory runs out "
                 f"({str(error).split('. ')[0]}): the same command goes on, with fewer data.num_workers if need be"
             )
+        if isinstance(error, RuntimeError) and "received 0 items of ancdata" in str(error) + str(error.__cause__):
+            return InputError("too many files are open: raise the limit by `ulimit -n`, or give fewer data.num_workers")
         error = error.__cause__
     return None
 

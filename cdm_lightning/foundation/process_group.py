@@ -8,22 +8,36 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 from cdm_lightning.foundation.errors import InputError, error_sentence
+from cdm_lightning.foundation.stopping import GOES_ON
 
 LEADER = "CDM_LEADER"  # environment variable: process id of the first process, which started the others
 REFUSAL = "CDM_REFUSAL"  # environment variable: a file that exists once a process of the run has refused its input
 GRACE = 3.0  # seconds for a process to end by itself after another has refused its input
+ENDED = f"another process of this run ended before its time: {GOES_ON}"
 refused_here = ""  # the refusal file, if this process wrote it
+followers: list[Any] = []  # the processes (Popen) that this one started, as far as it watches over them
+limit: Limit | None = None  # of the present wait
+
+
+@dataclass
+class Limit:
+    """Of a wait: when it must be over (time.monotonic), and what to do if it is not."""
+
+    end: float
+    give_up: Callable[[], None]
 
 
 def torch_distributed() -> Any:
@@ -45,9 +59,29 @@ def wait_for_all() -> None:
     try:
         connection.barrier()
     except RuntimeError as error:  # gloo: the connection closed
-        raise InputError(
-            "another process of this run ended before its time: what is written stays, and the same command goes on"
-        ) from error
+        raise InputError(ENDED) from error
+
+
+def connection_error(error: BaseException) -> InputError | None:
+    """What to say of an error that the end or the silence of another process has caused; None for other errors."""
+    if (connection := torch_distributed()) is None or not isinstance(error, RuntimeError):
+        return None
+    reason = str(error)
+    if "Timed out waiting" in reason:  # gloo
+        return InputError(f"another process of this run does not answer ({reason.splitlines()[0]}): {GOES_ON}")
+    return InputError(ENDED) if "gloo" in reason or isinstance(error, connection.DistError) else None
+
+
+def watch_over(launcher: Any) -> None:
+    """End this process with a sentence if one dies that Lightning's launcher has started.
+
+    Lightning's own observer would kill this process without a word. Call it after the launch; it does nothing outside
+    of a command of `cdm`.
+    """
+    started = getattr(launcher, "procs", [])
+    if LEADER in os.environ and not is_follower():
+        followers.extend(started)
+        started.clear()  # the observer sees that there is nothing to observe
 
 
 def exit_with_sentence(error: Exception) -> int:
@@ -73,6 +107,7 @@ def ending_together() -> Iterator[None]:
         name = f"cdm-{os.getpid()}-{secrets.token_hex(8)}"
         os.environ |= {LEADER: str(os.getpid()), REFUSAL: str(Path(tempfile.gettempdir()) / name)}
     stop, others = threading.Event(), set(active_children())
+    followers.clear()
     threading.Thread(target=watch, args=(stop,), daemon=True).start()
     try:
         yield
@@ -81,7 +116,7 @@ def ending_together() -> Iterator[None]:
         for reader in set(active_children()) - others:  # else Python waits for them at its exit
             with suppress(RuntimeError):  # torch reports that it was killed
                 reader.kill()
-                reader.join()
+                reader.join(GRACE)
         if not is_follower():
             with suppress(OSError):
                 Path(os.environ[REFUSAL]).unlink()
@@ -89,9 +124,40 @@ def ending_together() -> Iterator[None]:
                 os.environ.pop(name)
 
 
+@contextmanager
+def time_limit(seconds: float, give_up: Callable[[], None]) -> Iterator[None]:
+    """Call `give_up` in another thread if what is done within takes longer, and again every GRACE seconds.
+
+    For waits that nothing else can end. Acts while a command of `cdm` runs.
+    """
+    global limit
+    limit = Limit(time.monotonic() + seconds, give_up)
+    try:
+        yield
+    finally:
+        limit = None
+
+
+def exit_now(sentence: str) -> None:
+    """End this process with a message and exit code 2, whatever its main thread waits for."""
+    if claim_refusal():  # which ends the other processes of the run
+        print(f"cdm: error: {sentence}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 def watch(stop: threading.Event) -> None:
-    """Until `stop` is set: exit if another process has refused its input, after GRACE seconds to end by itself."""
+    """Until `stop` is set: give up a wait whose time is over, and exit where another process has died.
+
+    Also exit if another process has refused its input, after GRACE seconds to end by itself.
+    """
     while not stop.wait(0.5):
+        if (present := limit) is not None and time.monotonic() > present.end:
+            present.end = time.monotonic() + GRACE
+            present.give_up()
+        if any(follower.poll() in (1, -signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV) for follower in followers):
+            if not stop.wait(GRACE):  # its connection is closed, which ends most waits
+                exit_now(ENDED)
+            return
         if another_refused():
             # A leader that is gone may have ended normally, while this process still has work to do.
             if not stop.wait(10 * GRACE if is_follower() and leader_is_gone() else GRACE):

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -151,13 +152,23 @@ def run_one(config: Mapping[str, Any], trial: Trial, folder: Path) -> str:
         "WANDB_SWEEP_PARAM_PATH": str(run / "sweep.yaml"),  # adds the parameters to the run's config, as the agent does
     }
     with (run / "stderr.txt").open("w") as stderr:
-        code = subprocess.run(trial_command(config, trial.parameters), env=environment, stderr=stderr).returncode
+        code = run_to_end(subprocess.Popen(trial_command(config, trial.parameters), env=environment, stderr=stderr))
     if not code:
         return ""
     lines = [line.strip() for line in (run / "stderr.txt").read_text(errors="replace").splitlines() if line.strip()]
     start = [i for i, line in enumerate(lines) if line.startswith(("cdm: error: ", "error: "))] or [-1]
     reason = " ".join(lines[start[-1] :]).removeprefix("cdm: ").removeprefix("error: ")
     return (f"killed by signal {-code}" if code < 0 else f"exit code {code}") + (f": {reason}" if reason else "")
+
+
+def run_to_end(process: subprocess.Popen) -> int:
+    """The exit code of a process. If this one is told to stop, so is that, which may take a moment to save."""
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def last_metrics(run: Path) -> dict[str, float]:
@@ -187,7 +198,13 @@ def run_on_server(config: dict[str, Any], folder: Path, count: int | None) -> li
     metric, trials = config["metric"]["name"], []
     try:
         sweep_id = wandb.sweep(config)
-        wandb.agent(sweep_id, count=count)
+        # At a KeyboardInterrupt, which is what it knows, the agent lets its runs end.
+        handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            wandb.agent(sweep_id, count=count)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         for run in wandb.Api().sweep(sweep_id).runs:
             trial = Trial({name: run.config.get(name) for name in config["parameters"]}, run.id)
             done = run.state == "finished"

@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.process_group import watch_over
+from cdm_lightning.foundation.stopping import GOES_ON, Stopped, discard_blocked_output, handle
 
 FIRST_PROCESS = "CDM_FIRST_PROCESS"  # environment variable: process id of the process that started the others
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: send this process a signal when its parent ends
@@ -64,16 +65,19 @@ def end_with_first_process() -> None:
 class EndOnSigterm(L.Callback):
     """Ends a prediction at SIGTERM, with exit code 143; the processes that this one started end too.
 
-    Lightning itself only sets a flag at SIGTERM, which a prediction does not check. Stored results are kept.
+    Lightning's own handler waits for the other processes. Stored results are kept.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        watch_over(trainer.strategy.launcher)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         def end(number: int, frame: Any) -> None:
-            rank_zero_info("SIGTERM: what is written stays, and the same command goes on")
-            raise SystemExit(128 + number)
+            discard_blocked_output()
+            rank_zero_info(f"SIGTERM: {GOES_ON}")
+            raise Stopped(number, sentence="")
 
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, end)  # Lightning restores the previous handler at the end
+        handle(end, signal.SIGTERM)  # Lightning restores the previous handler at the end
 
 
 def under_torchrun() -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from cdm_lightning.foundation import stopping
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.process_group import watch_over
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Checkpoint(ModelCheckpoint):
@@ -26,8 +28,9 @@ class Checkpoint(ModelCheckpoint):
     that is killed there and resumed would miss both. This callback saves when the next batch starts. last.ckpt is
     always the newest checkpoint, and at the end holds the final step of the run.
 
-    SIGTERM and SIGUSR1 (SLURM sends it before the time limit) end the run after the current step, even if only one
-    process receives the signal: last.ckpt is saved, and all processes exit with code 128 + signal number.
+    SIGTERM, Ctrl-C and SIGUSR1 (SLURM sends it before the time limit) end the run at the next batch, even if only one
+    process receives the signal, and even if the batch does not come: last.ckpt is saved as it was after the last
+    optimizer step, and all processes exit with code 128 + signal number. A second Ctrl-C ends the run without saving.
 
     Args:
         dirpath: Folder of the checkpoints; null for <default_root_dir>/checkpoints.
@@ -45,23 +48,20 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,  # one last.ckpt, always the newest
             **kwargs,
         )
-        self.signal_number = 0  # the signal that this process received; 0: none
         self.step = 0  # the optimizer step at the last batch start
+        self.after_step: dict[str, Any] = {}  # what the batches accumulated since then have changed, as it was before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+        watch_over(trainer.strategy.launcher)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.step, self.signal_number = trainer.global_step, 0
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # Lightning's handlers act within a step; it restores them at the end
-                signal.signal(number, self.note_signal)
-
-    def note_signal(self, number: int, frame: Any) -> None:
-        self.signal_number = number
+        stopping.pending = 0
+        self.note_step(trainer, pl_module)
+        stopping.handle(stopping.note_signal, *SIGNALS)  # Lightning's act within a step; it restores them at the end
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Do not save here, as Lightning would: the validation and the logs of this step come later."""
@@ -69,18 +69,55 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.step:
-            return  # no step since the last batch: a checkpoint would lose the gradients accumulated so far
-        self.step = trainer.global_step
-        super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        received = torch.tensor(self.signal_number, device=trainer.strategy.root_device)
-        if number := int(trainer.strategy.reduce(received, reduce_op="max")):
+        if trainer.global_step != self.step:  # else a checkpoint would lose the gradients accumulated so far
+            self.note_step(trainer, pl_module)
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        if number := self.agreed_signal(trainer):
+            self.undo_batches(trainer, pl_module)
             self.save_last_step(trainer)
-            path, name = Path(self.dirpath or "") / "last.ckpt", signal.Signals(number).name
+            path, name = Path(self.dirpath or "") / "last.ckpt", stopping.signal_name(number)
             rank_zero_info(f"{name}: saved {path} at step {self.step}; the same command goes on")
-            raise SystemExit(128 + number)
+            raise stopping.Stopped(number, sentence="")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save if a signal came while the run waited for a batch: in the turn of on_train_batch_start."""
+        if isinstance(exception, stopping.StoppedWaiting):
+            with suppress(stopping.Stopped):
+                self.on_train_batch_start(trainer, pl_module, None, 0)  # where the other processes are
+            exception.sentence = ""
+        stopping.pending = 0
+        super().on_exception(trainer, pl_module, exception)
+
+    def agreed_signal(self, trainer: L.Trainer) -> int:
+        """The signal that any process of the run has received; 0 if none. All processes must call this."""
+        if trainer.world_size == 1:
+            return stopping.pending
+        received = torch.tensor(stopping.pending, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
+
+    def note_step(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Keep what the batches of the next step will change before it is taken."""
+        self.step = trainer.global_step
+        loop = trainer.fit_loop.epoch_loop  # type: ignore[attr-defined]  # untyped there
+        counts = (loop.batch_progress, loop.automatic_optimization.optim_progress)
+        self.after_step = {"counts": [(each, each.state_dict()) for each in counts]}
+        if hasattr(pl_module, "meter"):
+            self.after_step["sums"] = dict(pl_module.meter.sums)  # its tensors are replaced, never changed
+        if (left_out := getattr(trainer.datamodule, "unsummed", None)) is not None:  # type: ignore[attr-defined]
+            self.after_step["unsummed"] = left_out.clone()
+
+    def undo_batches(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Forget the batches accumulated since the last optimizer step: their gradients are in no checkpoint."""
+        for counts, before in self.after_step["counts"]:
+            counts.load_state_dict(before)
+        trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False  # type: ignore[attr-defined]  # it describes the next batch
+        if "sums" in self.after_step:
+            pl_module.meter.sums = self.after_step["sums"]
+        if "unsummed" in self.after_step:
+            trainer.datamodule.unsummed.copy_(self.after_step["unsummed"])  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stopping.pending = 0
         self.save_last_step(trainer)  # first, so that starting the finished run again does nothing
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
 

@@ -207,7 +207,7 @@ def attached(root, batch_size=12, world_size=1, accumulate=1, max_steps=5, resol
     module = SimpleNamespace(resolution=resolution, image_channels=channels, num_classes=classes)
     data, progress = ShardDataModule(root, batch_size), SimpleNamespace(total=SimpleNamespace(processed=0))
     data.trainer = SimpleNamespace(
-        world_size=world_size, global_rank=0, accumulate_grad_batches=accumulate, max_steps=max_steps,
+        world_size=world_size, global_rank=0, accumulate_grad_batches=accumulate, max_steps=max_steps, num_devices=1,
         lightning_module=module, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )  # fmt: skip
     return data

@@ -233,12 +233,18 @@ pathlib.Path.replace = slowly
 """
 
 
-def start(source: Path, out: Path, workers: int) -> subprocess.Popen[str]:
-    """Every file takes its name slowly, in the workers too, so that no machine is done before it is stopped."""
+def start(source: Path, out: Path, workers: int, command: bool = False) -> subprocess.Popen[str]:
+    """A preparation in a process group of its own, as `cdm prepare` if `command`.
+
+    Every file takes its name slowly, in the workers too, so that no machine is done before it is stopped."""
     early = out.parent / "early"
     early.mkdir()
     (early / "sitecustomize.py").write_text(SLOWLY)  # which every process of Python runs before its own program
-    code = f"""
+    words = ["prepare", "folder", "--source", str(source), "--out", str(out), "--resolutions", "[64,32]"]
+    words += ["--images_per_shard", "4", "--workers", str(workers), "--max_corrupt", "0.01"]
+    code = f"from cdm_lightning.__main__ import main\nif __name__ == '__main__': main({words})"
+    if not command:
+        code = f"""
 from pathlib import Path
 from cdm_lightning.data.preparation.prepare import prepare_folder
 if __name__ == "__main__":
@@ -247,8 +253,9 @@ if __name__ == "__main__":
 """
     environment = {**os.environ, "PYTHONPATH": f"{early}:{ROOT}"}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def wait_for_records(out: Path, process: subprocess.Popen[str], count: int) -> list[Path]:
@@ -309,6 +316,18 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, unbroken: tuple[Pa
     assert hashes(tmp_path / "out") == expected
     again = {f.stem for f, written in times(out).items() if written != before.get(f)}
     assert lost in again and not again & set(kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_ctrl_c_ends_all_workers_with_one_sentence(tmp_path: Path, unbroken: tuple[Path, dict[str, str]]) -> None:
+    process = start(unbroken[0], tmp_path / "out", workers=2, command=True)
+    wait_for_records(tmp_path / "out", process, 1)
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.endswith("Ctrl-C: what is written stays, and the same command goes on\n")
+    assert len(workers) == 2 and not any(map(alive, workers))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,8 @@ from wandb import wandb_agent
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.planning.sweep import grid, read_sweep, sweep, trial_command, trial_id
+from cdm_lightning.foundation.stopping import Stopped, ending_with_a_sentence
+from cdm_lightning.planning.sweep import grid, read_sweep, run_to_end, sweep, trial_command, trial_id
 
 SWEEPS = {"level": 10, "augmentation": 5, "blur": 9, "lr": 5}  # and how many combinations each has
 FOLDER = ROOT / "experiments" / "sweeps"
@@ -312,3 +315,14 @@ def test_online_without_a_login_is_one_sentence(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(wandb, "sweep", nobody)
     sentence = sentence_of_refusal(capsys, ["sweep", "--file", str(FOLDER / "lr.yaml"), "--out", str(tmp_path)])
     assert "Use `wandb login` to log in. (`--offline true` runs it without W&B's server)" in sentence
+
+
+def test_a_sweep_that_is_told_to_stop_lets_the_run_in_hand_save_itself(capsys):
+    saving = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(flush=True); time.sleep(60)"
+    run = subprocess.Popen([sys.executable, "-c", saving], stdout=subprocess.PIPE)
+    run.stdout.readline()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped), ending_with_a_sentence():
+        run_to_end(run)
+    assert run.returncode == 143
+    assert capsys.readouterr().err == "SIGTERM: what is written stays, and the same command goes on\n"

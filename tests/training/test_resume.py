@@ -251,6 +251,57 @@ def test_a_run_goes_on_from_every_kind_of_step(whole, tmp_path, halt):
     assert curve(tmp_path) == curve(whole)
 
 
+class Interrupt(Callback):
+    """Ctrl-C as a batch begins, or as it ends: the run then hears it where it waits for the next one."""
+
+    def __init__(self, at: int, begins: bool):
+        self.at, self.begins = at, begins
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.begins and batch_idx == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not self.begins and batch_idx == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "at, begins, step",
+    [
+        (9, True, 4),  # one of two batches of the fifth step is done, and is done again
+        (8, False, 4),  # likewise
+        pytest.param(11, False, 6, marks=pytest.mark.long),  # a validation is due, and comes first
+    ],
+)
+def test_ctrl_c_saves_the_run_which_goes_on_as_the_unbroken_one(whole, tmp_path, caplog, at, begins, step):
+    more = [{"class_path": "test_resume.Interrupt", "init_args": {"at": at, "begins": begins}}]
+    with pytest.raises(SystemExit) as stop:
+        main(command(tmp_path, *more, **NETWORK, **{"data.num_workers": 0, "trainer.max_steps": 10}))
+    assert stop.value.code == 130
+    assert f"Ctrl-C: saved {tmp_path}/checkpoints/last.ckpt at step {step}; the same command goes on" in caplog.text
+    assert last(tmp_path)["global_step"] == step
+    in_process(tmp_path)
+    assert same_run(whole, tmp_path) == []
+    assert curve(tmp_path) == curve(whole)
+
+
+class InterruptTwice(Callback):
+    """Ctrl-C twice within the third step."""
+
+    def on_before_optimizer_step(self, trainer, *args):
+        for _ in range(2 * (trainer.global_step == 2)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command(tmp_path, {"class_path": "test_resume.InterruptTwice"}, **NETWORK, **{"data.num_workers": 0}))
+    assert stop.value.code == 130
+    assert "Ctrl-C: the steps since the newest checkpoint are not saved; the same command" in capsys.readouterr().err
+    assert last(tmp_path)["global_step"] == 2
+
+
 @pytest.mark.parametrize("halts", [[7], pytest.param([3, 7], marks=pytest.mark.long)])
 def test_a_run_by_passes_goes_on_too(tmp_path, halts):
     """With max_epochs Lightning asks for the loader before it has counted what was done; a pass is 6 steps."""

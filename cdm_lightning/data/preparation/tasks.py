@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -108,17 +109,32 @@ def run_tasks(tasks: list[Task], workers: int) -> Generator[dict[str, Any]]:
         finally:
             torch.set_num_threads(threads)
         return
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=start_worker)
+    pool, wait = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=start_worker), True
     try:
-        for future in as_completed([pool.submit(make_shard, task) for task in tasks]):
+        with without_interrupts():
+            futures = [pool.submit(make_shard, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
+    except (KeyboardInterrupt, SystemExit):
+        wait = False  # `cdm` ends the workers; what they leave unfinished is made again
+        raise
     except BrokenProcessPool as error:
         raise InputError(
             f"one of {workers} workers was ended from outside, as happens when memory runs out: "
             "give the same command with fewer --workers, it goes on from here"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait, cancel_futures=True)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes and threads that are started within never hear a Ctrl-C, which is the parent's to answer."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def start_worker() -> None:
