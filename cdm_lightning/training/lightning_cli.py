@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from inspect import signature
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.parser import OneSentence
+from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
 from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, Trainer
 from cdm_lightning.training.progress import Progress, RunSummary
@@ -59,6 +62,19 @@ def refuse_old_class_paths(arguments: Iterable[str]) -> None:
         for old, new in MOVED_CLASSES.items():
             if re.search(rf"\bcdm_lightning\.{re.escape(old)}\b", text):
                 raise InputError(f"{where}cdm_lightning.{old} is cdm_lightning.{new} now")
+
+
+class Parser(OneSentence, LightningArgumentParser):
+    """The parser of Lightning's commands."""
+
+    example = "fit --config experiments/defaults.yaml --config experiments/fashion/defaults.yaml " + (
+        "--config experiments/fashion/base8.yaml"
+    )
+
+    def names(self) -> list[str]:
+        """Those of the parser, and the arguments of a stage."""
+        stage = {**signature(DiffusionStage).parameters, **signature(SuperResolutionStage).parameters}
+        return [*super().names(), *(f"model.{name}" for name in stage if "--model" in self._option_string_actions)]
 
 
 class CommandLine(LightningCLI):
@@ -169,6 +185,7 @@ def run() -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_class=Parser,
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},
     )
 
