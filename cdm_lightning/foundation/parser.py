@@ -56,7 +56,7 @@ class Problem:
         if isinstance(value, list):
             value = f"[{', '.join(map(str, value))}]" if file else ",".join(map(str, value))
         if right and file:
-            right = right.rpartition(".")[2] + (f": {value}" if value is not None else "")
+            right = right if value is None else f"{right.rpartition('.')[2]}: {value}"
         elif right:
             right = f"--{right}" + (f" {value}" if value is not None else "")
         return f"{start} {self.text}{f'{self.link} {right}' if right else ''}".strip()
@@ -149,6 +149,8 @@ class OneSentence:
                 return Problem(f"{key}.{inner.key}", f"comes before its class: first --{key} CLASS, or --config FILE")
             if "is no option" in inner.text and not inner.right:
                 return Problem(f"{key}.{inner.key}", f"is no option: `{command} --{key}.help CLASS` lists them")
+            if inner.value is None and (nested := re.search(r"NestedArg\(key='[^']*', val='([^']*)'\)", rest)):
+                inner = replace(inner, value=nested[1])
             return inner.inside(key)
         if inner is not None:
             return inner
@@ -180,8 +182,6 @@ class OneSentence:
         """The problem of an option that does not exist, with the nearest one."""
         command = self.prog.replace(" [options]", "")
         if close := nearest(name, self.names()):
-            if value is None and not self.reading:
-                value = next((word.partition("=")[2] for word in self.args if word.startswith(f"--{name}=")), None)
             return Problem(name, "is no option", ": the nearest is", close, value)
         return Problem(name, f"is no option: `{command} --help` lists them" if self.exit_on_error else "is no option")
 
@@ -281,7 +281,7 @@ def described(typehint: Any, several: bool = False) -> str:
             words.append(f"a list of {items[0] if items else 'values'}")
         elif get_origin(kind) is not Literal and isclass(kind):
             name = next((names[several] for base, names in KINDS.items() if issubclass(kind, base)), kind.__name__)
-            words.append(name + getattr(kind, "_expression", "").replace("v", " ", 1))
+            words.append(name + getattr(kind, "_expression", "").replace("v", " "))
     return " or ".join(dict.fromkeys(words))
 
 

@@ -14,7 +14,7 @@ from cdm_lightning.data.shards import read_manifest, read_shard, shards_digest
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, save_grid
-from cdm_lightning.foundation.process_group import first_process
+from cdm_lightning.foundation.process_group import Accelerator, first_process
 from cdm_lightning.network import CompileMode
 from cdm_lightning.sampling.manifest import Precision, SampleManifest, make_sample_manifest, shard_name
 
@@ -36,7 +36,7 @@ def sample(
     precision: Precision = "32-true",
     compile: CompileMode | None = None,
     devices: PositiveInt = 1,
-    accelerator: str = "auto",
+    accelerator: Accelerator = "auto",
 ) -> None:
     """Draw images from a trained cascade: shards of samples that training can read, and a picture to look at.
 
