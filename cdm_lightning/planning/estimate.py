@@ -56,8 +56,9 @@ def estimate(
     here = current_device()
     capacity = sheet.memory if sheet else available_memory(here)
     meta_stage = recipe.stage("meta")
-    # A bar, since the size of the search is not known before its end; each step takes seconds.
-    bar = ProgressBar(desc="memory, by steps without data", unit=" steps", leave=False)
+    bar = ProgressBar(
+        desc="memory, by steps without data", unit=" steps", leave=False, line_format="{desc}: {n_fmt} done"
+    )
     simulated = SimulatedStep(meta_stage, recipe.precision, recipe.average, finished_step=bar.update)
     search = MicroBatchSearch(simulated, share, devices, (1 - MARGIN) * capacity)
     checkpointing = recipe.checkpointing

@@ -27,9 +27,10 @@ def plan(
 ) -> None:
     """Parameters, FLOPs, memory, time, micro-batch and accumulation of a training, and the command that starts it.
 
-    First come the FLOPs, and the time by a data sheet. Memory comes from simulated steps without data. On the device at hand the step is timed; for a named device its
-    speed is assumed to be a share of the data sheet's rate. n devices are assumed to be n times as fast as one. With
-    torch.compile the compiled step is timed, and the memory is that of the network without it.
+    The FLOPs come first, and for a named device the time: its speed is assumed to be a share of the data sheet's rate.
+    Memory comes from simulated steps without data, and on the device at hand a step is timed. n devices are assumed to
+    be n times as fast as one. With torch.compile the compiled step is timed, and the memory is that of the network
+    without it.
 
     Args:
         stage: A configuration of the experiment, without .yaml, such as sr256. `cdm plan sr256` works too.
