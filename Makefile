@@ -56,10 +56,9 @@ $(RUN)/samples.png: $(RUN)/search/results.json
 	@cp $(RUN)/samples/samples.png $@
 
 STAGES = $(filter-out defaults cas cascade distance,$(basename $(notdir $(wildcard experiments/$(EXPERIMENT)/*.yaml))))
-ELSEWHERE = $(filter-out $(EXPERIMENT),$(patsubst experiments/%/$(STAGE).yaml,%,$(wildcard experiments/*/$(STAGE).yaml)))
-comma := ,
-known_stage = $(if $(filter $(or $(STAGE),none),$(STAGES)),,$(error STAGE=$(STAGE) is no stage of EXPERIMENT=$(EXPERIMENT)$(if \
-$(STAGE),$(if $(ELSEWHERE), but of EXPERIMENT=$(ELSEWHERE)))$(comma) $(if $(STAGES),whose stages are $(STAGES),which is no experiment)))
+ELSEWHERE = $(firstword $(filter-out $(EXPERIMENT),$(patsubst experiments/%/$(STAGE).yaml,%,$(wildcard experiments/*/$(STAGE).yaml))))
+known_stage = $(if $(filter $(or $(STAGE),none),$(STAGES)),,$(error STAGE=$(STAGE) is no stage of EXPERIMENT=$(EXPERIMENT): \
+$(if $(STAGES),give one of $(STAGES),there is no such experiment)$(if $(STAGE),$(if $(ELSEWHERE),; or EXPERIMENT=$(ELSEWHERE)))))
 
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
 	$(known_stage)$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)

@@ -351,7 +351,7 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
     anywhere = {word.rpartition(".")[2]: word for word in words}
     whole = {word: word for word in words}
     holding = {word: word for word in words if len(leaf) > 2 and leaf in word.rpartition(".")[2]}
-    for table, key, cutoff in ((beside, leaf, 0.7), (anywhere, leaf, 0.8), (whole, name, 0.85), (holding, leaf, 0)):
+    for table, key, cutoff in ((beside, leaf, 0.65), (anywhere, leaf, 0.8), (whole, name, 0.85), (holding, leaf, 0)):
         if close := get_close_matches(key, table, 1, cutoff):
             return words[table[close[0]]]
     return None
