@@ -124,8 +124,8 @@ def run(arguments: list[str]) -> None:
         from difflib import get_close_matches
 
         known = [*LIGHTNING, *COMMANDS]
-        close = "".join(f": the nearest is cdm {name}" for name in get_close_matches(command, known, 1))
-        raise InputError(f"{command!r} is no command of cdm{close}; known are {', '.join(known)}")
+        close = "".join(f" (the nearest is {name})" for name in get_close_matches(command, known, 1))
+        raise InputError(f"{command!r} is no command of cdm{close}: known are {', '.join(known)}")
     quiet_libraries()
     if command in LIGHTNING:
         from cdm_lightning.training.lightning_cli import run as run_lightning

@@ -61,6 +61,9 @@ def test_of_lightnings_commands(capsys, options, words):
 
 def test_of_missing_options(capsys):
     assert "--data.root and --model must be given, as in cdm fit --config experiments/" in sentence(capsys, ["fit"])
+    words = [*FIT[:5], "--trainer.logger=false", "--model", "cdm_lightning.stages.SuperResolutionStage"]
+    assert "--trainer.logger.save_dir must be given, as in --trainer.logger.save_dir " in sentence(capsys, FIT[:5])
+    assert "--model.low_resolution must be given, and so must resolution, as in --model.low_" in sentence(capsys, words)
     assert "--model.lr comes before its class" in sentence(capsys, ["fit", "--model.lr", "3"])
 
 
@@ -112,7 +115,7 @@ def test_of_a_run_that_cannot_begin(capsys, tmp_path, options, words):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("smaple", "'smaple' is no command of cdm: the nearest is cdm sample; known are fit"),
+        ("smaple", "'smaple' is no command of cdm (the nearest is sample): known are fit"),
         ("sample", "--bundle and --out must be given, as in cdm sample --bundle BUNDLE --out OUT"),
         ("sample --bundle b", "--out must be given, as in cdm sample --bundle b --out OUT"),
         ("sample --bundle b --out o --sampler ddmp", "takes ddpm, ddim or dpm++, not 'ddmp', as in --sampler ddpm"),

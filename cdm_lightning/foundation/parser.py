@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import isclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -62,16 +62,8 @@ class Problem:
         return f"{start} {self.text}{f'{self.link} {right}' if right else ''}".strip()
 
 
-class Refusal(ArgumentError):
-    """A problem with an option of a class, inside the option that names the class."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(None, problem.sentence())
-        self.problem = problem
-
-
-class OneSentence:
-    """Mix-in for an ArgumentParser of jsonargparse: plain forms of options, and errors of one sentence.
+class Parser(ArgumentParser):
+    """An ArgumentParser that takes plain forms of options, and whose errors are one sentence.
 
     An option of a list takes a lone value or values with commas (`--levels 501,0`) beside a JSON list, which is exact,
     and a name takes dashes for underscores. Names must be whole. An error is an InputError that says what is wrong, and
@@ -80,18 +72,16 @@ class OneSentence:
 
     example = ""  # options that would work where required ones are missing
     reading = ""  # the configuration that is being read
-    args: Sequence[str] = ()
-    prog: str
-    exit_on_error: bool
-    _actions: list[Action]
-    _option_string_actions: dict[str, Action]
+    inner: ClassVar[dict[str, Problem]] = {}  # problems with options of classes, by their sentences
+    words: Sequence[str] = ()  # of the command line
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]  # as in jsonargparse
         """Parse command-line words, after turning plain forms into those of jsonargparse."""
-        return super().parse_args(self.exact(sys.argv[1:] if args is None else args), *more, **kwargs)  # type: ignore[misc]
+        self.words = self.exact(sys.argv[1:] if args is None else args)
+        return super().parse_args(self.words, *more, **kwargs)
 
     def exact(self, words: Iterable[str]) -> list[str]:
         """The words with names as declared, and values of list options as JSON lists."""
@@ -115,7 +105,7 @@ class OneSentence:
         read_yaml(Path(path))
         self.reading = str(path)
         try:
-            settings = super().parse_path(path, *args, **kwargs)  # type: ignore[misc]
+            settings = super().parse_path(path, *args, **kwargs)
             known = {action.dest for action in self._actions if not action.dest.endswith(".help")}
             leaves = {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
             for key in settings.keys():  # noqa: SIM118, a Namespace of jsonargparse
@@ -132,14 +122,20 @@ class OneSentence:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise an InputError of one sentence for an error message of jsonargparse or argparse."""
-        problem = self.problem(message, ex)
-        if not self.exit_on_error:
-            raise Refusal(problem) from ex
+        problem = self.problem(message)
+        if not self.exit_on_error:  # the parser of a class: the message of the outer one holds this sentence
+            self.inner[problem.sentence()] = problem
+            raise ArgumentError(None, problem.sentence()) from ex
         raise InputError(problem.sentence(self.reading)) from ex
 
-    def problem(self, message: str, ex: Exception | None) -> Problem:
+    def problem(self, message: str) -> Problem:
         """What the message is about, and what would be right."""
-        inner = next((cause.problem for cause in causes(ex) if isinstance(cause, Refusal)), None)
+        said = min(  # the first, and the longest there
+            (sentence for sentence in self.inner if sentence in message),
+            key=lambda sentence: (message.find(sentence), -len(sentence)),
+            default=None,
+        )
+        inner = None if said is None else self.inner[said]
         command = self.prog.replace(" [options]", "")
         if found := re.match(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)', message, re.S):
             key, rest = found.groups()
@@ -163,11 +159,14 @@ class OneSentence:
             return self.unknown(name, value or found[2])
         if found := re.match(r"the following arguments are required: (.*)", message):
             missing = found[1].split(", ")
-            if self._subcommands_action is not None:  # type: ignore[attr-defined]
+            if not self.exit_on_error:  # of a class
+                others = f", and so must {', '.join(missing[1:])}" if missing[1:] else ""
+                return self.suggested(missing[0], f"must be given{others}")
+            if self._subcommands_action is not None:
                 missing = [name.partition(".")[2] for name in missing]
-            words = [*self.args, *(f"--{name} {name.upper()}" for name in missing)]
+            line = [*self.words, *(f"--{name} {name.upper()}" for name in missing)]
             needed = " and ".join(f"--{name}" for name in missing)
-            return Problem("", f"{needed} must be given, as in {command} {self.example or ' '.join(words)}")
+            return Problem("", f"{needed} must be given, as in {command} {self.example or ' '.join(line)}")
         if found := re.match(r"argument -*(\S+): expected one argument", message):
             return self.suggested(self.without_value(found[1]), "needs a value")
         if found := re.match(r"expected \"\w+\" to be one of \{(.*)\}", message):
@@ -187,7 +186,7 @@ class OneSentence:
 
     def without_value(self, name: str) -> str:
         """The name of the option of a class, below the option `name`, that has no value among the words."""
-        for word, after in zip(self.args, [*self.args[1:], "--"], strict=True):
+        for word, after in zip(self.words, [*self.words[1:], "--"], strict=True):
             if word.startswith(f"--{name}.") and "=" not in word and after.startswith("--"):
                 return word[2:]
         return name
@@ -201,7 +200,7 @@ class OneSentence:
             close = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
             text = f"{relative(path)} {'cannot be read' if path.exists() else 'does not exist'}"
             return Problem(key, text + likely(str(relative(path.parent / close[0])) if close else None))
-        typehint = self.typehint(key)
+        typehint = getattr(self.option(key), "_typehint", None)
         if typehint is None:
             return Problem(key, f"cannot be taken: {shortened(message.splitlines()[0])}")
         if (classes := classes_of(typehint)) and (problem := wrong_class(message, classes)):
@@ -210,23 +209,23 @@ class OneSentence:
         value = re.sub(r"^\['([^']*)'\]$", r"\1", given[-1].strip()) if given else ""
         return self.suggested(key, f"takes {described(typehint)}{f', not {value[:80]!r}' if value else ''}", value)
 
-    def typehint(self, key: str) -> Any:
-        return next((getattr(action, "_typehint", None) for action in self._actions if action.dest == key), None)
+    def option(self, key: str) -> Action | None:
+        """The option of this parser, or of one of its commands."""
+        commands = self._subcommands_action
+        parsers = [self, *(commands._name_parser_map.values() if commands is not None else ())]
+        return next((action for parser in parsers for action in parser._actions if action.dest == key), None)
 
     def suggested(self, key: str, text: str, value: str = "") -> Problem:
         """A problem with an example: the word nearest to `value`, the default, or a value of the option's type."""
-        if (typehint := self.typehint(key)) is None:
+        option = self.option(key)
+        if (typehint := getattr(option, "_typehint", None)) is None:
             return Problem(key, text)
-        right = next(action.default for action in self._actions if action.dest == key)
+        right = getattr(option, "default", None)
         if (choices := choices_of(typehint)) and value:
             right = nearest(value, choices) or choices[0]
         elif not isinstance(right, int | float | str | list) or right in ([], "", -1):
             right = example_of(typehint)
         return Problem(key, text, right=key, value=str(right).lower() if isinstance(right, bool) else right)
-
-
-class Parser(OneSentence, ArgumentParser):
-    """The parser of our own commands."""
 
 
 def exact_list(value: str, action: Action) -> str:
@@ -365,12 +364,6 @@ def likely(close: str | None) -> str:
 def relative(path: Path) -> Path:
     """The path as seen from the working directory, if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def causes(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def shortened(message: str) -> str:

@@ -17,7 +17,7 @@ from cdm_lightning.foundation.parser import nearest
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.training import EMA
 from cdm_lightning.training.checkpoint_files import Trainer
-from cdm_lightning.training.lightning_cli import Parser, refuse_old_class_paths
+from cdm_lightning.training.lightning_cli import LightningParser, refuse_old_class_paths
 
 EXPERIMENTS = Path("experiments")
 
@@ -62,7 +62,7 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
             raise InputError(f"configuration {path} does not exist")
     refuse_old_class_paths([*map(str, configs), *split_arguments(arguments)])
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    parser = Parser(parser_mode="omegaconf+", prog="cdm plan")
+    parser = LightningParser(parser_mode="omegaconf+", prog="cdm plan")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.add_lightning_class_args(DiffusionStage, "model", subclass_mode=True)

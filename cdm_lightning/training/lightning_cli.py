@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.parser import OneSentence, nearest
+from cdm_lightning.foundation.parser import Parser, nearest
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
 from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, Trainer
@@ -65,7 +65,7 @@ def refuse_old_class_paths(arguments: Iterable[str]) -> None:
                 raise InputError(f"{where}cdm_lightning.{old} is cdm_lightning.{new} now")
 
 
-class Parser(OneSentence, LightningArgumentParser):
+class LightningParser(Parser, LightningArgumentParser):
     """The parser of Lightning's commands."""
 
     example = "fit --config experiments/defaults.yaml --config experiments/fashion/defaults.yaml " + (
@@ -214,7 +214,7 @@ def run() -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_class=Parser,
+        parser_class=LightningParser,
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},
     )
 
