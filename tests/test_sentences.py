@@ -98,6 +98,11 @@ def test_of_configurations(capsys, tmp_path, monkeypatch, text, words):
 @pytest.mark.parametrize(
     "options, words",
     [
+        ("--model.lr=-1", "lr -1.0 is no learning rate"),
+        ("--model.lr=.nan", "lr nan is no learning rate"),
+        ("--model.channels=-8", "channels -8 is less than 1"),
+        ("--model.channel_mult=[]", "channel_mult [] is no list of one or more"),
+        ("--model.dropout=2", "dropout 2.0 lies outside"),
         ("--trainer.strategy=dpp", "Lightning knows no strategy 'dpp': the nearest is --trainer.strategy ddp"),
         ("--trainer.accelerator=tpuu", "Lightning knows no accelerator 'tpuu': the nearest is --trainer.accelerator "),
         ("--trainer.profiler=simpel", "the nearest is --trainer.profiler simple"),
