@@ -55,8 +55,13 @@ $(RUN)/samples.png: $(RUN)/search/results.json
 	@$(CDM) sample --bundle $(RUN)/bundle --out $(RUN)/samples --per_class 4
 	@cp $(RUN)/samples/samples.png $@
 
+STAGES = $(filter-out defaults cas cascade distance,$(basename $(notdir $(wildcard experiments/$(EXPERIMENT)/*.yaml))))
+ELSEWHERE = $(firstword $(filter-out $(EXPERIMENT),$(patsubst experiments/%/$(STAGE).yaml,%,$(wildcard experiments/*/$(STAGE).yaml))))
+known_stage = $(if $(filter $(or $(STAGE),none),$(STAGES)),,$(error STAGE=$(STAGE) is no stage of EXPERIMENT=$(EXPERIMENT): \
+$(if $(STAGES),give one of $(STAGES),there is no such experiment)$(if $(STAGE),$(if $(ELSEWHERE),; or EXPERIMENT=$(ELSEWHERE)))))
+
 train-stage: setup ## Train one stage: make train-stage STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--trainer.devices 8"]
-	$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
+	$(known_stage)$(CDM) fit --config experiments/defaults.yaml --config experiments/$(EXPERIMENT)/defaults.yaml --config experiments/$(EXPERIMENT)/$(STAGE).yaml $(ARGS)
 
 plan: setup ## Memory, time and command of a training: make plan STAGE=sr64 [EXPERIMENT=imagenet] [ARGS="--device H100 --devices 8"]
 	$(CDM) plan $(STAGE) --experiment $(EXPERIMENT) $(ARGS)

@@ -158,8 +158,11 @@ def run(arguments: list[str]) -> None:
     """Pass the arguments to Lightning's command line or to a command of our own."""
     command, rest = arguments[0], arguments[1:]
     if command not in LIGHTNING and command not in COMMANDS:
+        from difflib import get_close_matches
+
         known = [*LIGHTNING, *COMMANDS]
-        raise InputError(f"{command!r} is no command of cdm: known are {', '.join(known)}")
+        close = "".join(f" (the nearest is {name})" for name in get_close_matches(command, known, 1))
+        raise InputError(f"{command!r} is no command of cdm{close}: known are {', '.join(known)}")
     quiet_libraries()
     if command in LIGHTNING:
         from cdm_lightning.training.lightning_cli import run as run_lightning
@@ -168,9 +171,12 @@ def run(arguments: list[str]) -> None:
         return
     from jsonargparse import auto_cli
 
+    from cdm_lightning.foundation.parser import Parser
+
     if command == "plan" and rest and not rest[0].startswith("-"):
         rest = ["--stage", *rest]
-    auto_cli(COMMANDS[command].load(), args=rest, prog=f"cdm {command}", as_positional=False)
+    components = COMMANDS[command].load()
+    auto_cli(components, args=rest, prog=f"cdm {command}", as_positional=False, parser_class=Parser)
 
 
 def overview() -> str:

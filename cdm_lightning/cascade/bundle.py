@@ -72,9 +72,14 @@ def digest(entries: list[Any]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
+def bundle_file(bundle: Path) -> Path:
+    """The bundle.json of a bundle, which is given by its folder or by this file."""
+    return Path(bundle) if Path(bundle).name == "bundle.json" else Path(bundle) / "bundle.json"
+
+
 def read_bundle_metadata(folder: Path) -> dict[str, Any]:
-    """bundle.json as a dictionary. Raises InputError for a folder that is not a bundle."""
-    path = Path(folder) / "bundle.json"
+    """bundle.json as a dictionary. Raises InputError for what is not a bundle."""
+    path = bundle_file(folder)
     if not path.is_file():
         raise InputError(f"{folder} is not a bundle: it holds no bundle.json, which `cdm bundle` writes")
     try:
@@ -122,6 +127,7 @@ def check_bundle_metadata(path: Path, metadata: dict[str, Any]) -> None:
 def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
     """The stages, frozen and in eval mode, and the metadata. Refuses a file whose SHA-256 is not the recorded one."""
     metadata, stages = read_bundle_metadata(folder), []
+    folder = bundle_file(folder).parent
     if metadata.get("stages_sha256") != digest(metadata["stages"]):
         raise InputError(f"{folder}/bundle.json was changed after it was written: the SHA-256 of its stages differs")
     for entry in metadata["stages"]:
@@ -131,7 +137,7 @@ def read_bundle(folder: Path) -> tuple[list[DiffusionStage], dict[str, Any]]:
         name = str(entry.get("weights"))
         if not name.isprintable():
             raise InputError(f"{folder}/bundle.json lists a file {name!r}, a name that cannot be printed")
-        path = Path(folder) / name
+        path = folder / name
         if Path(name).name != name or not path.is_file():
             raise InputError(f"{path} is missing: bundle.json lists it")
         data = path.read_bytes()

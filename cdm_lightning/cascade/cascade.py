@@ -140,6 +140,7 @@ class CascadeModule(L.LightningModule):
         if sampling_steps is not None and len(sampling_steps) != len(self.stages):
             raise InputError(
                 f"sampling_steps {list(sampling_steps)} has {len(sampling_steps)} entries for {len(self.stages)} stages"
+                f": one for each, such as {[*sampling_steps, *[10] * len(self.stages)][: len(self.stages)]}"
             )
         stops = self.stops()
         for number, stage in enumerate(self.stages):

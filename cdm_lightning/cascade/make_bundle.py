@@ -34,7 +34,7 @@ def bundle(
 
     stages = []
     for path in map(Path, checkpoints):
-        newest = newest_checkpoint([path / "checkpoints"]) if path.is_dir() else path
+        newest = newest_checkpoint([path / "checkpoints", path]) if path.is_dir() else path
         stages.append(load_stage(newest or path / "checkpoints" / "last.ckpt"))
     check_stages(stages)
     cascade = CascadeModule.from_stages(stages)

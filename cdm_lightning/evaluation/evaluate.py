@@ -18,7 +18,7 @@ from cdm_lightning.evaluation.report.results import print_figures, read_cas
 from cdm_lightning.evaluation.samples import check_manifest, sample_folders
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder
-from cdm_lightning.foundation.process_group import first_process, wait_for_all
+from cdm_lightning.foundation.process_group import Accelerator, first_process, wait_for_all
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def evaluate(
     batch_size: PositiveInt = 50,
     seed: int = 0,
     devices: PositiveInt = 1,
-    accelerator: str = "auto",
+    accelerator: Accelerator = "auto",
 ) -> dict[str, Any]:
     """Measure stored samples as the paper does: FID, KID, precision and recall against each reference, and the IS.
 

@@ -27,6 +27,8 @@ def user_error(error: BaseException | None) -> Exception | None:
             return error
         if is_misconfiguration(error):
             return InputError(" ".join(str(error).split()))
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("cdm_lightning"):
+            return InputError(f"a package is missing: {' '.join(str(error).split())}")
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
             if "Bus error" in str(error):
                 return InputError(

@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cdm_lightning.foundation.errors import InputError, error_sentence
 from cdm_lightning.foundation.stopping import GOES_ON
 
+Accelerator = Literal["auto", "cpu", "gpu"]  # of our own commands
 LEADER = "CDM_LEADER"  # environment variable: process id of the first process, which started the others
 REFUSAL = "CDM_REFUSAL"  # environment variable: a file that exists once a process of the run has refused its input
 GRACE = 3.0  # seconds for a process to end by itself after another has refused its input

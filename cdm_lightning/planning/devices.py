@@ -47,6 +47,14 @@ def data_sheet(name: str) -> DataSheet:
     return DATA_SHEETS[name.upper()]
 
 
+def duration(days: float) -> str:
+    """A time in the unit that people would use for it: seconds, minutes, hours or days."""
+    for unit, length in (("days", 1.0), ("hours", 24.0), ("minutes", 1440.0)):
+        if days * length >= 2:
+            return f"{days * length:,.3g} {unit}" if days < 1000 else f"{days:,.0f} days"
+    return f"{days * 86400:,.3g} seconds"
+
+
 def current_device() -> torch.device:
     """The device that a training on this machine would use."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

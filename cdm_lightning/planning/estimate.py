@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from cdm_lightning.foundation.progress_bar import ProgressBar
-from cdm_lightning.planning.devices import DataSheet, available_memory, current_device, device_name, measure_rates
+from cdm_lightning.planning.devices import (
+    DataSheet,
+    available_memory,
+    current_device,
+    device_name,
+    duration,
+    measure_rates,
+)
 from cdm_lightning.planning.flops import forward_flops, training_flops
 from cdm_lightning.planning.memory import AUTOCAST, Memory, SimulatedStep
 from cdm_lightning.planning.recipe import Recipe, configurations
@@ -19,6 +26,24 @@ from cdm_lightning.planning.step_time import measure_step
 MARGIN = 0.1  # share of the memory reserved for what is not counted: CUDA context, fragmentation, validation
 MIN_MICRO_BATCH = 4  # with fewer images than this, the plan recomputes activations instead
 MAX_STEP_SECONDS = 10.0  # longest step that is timed; three times this for a step of one image
+
+
+def outlook(recipe: Recipe, sheet: DataSheet | None, devices: int, utilisation: float) -> str:
+    """What is known at once, without memory: parameters, FLOPs, and the time by a device's data sheet."""
+    unet = recipe.stage("meta").unet
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    counted = f"{parameters / 1e6:,.2f} M parameters, {forward_flops(unet) / 1e9:,.4g} GFLOP an image"
+    if sheet is None:
+        return counted
+    rate = devices * utilisation * sheet.rate(recipe.precision)
+    plain, recomputed = (
+        duration(recipe.batch * recipe.max_steps * training_flops(unet, checkpointing) / rate / 86400)
+        for checkpointing in (False, True)
+    )
+    return (
+        f"{counted}; {recipe.max_steps:,} steps of {recipe.batch:,} images in {plain} on {devices} x {sheet.name} at "
+        f"{utilisation:.0%} of its data sheet, or {recomputed} with checkpointing, if memory asks for it"
+    )
 
 
 def estimate(
@@ -31,7 +56,10 @@ def estimate(
     here = current_device()
     capacity = sheet.memory if sheet else available_memory(here)
     meta_stage = recipe.stage("meta")
-    simulated = SimulatedStep(meta_stage, recipe.precision, recipe.average)
+    bar = ProgressBar(
+        desc="memory, by steps without data", unit=" steps", leave=False, line_format="{desc}: {n_fmt} done"
+    )
+    simulated = SimulatedStep(meta_stage, recipe.precision, recipe.average, finished_step=bar.update)
     search = MicroBatchSearch(simulated, share, devices, (1 - MARGIN) * capacity)
     checkpointing = recipe.checkpointing
     batch = micro_batch or search.largest(checkpointing)
@@ -40,7 +68,7 @@ def estimate(
         checkpointing = True
         batch = micro_batch or search.largest(True)
     memory, other = search.memory(batch, checkpointing), search.memory(batch, not checkpointing)
-    search.bar.close()
+    bar.close()
     unet = meta_stage.unet
     figures: dict[str, Any] = {
         "device": sheet.name if sheet else device_name(here),
@@ -73,22 +101,15 @@ def estimate(
 class MicroBatchSearch:
     """Finds the largest micro-batch that fits, among the divisors of a device's share of the batch.
 
-    limit: bytes of memory. `memory` caches the estimate of each micro-batch.
+    limit: bytes of memory.
     """
 
     def __init__(self, simulated: SimulatedStep, share: int, devices: int, limit: float) -> None:
         self.simulated, self.share, self.devices, self.limit = simulated, share, devices, limit
-        self.known: dict[tuple[int, bool], Memory] = {}
-        self.bar = ProgressBar(desc="steps without data", unit=" steps", leave=False)
 
     def memory(self, batch: int, checkpointing: bool) -> Memory:
         """The memory of a step with micro-batches of `batch` images."""
-        if (batch, checkpointing) not in self.known:
-            self.bar.update()
-            self.known[batch, checkpointing] = self.simulated.memory(
-                batch, batch < self.share, self.devices, checkpointing
-            )
-        return self.known[batch, checkpointing]
+        return self.simulated.memory(batch, batch < self.share, self.devices, checkpointing)
 
     def fits(self, batch: int, checkpointing: bool) -> bool:
         """Whether a micro-batch of `batch` images fits."""
@@ -97,23 +118,12 @@ class MicroBatchSearch:
     def largest(self, checkpointing: bool) -> int:
         """The largest micro-batch that fits; 1 if not even one image fits.
 
-        A line through the memory of 1 and of 4 images says where to search. Each candidate is checked by its own
-        simulated step.
+        The whole share is tried last: without accumulation its step is another one, and has to be simulated anew.
         """
-        sizes = [size for size in range(1, self.share + 1) if self.share % size == 0]
-        one, few = self.memory(1, checkpointing), self.memory(min(4, self.share), checkpointing)
-        slope = (few.total - one.total) / max(1, min(4, self.share) - 1)
-        # An upper bound: small batches take more memory per image.
-        line = [one.total + slope * (size - 1) for size in sizes]
-        place = max(0, sum(total <= self.limit for total in line) - 1)
-        if self.fits(sizes[place], checkpointing):
-            likely = sum(total <= 1.5 * self.limit for total in line)
-            while place + 1 < likely and self.fits(sizes[place + 1], checkpointing):
-                place += 1
-        else:
-            while place and not self.fits(sizes[place], checkpointing):
-                place -= 1
-        return sizes[place]
+        sizes = [size for size in range(1, self.share) if self.share % size == 0]
+        fitting = next((size for size in reversed(sizes) if self.fits(size, checkpointing)), 1)
+        whole = not sizes or fitting == sizes[-1]
+        return self.share if whole and self.fits(self.share, checkpointing) else fitting
 
 
 def assumed_speed(sheet: DataSheet, figures: dict[str, Any], utilisation: float) -> dict[str, Any]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdm_lightning.network import UNetBlock
+from cdm_lightning.network.layers import FUSED_MIN_SIZE, ModulatedNorm
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -46,15 +49,16 @@ class Memory:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Adds up the bytes of all live storages that operations create; `peak` holds the largest sum.
+    """Adds up the bytes of all live storages that operations create, after each operation.
 
+    steps: a row for each operation: bytes alive, bytes of its workspace, bytes of gradients among those alive.
     known: tensors that exist already and are not counted; operations may return views of them or change them.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.bytes = self.gradients = 0
-        self.peak = (0, 0, 0)  # bytes including the workspace; the workspace; the gradients in it
+        self.steps: list[tuple[int, int, int]] = []
         self.storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
@@ -68,7 +72,7 @@ class MemoryTracker(TorchDispatchMode):
         workspace = 0
         if operation in CONVOLUTIONS:
             workspace = sum(t.untyped_storage().nbytes() for t in (*arguments, *outputs) if isinstance(t, torch.Tensor))
-        self.peak = max(self.peak, (self.bytes + workspace, workspace, self.gradients))
+        self.steps.append((self.bytes, workspace, self.gradients))
         return result
 
     def watch(self, storage: torch.UntypedStorage) -> None:
@@ -89,10 +93,16 @@ class SimulatedStep:
     """A stage's training step without data: FakeTensors have shapes, types and lifetimes, but no memory.
 
     stage: on the meta device; its parameters are replaced. precision: a name that Lightning takes. average: whether an
-    EMA of the weights is kept.
+    EMA of the weights is kept. finished_step: called after each simulated step.
     """
 
-    def __init__(self, stage: DiffusionStage, precision: str, average: bool = True):
+    def __init__(
+        self,
+        stage: DiffusionStage,
+        precision: str,
+        average: bool = True,
+        finished_step: Callable[[], object] = lambda: None,
+    ):
         self.stage, self.precision, self.average = stage, precision, average
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         for module in stage.unet.modules():
@@ -100,13 +110,46 @@ class SimulatedStep:
                 setattr(module, name, nn.Parameter(self.fake(parameter.data)))
         stage.diffusion.table("abar")  # computed here with real tensors: schedulers read the values
         self.size = sum(4 * parameter.numel() for parameter in stage.unet.parameters())
+        norms = [module.num_channels for module in stage.unet.modules() if isinstance(module, ModulatedNorm)]
+        smallest = min(norms) * (stage.resolution >> len(stage.hparams["channel_mult"]) - 1) ** 2
+        self.steady = max(2, math.ceil(FUSED_MIN_SIZE / smallest))  # images from which every norm has its fused form
+        self.known: dict[tuple[int, bool, bool], np.ndarray] = {}
+        self.finished_step = finished_step
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the same shape and type, without data."""
         return FakeTensor(self.mode, tensor.to("meta"), torch.device("cpu"))
 
     def memory(self, batch: int, accumulate: bool = False, devices: int = 1, checkpointing: bool = False) -> Memory:
-        """The peak memory at a micro-batch. accumulate: gradients of an earlier micro-batch exist from the start."""
+        """The peak memory at a micro-batch. accumulate: gradients of an earlier micro-batch exist from the start.
+
+        From `steady` images on, the same operations run at every batch, and a tensor's size is a constant plus a
+        multiple of the batch: two simulated steps tell the memory of all batches.
+        """
+        if batch >= self.steady:
+            few, more = (self.simulated(size, accumulate, checkpointing) for size in (self.steady, self.steady + 1))
+            steps = few + (more - few) * (batch - self.steady)
+        else:
+            steps = self.simulated(batch, accumulate, checkpointing)
+        activations = int(steps[0, 0])
+        alive, workspace, new_gradients = map(int, steps[1 + steps[1:, :2].sum(1).argmax()])
+        counted = 0 if accumulate else new_gradients  # gradients in the tracked bytes
+        saved = min(activations, alive - counted)  # at the peak, backward may have freed some
+        kept = {"parameters": self.size, "moments": 2 * self.size, "average": self.size * self.average}
+        kept["buckets"] = self.size * (devices > 1)
+        gradients, rest = self.size if accumulate else counted, alive - counted - saved
+        passes = Memory(**kept, gradients=gradients, activations=saved, temporary=rest, workspace=workspace)
+        update = Memory(**kept, gradients=self.size, activations=0, temporary=self.update_temporary(), workspace=0)
+        return max(passes, update, key=lambda memory: memory.total)
+
+    def simulated(self, batch: int, accumulate: bool, checkpointing: bool) -> np.ndarray:
+        """The tracker's rows of a step, after one with the bytes that the forward pass leaves. Runs it once."""
+        if (batch, accumulate, checkpointing) not in self.known:
+            self.known[batch, accumulate, checkpointing] = self.simulate(batch, accumulate, checkpointing)
+            self.finished_step()
+        return self.known[batch, accumulate, checkpointing]
+
+    def simulate(self, batch: int, accumulate: bool, checkpointing: bool) -> np.ndarray:
         self.stage.unet.zero_grad()
         parameters = list(self.stage.unet.parameters())
         with self.mode, ExitStack() as stack:
@@ -114,7 +157,6 @@ class SimulatedStep:
                 for parameter in parameters:
                     parameter.grad = torch.empty_like(parameter)
             tracker = MemoryTracker([*parameters, *(p.grad for p in parameters if p.grad is not None)])
-            gradients = self.size if accumulate else 0
             for parameter in parameters:
                 stack.callback(
                     parameter.register_post_accumulate_grad_hook(partial(self.count_gradient, tracker)).remove
@@ -124,15 +166,7 @@ class SimulatedStep:
             loss = self.loss(batch)
             activations = tracker.bytes
             loss.backward()
-        peak, workspace, new_gradients = tracker.peak
-        counted = 0 if accumulate else new_gradients  # gradients in the tracked bytes
-        saved = min(activations, peak - workspace - counted)  # at the peak, backward may have freed some
-        kept = {"parameters": self.size, "moments": 2 * self.size, "average": self.size * self.average}
-        kept["buckets"] = self.size * (devices > 1)
-        rest = peak - workspace - counted - saved
-        passes = Memory(**kept, gradients=gradients or counted, activations=saved, temporary=rest, workspace=workspace)
-        update = Memory(**kept, gradients=self.size, activations=0, temporary=self.update_temporary(), workspace=0)
-        return max(passes, update, key=lambda memory: memory.total)
+        return np.array([(activations, 0, 0), *tracker.steps])
 
     def count_gradient(self, tracker: MemoryTracker, parameter: torch.Tensor) -> None:
         tracker.gradients += 4 * parameter.numel()

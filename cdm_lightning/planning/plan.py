@@ -10,7 +10,7 @@ from typing import Any
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.foundation.terminal import folding_table, table_console
-from cdm_lightning.planning.devices import current_device, data_sheet
+from cdm_lightning.planning.devices import current_device, data_sheet, duration
 
 
 def plan(
@@ -27,9 +27,10 @@ def plan(
 ) -> None:
     """Parameters, FLOPs, memory, time, micro-batch and accumulation of a training, and the command that starts it.
 
-    Memory comes from a simulated step without data. On the device at hand the step is timed; for a named device its
-    speed is assumed to be a share of the data sheet's rate. n devices are assumed to be n times as fast as one. With
-    torch.compile the compiled step is timed, and the memory is that of the network without it.
+    The FLOPs come first, and for a named device the time: its speed is assumed to be a share of the data sheet's rate.
+    Memory comes from simulated steps without data, and on the device at hand a step is timed. n devices are assumed to
+    be n times as fast as one. With torch.compile the compiled step is timed, and the memory is that of the network
+    without it.
 
     Args:
         stage: A configuration of the experiment, without .yaml, such as sr256. `cdm plan sr256` works too.
@@ -51,7 +52,7 @@ def plan(
         raise InputError(f"utilisation {utilisation} lies outside 0 < share <= 1")
     if out is not None:
         check_output_folder(Path(out).parent)
-    from cdm_lightning.planning.estimate import estimate, training_command
+    from cdm_lightning.planning.estimate import estimate, outlook, training_command
     from cdm_lightning.planning.memory import AUTOCAST
     from cdm_lightning.planning.recipe import configurations, read_recipe
 
@@ -65,6 +66,7 @@ def plan(
         raise InputError(f"precision {recipe.precision} needs a GPU: a CPU takes 32-true and bf16-mixed")
     share = images_per_device(recipe.batch, devices, micro_batch)
     sheet = None if device is None else data_sheet(device)
+    print(f"{stage or 'configs'}: {outlook(recipe, sheet, devices, utilisation)}", flush=True)
     figures = estimate(recipe, sheet, devices, share, micro_batch, utilisation)
     command = training_command(stage, experiment, configs, arguments, recipe, changed, figures)
     figures = {"stage": stage or ",".join(map(str, configs or [])), **figures, "command": command}
@@ -88,6 +90,7 @@ def print_plan(figures: dict[str, Any]) -> None:
     memory = {name: f"{size / 1e9:.3g}" for name, size in figures["memory"].items()}
     parts = ", ".join(f"{name} {size}" for name, size in memory.items() if name != "total")
     table = folding_table(str(figures["stage"]), "")
+    each = f", {duration(figures['device_days'])} of one device"
     rows = {
         "device": f"{figures['devices']} x {figures['device']}, {figures['precision']}",
         "parameters": f"{figures['parameters'] / 1e6:,.2f} M",
@@ -102,8 +105,8 @@ def print_plan(figures: dict[str, Any]) -> None:
         "checkpointing": f"{'' if figures['checkpointing'] else 'not '}needed: {figures['memory_plain'] / 1e9:.3g} GB "
         f"without, {figures['memory_checkpointing'] / 1e9:.3g} GB with it",
         "images a second": f"{figures['images_a_second']:,.4g} ({figures['speed']})",
-        "whole training": f"{figures['max_steps']:,} steps in {figures['days']:,.4g} days: "
-        f"{figures['device_days']:,.4g} device-days",
+        "whole training": f"{figures['max_steps']:,} steps in {duration(figures['days'])}"
+        f"{each if figures['devices'] > 1 else ''}",
     }
     if "matmul_rate" in figures:
         rates = (f"{figures[name] / 1e9:,.0f}" for name in ("matmul_rate", "convolution_rate"))

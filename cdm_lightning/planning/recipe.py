@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
+from lightning.pytorch.cli import instantiate_class
 
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError, split_arguments
+from cdm_lightning.foundation.parser import nearest
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.training import EMA
 from cdm_lightning.training.checkpoint_files import Trainer
-from cdm_lightning.training.lightning_cli import refuse_old_class_paths
+from cdm_lightning.training.lightning_cli import LightningParser, refuse_old_class_paths
 
 EXPERIMENTS = Path("experiments")
 
@@ -48,8 +49,9 @@ def configurations(stage: str, experiment: str) -> list[Path]:
         known = sorted(path.parent.name for path in EXPERIMENTS.glob("*/defaults.yaml"))
         raise InputError(f"experiment {experiment!r} is no folder of {EXPERIMENTS.absolute()}: known are {known}")
     if stage == "defaults" or not (folder / f"{stage}.yaml").is_file():
-        known = sorted({path.stem for path in folder.glob("*.yaml")} - {"defaults", "cas", "cascade"})
-        raise InputError(f"stage {stage!r} is none of {folder}: known are {', '.join(known)}")
+        known = sorted({path.stem for path in folder.glob("*.yaml")} - {"defaults", "cas", "cascade", "distance"})
+        close = f", the nearest is {near}" if (near := nearest(stage, known)) else ""
+        raise InputError(f"stage {stage!r} is none of {folder}: known are {', '.join(known)}{close}")
     return [EXPERIMENTS / "defaults.yaml", folder / "defaults.yaml", folder / f"{stage}.yaml"]
 
 
@@ -60,7 +62,7 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
             raise InputError(f"configuration {path} does not exist")
     refuse_old_class_paths([*map(str, configs), *split_arguments(arguments)])
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    parser = LightningArgumentParser(parser_mode="omegaconf+", prog="cdm plan")
+    parser = LightningParser(parser_mode="omegaconf+", prog="cdm plan")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.add_lightning_class_args(DiffusionStage, "model", subclass_mode=True)

@@ -16,7 +16,7 @@ from cdm_lightning.foundation.class_names import class_number
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder
 from cdm_lightning.foundation.images import decode_png, save_grid
-from cdm_lightning.foundation.process_group import first_process
+from cdm_lightning.foundation.process_group import Accelerator, first_process
 from cdm_lightning.network import CompileMode
 from cdm_lightning.sampling.manifest import Precision, SampleManifest, make_sample_manifest, shard_name
 
@@ -26,7 +26,7 @@ def sample(
     out: Path,
     count: int | None = None,
     per_class: int | None = None,
-    classes: list[int | str] | int | str | None = None,
+    classes: list[int | str] | None = None,
     seed: int = 0,
     levels: list[int] | None = None,
     truncated: bool | None = None,
@@ -38,7 +38,7 @@ def sample(
     precision: Precision = "32-true",
     compile: CompileMode | None = None,
     devices: PositiveInt = 1,
-    accelerator: str = "auto",
+    accelerator: Accelerator = "auto",
 ) -> None:
     """Draw images from a trained cascade: shards of samples that training can read, and a picture to look at.
 
@@ -77,8 +77,8 @@ def sample(
     cascade = CascadeModule(bundle, None, levels, truncated, sampler, sampling_steps, seed)
     cascade.set_batch_sizes(batch_sizes)
     metadata = read_bundle_metadata(bundle)
-    words = classes if isinstance(classes, list | None) else [classes]
-    chosen = None if words is None else [class_number(str(word), cascade.origin["classes"]) for word in words]
+    names = cascade.origin["classes"]
+    chosen = None if classes is None else [class_number(str(word), names) for word in classes]
     class_count = len(chosen) if chosen is not None else cascade.num_classes or 1
     total = count if count is not None else class_count * (per_class or 0)
     manifest = make_sample_manifest(

@@ -20,7 +20,7 @@ from cdm_lightning.foundation.class_names import NO_CLASSES, class_number
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.foundation.images import decode_png, downscale, save_grid
-from cdm_lightning.foundation.process_group import first_process, wait_for_all
+from cdm_lightning.foundation.process_group import Accelerator, first_process, wait_for_all
 from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.sampling.manifest import Precision, SampleManifest, make_sample_manifest
 from cdm_lightning.sampling.sample import read_samples
@@ -31,7 +31,7 @@ SHOWN = 20  # rows of the picture
 
 def upscale(
     bundle: Path,
-    images: Path | list[Path],
+    images: list[Path],
     out: Path,
     class_name: int | str | None = None,
     low_resolution: PositiveInt | None = None,
@@ -44,7 +44,7 @@ def upscale(
     block_size: int = 64,
     precision: Precision = "32-true",
     devices: PositiveInt = 1,
-    accelerator: str = "auto",
+    accelerator: Accelerator = "auto",
 ) -> None:
     """Enlarge pictures of your own by the super-resolution stages of a trained cascade.
 
@@ -81,9 +81,7 @@ def upscale(
 
     check_output_folder(out)
     cascade = CascadeModule(bundle, seed=seed)
-    pictures = reduced_pictures(
-        list_pictures(images if isinstance(images, list) else [images]), cascade, low_resolution, crop
-    )
+    pictures = reduced_pictures(list_pictures(images), cascade, low_resolution, crop)
     used = choose_settings(cascade, pictures.image.shape[-1], levels, truncated, sampler, sampling_steps)
     labels = class_labels(pictures, cascade, class_name, used)
     make_trainer(devices, accelerator)  # refuses a device that is not there, before anything is written

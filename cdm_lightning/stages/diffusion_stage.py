@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -94,6 +95,16 @@ class DiffusionStage(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters({k: v for k, v in locals().items() if k not in ("self", "__class__")})
+        counts = {"image_channels": image_channels, "channels": channels, "num_res_blocks": num_res_blocks}
+        for name, count in {**counts, "num_heads": num_heads, "norm_groups": norm_groups}.items():
+            if count < 1:
+                raise InputError(f"{name} {count} is less than 1")
+        if not channel_mult or min(channel_mult) < 1:
+            raise InputError(f"channel_mult {channel_mult} is no list of one or more multiples of channels, from 1 on")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout {dropout} lies outside 0 <= probability < 1")
+        if not 0 <= lr < math.inf:
+            raise InputError(f"lr {lr} is no learning rate: it is a number from 0 on, such as 0.0001")
         self.resolution, self.image_channels, self.num_classes = resolution, image_channels, num_classes
         self.lr, self.warmup_steps, self.decay_fraction, self.seed = lr, warmup_steps, decay_fraction, seed
         self.compile_mode, self.meter = compile, Meter()

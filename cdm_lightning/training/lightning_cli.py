@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from inspect import signature
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from urllib.parse import urlparse
 
 import lightning.pytorch as L
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.parser import Parser, nearest
+from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
 from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, Trainer
 from cdm_lightning.training.progress import Progress, RunSummary
@@ -61,6 +65,41 @@ def refuse_old_class_paths(arguments: Iterable[str]) -> None:
                 raise InputError(f"{where}cdm_lightning.{old} is cdm_lightning.{new} now")
 
 
+class LightningParser(Parser, LightningArgumentParser):
+    """The parser of Lightning's commands."""
+
+    example = "fit --config experiments/defaults.yaml --config experiments/fashion/defaults.yaml " + (
+        "--config experiments/fashion/base8.yaml"
+    )
+
+    def names(self) -> list[str]:
+        """Those of the parser, and the arguments of a stage."""
+        stage = {**signature(DiffusionStage).parameters, **signature(SuperResolutionStage).parameters}
+        return [*super().names(), *(f"model.{name}" for name in stage if "--model" in self._option_string_actions)]
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Add an argument. The seed is a number: every draw is keyed by it."""
+        if names[0] == "--seed_everything":
+            options["type"] = int
+        return super().add_argument(*names, **options)
+
+
+def check_values(settings: Any) -> None:
+    """Refuse a seed, a strategy, an accelerator or a profiler that Lightning does not know."""
+    if not 0 <= settings.seed_everything < 2**32:
+        raise InputError(f"--seed_everything {settings.seed_everything} lies outside 0 ... {2**32 - 1}")
+    known = {
+        "strategy": ["auto", *StrategyRegistry.available_strategies()],
+        "accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
+        "profiler": ["simple", "advanced", "pytorch", "xla"],
+    }
+    for name, words in known.items():
+        if isinstance(given := settings.trainer.get(name), str) and given not in words:
+            close = nearest(given, words)
+            known_words = f"the nearest is --trainer.{name} {close}" if close else f"known are {', '.join(words)}"
+            raise InputError(f"Lightning knows no {name} {given!r}: {known_words}")
+
+
 class CommandLine(LightningCLI):
     """Lightning's command line, with one seed for model and data, and checks of what the user asks for."""
 
@@ -71,7 +110,12 @@ class CommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Raise InputError if the given ckpt_path is not a complete checkpoint."""
         given = self.config[self.subcommand]
-        if given.ckpt_path and given.ckpt_path not in ("last", "best", "hpc"):
+        if given.ckpt_path == "best":
+            raise InputError("ckpt_path best is known to no new run: give a checkpoint, or --ckpt_path last")
+        if given.ckpt_path == "hpc" and not any(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
+            folder = self.trainer.default_root_dir
+            raise InputError(f"ckpt_path hpc finds no hpc_ckpt_*.ckpt of SLURM in {folder}: give --ckpt_path last")
+        if given.ckpt_path and given.ckpt_path not in ("last", "hpc"):
             if not Path(given.ckpt_path).is_file():
                 raise InputError(f"ckpt_path {given.ckpt_path} is no file: give a checkpoint, or the word last")
             check_checkpoint(given.ckpt_path)
@@ -139,6 +183,7 @@ class CommandLine(LightningCLI):
         refuse_old_class_paths(sys.argv[1:])
         try:
             super().parse_arguments(parser, args)
+            check_values(self.config[self.config.subcommand])
         except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse reports all other errors
             raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -169,6 +214,7 @@ def run() -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_class=LightningParser,
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},
     )
 

@@ -12,6 +12,8 @@ from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance,
 from cdm_lightning.evaluation.metrics.manifold import precision_recall
 from cdm_lightning.evaluation.metrics.measure import inception_score, log_key, measure
 from cdm_lightning.evaluation.references.cards import ReferenceCard
+from cdm_lightning.evaluation.report.figure_tables import figures_table
+from cdm_lightning.evaluation.report.results import print_figures
 from cdm_lightning.foundation.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will save all extracted features")
@@ -89,6 +91,16 @@ def test_the_bias_of_a_small_n_is_said_beside_the_frechet_distance():
     notes = {n: measure([gaussian(1, n, 2)], card_of(gaussian(0, 50, 2)), SMALL, quick=True) for n in (49_999, 50_000)}
     assert "n = 49,999 is less than 50,000, which makes the distance larger" in notes[49_999][0].note
     assert notes[50_000][0].note == "" and notes[49_999][1].note == ""  # the kernel distance has no bias
+
+
+@pytest.mark.parametrize("n, real, is_result", [(9, 50, True), (8, 50, False), (50, 8, False)])
+def test_a_distance_of_no_more_images_than_features_is_marked_beside_its_value(capsys, n, real, is_result):
+    figures = measure([gaussian(1, n, 8)], card_of(gaussian(0, real, 8), kept=8), SMALL, quick=True)
+    assert [figure.is_result for figure in figures] == [is_result, True]  # the kernel distance needs no covariance
+    print_figures(figures)
+    (table,) = figures_table(figures)[:1]
+    assert ("NOT A RESULT" in capsys.readouterr().out) == ("NOT A RESULT" in str(table.rows[0])) == (not is_result)
+    assert "NOT A RESULT" not in str(table.rows[1])
 
 
 def test_statistics_of_others_give_the_frechet_distance_alone():

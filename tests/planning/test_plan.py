@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.network import UNet
-from cdm_lightning.planning.devices import DATA_SHEETS, measure_rates
+from cdm_lightning.planning.devices import DATA_SHEETS, duration, measure_rates
 from cdm_lightning.planning.estimate import MicroBatchSearch
 from cdm_lightning.planning.flops import forward_flops, training_flops
 from cdm_lightning.planning.memory import SimulatedStep
@@ -165,6 +165,35 @@ def test_what_memory_is_made_of():
     assert few.temporary == few.gradients == few.parameters and few.activations == 0
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_steps_tell_the_memory_of_every_batch(checkpointing):
+    """Exactly what a step of that batch takes, and without running it."""
+    steps = []
+    with torch.device("meta"):
+        stage = BaseStage(resolution=32, **{**BASE, "channel_mult": [1]})
+    paper = SimulatedStep(stage, "bf16-mixed", finished_step=lambda: steps.append(1))
+    batches = (paper.steady, 3 * paper.steady, 200)
+    found = [paper.memory(batch, True, 2, checkpointing) for batch in batches]
+    assert len(steps) == 2 and paper.steady > 2
+    paper.steady = 10**9  # each batch is simulated
+    assert found == [paper.memory(batch, True, 2, checkpointing) for batch in batches]
+    assert len(steps) == 4
+
+
+@pytest.mark.parametrize(
+    "days, text",
+    [
+        (1e-5, "0.864 seconds"),
+        (0.01678, "24.2 minutes"),
+        (0.5, "12 hours"),
+        (79.03, "79 days"),
+        (12_345, "12,345 days"),
+    ],
+)
+def test_a_time_is_in_the_unit_that_people_use(days, text):
+    assert duration(days) == text
+
+
 def plan(tmp_path, *arguments) -> dict:
     main(["plan", *arguments, "--out", str(tmp_path / "plan.json")])
     return json.loads((tmp_path / "plan.json").read_text())
@@ -187,6 +216,10 @@ def test_the_plan_of_sr256_on_eight_gpus(tmp_path, capsys):
     accumulate = f"--trainer.accumulate_grad_batches {found['accumulate']}"
     assert f'make train-stage STAGE=sr256 ARGS="{fewer} --trainer.devices 8 {accumulate}' in said
     assert "assumed" in said and "measured" in said
+    first = said.splitlines()[0]  # before the memory is known
+    assert first.startswith("sr256: ") and "GFLOP an image; 500,000 steps of 1,024 images in" in first
+    assert f"{duration(found['days'])} on 8 x H100 at 50% of its data sheet, or" in first
+    assert f"500,000 steps in {duration(found['days'])}, {duration(found['device_days'])} of one device" in said
 
 
 def test_a_micro_batch_that_was_asked_for_and_fits_needs_no_checkpointing(tmp_path):

@@ -14,6 +14,7 @@ from cdm_lightning.evaluation.cas.report import KINDS, plot_classes, print_table
 from cdm_lightning.evaluation.real_images import write_subset
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import begin_folder, check_output_folder, read_table
+from cdm_lightning.foundation.process_group import Accelerator
 
 SUBSET_SEED = 0  # all trainings use the same images, so that their spread comes from training only
 
@@ -30,7 +31,7 @@ def cas(
     seeds: list[int] = [0, 1, 2],  # noqa: B006, read only
     devices: PositiveInt = 1,
     num_workers: NonNegativeInt = 0,
-    accelerator: str = "auto",
+    accelerator: Accelerator = "auto",
 ) -> dict[str, Any]:
     """Classification accuracy score: train a classifier on generated images alone, test it on real ones.
 

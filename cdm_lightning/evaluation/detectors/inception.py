@@ -125,7 +125,10 @@ class ScriptedDetector(Detector):
 def cached() -> Path:
     """Path of the canonical network's file: in $CDM_CACHE or ~/.cache/cdm_lightning."""
     folder = os.environ.get("CDM_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "cdm_lightning") / f"{Inception.name}.pt"
+    try:
+        return (Path(folder) if folder else Path.home() / ".cache" / "cdm_lightning") / f"{Inception.name}.pt"
+    except RuntimeError as error:  # no HOME, and a user without a name
+        raise InputError("there is no home folder for the cache: set CDM_CACHE to a folder") from error
 
 
 def load() -> Inception:

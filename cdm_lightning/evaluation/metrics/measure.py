@@ -72,8 +72,17 @@ def measure(
         if len(values) >= 3:
             spread = (stdev(values), f"{len(values)} disjoint seeds")
         real = card.count or 0 if key == "fd" else len(card.places if card.places is not None else ())
+        least, features = min(n, card.count or n), len(card.moments.total)
+        singular = key == "fd" and least <= features
         note = bias_note(n) if key == "fd" else ""
-        figures.append(Figure(key, name_of(key, detector), mean(values), *spread, card_name, n, real, note))
+        if singular:
+            note = (
+                f"NOT A RESULT: the covariance of {least:,} images is singular in {features:,} features; it takes more "
+                f"than {features:,} images, and a distance that means something thousands"
+            )
+        figures.append(
+            Figure(key, name_of(key, detector), mean(values), *spread, card_name, n, real, note, not singular)
+        )
     return figures
 
 

@@ -21,6 +21,7 @@ class Figure:
     n: int  # generated images
     n_reference: int  # real images
     note: str  # "" or a caveat, such as the bias of a small n
+    is_result: bool = True  # False for a distance of fewer images than it takes to estimate a covariance
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder
-from cdm_lightning.foundation.process_group import first_process
+from cdm_lightning.foundation.process_group import Accelerator, first_process
 from cdm_lightning.foundation.progress_bar import ProgressBar
 
 
@@ -30,7 +30,7 @@ def reference(
     keep: int = 10_000,
     count: int | None = None,
     devices: PositiveInt = 1,
-    accelerator: str = "auto",
+    accelerator: Accelerator = "auto",
     batch_size: int = 50,
     trust_detector: bool = False,
 ) -> None:

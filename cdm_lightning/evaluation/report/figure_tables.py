@@ -39,7 +39,8 @@ def figures_table(figures: Sequence[Figure], caption: str = "Measured figures") 
         return []
     heads = ["measure", "value", "± one standard deviation over", "against", "better", "n generated", "n real"]
     rows = [
-        [f.name, format_number(f.value, f.spread), f.spread_of if f.spread is not None else "", against(f),
+        [f.name, format_number(f.value, f.spread) + ("" if f.is_result else " NOT A RESULT"),
+         f.spread_of if f.spread is not None else "", against(f),
          BETTER.get(f.key, ""), f"{f.n:,}", f"{f.n_reference:,}" if f.n_reference else ""]
         for f in figures
     ]  # fmt: skip

@@ -48,7 +48,8 @@ def print_figures(figures: Sequence[Figure]) -> None:
     for f in figures:
         spread = "" if f.spread is None else f"{f.spread:.4g}"
         over = f.spread_of if spread else ""
-        table.add_row(f.name, f"{f.value:.4f}", spread, over, f.against, str(f.n), str(f.n_reference or ""))
+        value = f"{f.value:.4f}{'' if f.is_result else ' NOT A RESULT'}"
+        table.add_row(f.name, value, spread, over, f.against, str(f.n), str(f.n_reference or ""))
     console = table_console()
     console.print(table)
     for note in dict.fromkeys(f.note for f in figures if f.note):

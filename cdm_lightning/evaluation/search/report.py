@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.cascade.bundle import read_bundle_metadata
+from cdm_lightning.cascade.bundle import bundle_file, read_bundle_metadata
 from cdm_lightning.cascade.hub import write_hub_files
 from cdm_lightning.evaluation.report.figure_tables import format_number
 from cdm_lightning.evaluation.report.page import Block, Drawing, Section, write_page
@@ -55,12 +55,13 @@ def write_search(
     cascade at the chosen levels. levels, kind: the choice. shown: folders of its samples, from low to high resolution.
     low_res: the folder of the low-resolution samples in levels.png, if they were finished. floor: from `run.floor`.
     """
+    figure = chosen.figures[0]
     results = {
         "levels": levels,
         "truncated": kind == "truncated" and any(levels),
         "rows": [asdict(row) for row in rows],
         "chosen": asdict(chosen),
-        "conclusion": finding(rows, chosen, kind),
+        "conclusion": f"{finding(rows, chosen, kind)} {'' if figure.is_result else figure.note}".strip(),
         "floor": floor,
         "n": run.n,
         "seeds": run.seeds,
@@ -130,6 +131,6 @@ def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
         "search": found,
     }
     metadata.pop("results", None)
-    write_atomically(Path(bundle) / "bundle.json", (json.dumps(metadata, indent=1) + "\n").encode())
-    write_hub_files(Path(bundle), metadata)
+    write_atomically(bundle_file(bundle), (json.dumps(metadata, indent=1) + "\n").encode())
+    write_hub_files(bundle_file(bundle).parent, metadata)
     print(f"{bundle}: now stores levels s = {results['levels']}, truncated {results['truncated']}")

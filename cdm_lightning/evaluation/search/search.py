@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder
-from cdm_lightning.foundation.process_group import first_process
+from cdm_lightning.foundation.process_group import Accelerator, first_process
 from cdm_lightning.sampling.manifest import Precision
 
 
@@ -37,7 +37,7 @@ def search(
     precision: Precision = "32-true",
     seed: int = 0,
     devices: PositiveInt = 1,
-    accelerator: str = "auto",
+    accelerator: Accelerator = "auto",
 ) -> dict[str, Any]:
     """Measure FID(s) of every super-resolution stage, on generated and on real low-resolution images, and choose s.
 
