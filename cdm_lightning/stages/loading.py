@@ -68,13 +68,17 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse a file that Lightning cannot resume from: truncated, foreign, or in need of unpickling."""
+def check_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint without the values of its tensors. Refuses a file that Lightning cannot resume from.
+
+    Such a file is truncated, foreign, or in need of unpickling.
+    """
     checkpoint = load_safely(path, map_location="meta", mmap=True)
     needed = {"pytorch-lightning_version", "epoch", "global_step", "loops", "state_dict", "hyper_parameters"}
     missing = sorted(needed - set(checkpoint)) if isinstance(checkpoint, dict) else sorted(needed)
     if missing:
         raise InputError(f"{path} is not a checkpoint of a training: it holds no {missing[0]}")
+    return checkpoint
 
 
 def build_stage(kind: str, arguments: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> DiffusionStage:
