@@ -161,12 +161,37 @@ class ShardDataModule(L.LightningDataModule):
     def manifest(self, split: str) -> tuple[Path, Manifest]:
         """The folder and manifest of a split, read once per run and checked against the trained module."""
         if split not in self.splits:
-            self.splits[split] = self.find(split)
+            self.splits[split] = self.find(split, self.trainer.lightning_module)
         return self.splits[split]
 
-    def find(self, split: str) -> tuple[Path, Manifest]:
+    def check_before_start(self, trainer: L.Trainer, module: Any, data: Any, stage: str) -> None:
+        """Refuse what does not fit the module or the trainer, before anything is opened."""
+        self.trainer = trainer
+        for split in ["train", "val"] if stage == "fit" else ["val"]:
+            _, manifest = self.find(split, module)
+            self.micro_batch()
+            if split == "train" and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped there
+                self.check_pass(self.pass_length(manifest))
+
+    def check_pass(self, batches: int) -> None:
+        """Refuse a pass that ends amid the batches of a step, or before its validation. batches: of a whole pass."""
+        trainer: Any = self.trainer
+        limit, parts, every = trainer.limit_train_batches, trainer.accumulate_grad_batches, trainer.val_check_interval
+        batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+        if batches % parts:
+            raise InputError(
+                f"limit_train_batches {limit} makes passes of {batches} batches, which is no multiple of "
+                f"accumulate_grad_batches {parts}: the last step of a pass would be of fewer images"
+            )
+        by_passes = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
+        if by_passes and isinstance(every, int) and every > batches:
+            raise InputError(
+                f"val_check_interval {every} exceeds the {batches} batches of a pass: "
+                "with check_val_every_n_epoch null it counts batches over all passes"
+            )
+
+    def find(self, split: str, module: Any) -> tuple[Path, Manifest]:
         """Find and check the folder of a split: resolution, channels, classes, and an image for every process."""
-        module: Any = self.trainer.lightning_module
         folder = find_folder(self.roots[split], split, module.resolution)
         manifest = read_manifest(folder, check_files=self.on_damage == "refuse")
         if manifest.resolution != int(folder.name):
@@ -247,15 +272,17 @@ class ShardDataModule(L.LightningDataModule):
         loader.wait_limit = self.timeout
         return loader
 
+    def pass_length(self, manifest: Manifest) -> int:
+        """Batches of a pass, before any limit: to max_steps where given, else one epoch."""
+        steps = self.trainer.max_steps if self.trainer.max_steps > -1 else manifest.count // self.batch_size
+        if not steps:
+            raise InputError(f"batch_size {self.batch_size} is larger than the {manifest.count} training images")
+        return steps * self.trainer.accumulate_grad_batches
+
     def train_dataloader(self) -> ResumableLoader:
         """An endless stream. Its length, for the progress bar, is max_steps where given, else one epoch."""
         _, manifest = self.manifest("train")
-        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        if steps < 0:
-            steps = manifest.count // self.batch_size * self.trainer.accumulate_grad_batches
-            if not steps:
-                raise InputError(f"batch_size {self.batch_size} is larger than the {manifest.count} training images")
-        loader = self.loader("train", self.micro_batch(), flip=self.flip, length=steps)
+        loader = self.loader("train", self.micro_batch(), flip=self.flip, length=self.pass_length(manifest))
         loader.current_place = self.images_seen
         return loader
 

@@ -80,19 +80,32 @@ class StageDistance(L.Callback):
         self.sampler: Sampler = sampler
         self.sampling_steps, self.batch_size = sampling_steps, batch_size
         self.validations = 0  # of this run, over all its starts
+        self.checked: Any = None  # the stage that was looked at
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage not in ("fit", "validate"):
+            return
+        if self.checked is not pl_module:
+            self.check_before_start(trainer, pl_module, trainer.datamodule, stage)  # type: ignore[attr-defined]  # set by a connector
+        self.checked = None  # what was read is used once
+        self.index = torch.arange(trainer.global_rank, self.n, trainer.world_size)  # what this process draws
+        self.inputs: dict[str, torch.Tensor | None] = {self.key: None}  # a base takes none, low_res uint8 (B, C, r, r)
+        if self.real is not None:
+            self.inputs = {f"{self.key}_real": self.real[self.index]}
+            if self.lower is not None:
+                self.inputs[f"{self.key}_generated"] = None
+
+    def check_before_start(self, trainer: L.Trainer, pl_module: Any, data: Any, stage: str) -> None:
         """Refuse what does not fit the stage, and read the real input, before the training begins."""
         if stage not in ("fit", "validate"):
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
         if not (isinstance(pl_module, DiffusionStage) and isinstance(data, ShardDataModule)):
             given = f"{type(pl_module).__name__} with {type(data).__name__}"
             raise InputError(f"StageDistance measures a stage that trains with ShardDataModule, not {given}")
         if self.n < max(2, trainer.world_size):
             raise InputError(f"n {self.n} is too small: a distance takes 2 images, and each process draws one")
         classes, label = pl_module.num_classes, torch.arange(self.n) % (pl_module.num_classes or 1)
-        _, images = data.manifest("val")
+        _, images = data.find("val", pl_module)
         samples = replace(
             images, resolution=pl_module.resolution, classes=images.classes if classes else NO_CLASSES,
             counts=label.bincount(minlength=classes or 1).tolist(),
@@ -101,23 +114,22 @@ class StageDistance(L.Callback):
         with few_calls(pl_module.diffusion, self.sampler, self.sampling_steps):
             pl_module.diffusion.sampling_grid(0)  # refuses steps without a grid
         self.distance_to, self.key = FrechetDistanceTo(self.card.moments), f"val/{log_key('fd', self.detector)}"
-        self.index = torch.arange(trainer.global_rank, self.n, trainer.world_size)  # what this process draws
-        self.inputs: dict[str, torch.Tensor | None] = {self.key: None}  # a base takes none, low_res uint8 (B, C, r, r)
+        self.real: torch.Tensor | None = None  # low_res of a super-resolution stage
         self.lower: CascadeModule | None = None
         self.number = 0  # of the stage in its cascade, as the draws of `cdm sample` count them
         if isinstance(pl_module, SuperResolutionStage):
             check_level(pl_module, self.level)
             where = (data.roots["train"], "train", pl_module.low_resolution)
-            real = first_images(self.n, *where) if classes is None else real_images_for_labels(label, *where)
-            self.inputs, self.number = {f"{self.key}_real": real[self.index]}, 1
+            self.real = first_images(self.n, *where) if classes is None else real_images_for_labels(label, *where)
+            self.number = 1
             if self.bundle is not None:
                 self.lower = self.stages_below(pl_module, self.bundle)
                 if classes is not None:
                     data.check_classes(self.lower.origin["classes"], f"bundle {self.bundle}")
                 self.number = len(self.lower.stages)
-                self.inputs[f"{self.key}_generated"] = None
         elif self.bundle is not None or self.level:
             raise InputError(f"bundle {self.bundle} and level {self.level} are not for {pl_module.name}, a base stage")
+        self.checked = pl_module
 
     def stages_below(self, stage: SuperResolutionStage, bundle: Path) -> CascadeModule:
         """The cascade of the bundle's stages below this one. Refuses a bundle that lacks them or has others."""

@@ -17,7 +17,12 @@ from cdm_lightning.foundation.parser import nearest
 from cdm_lightning.stages import DiffusionStage
 from cdm_lightning.training import EMA
 from cdm_lightning.training.checkpoint_files import Trainer
-from cdm_lightning.training.lightning_cli import LightningParser, refuse_old_class_paths
+from cdm_lightning.training.lightning_cli import (
+    LightningParser,
+    add_callback_options,
+    merge_callback_options,
+    refuse_old_class_paths,
+)
 
 EXPERIMENTS = Path("experiments")
 
@@ -67,12 +72,14 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.add_lightning_class_args(DiffusionStage, "model", subclass_mode=True)
     parser.add_lightning_class_args(ShardDataModule, "data")
+    add_callback_options(parser)
     for name, kind in (("seed_everything", bool | int), ("ckpt_path", str | None), ("weights_only", bool | None)):
         parser.add_argument(f"--{name}", type=kind)  # options of `cdm fit` that a plan does not use
     words = [word for path in configs for word in ("--config", str(path))]
     read = parser.parse_args([*words, *split_arguments(arguments)])
     if read.model is None:
         raise InputError(f"{', '.join(map(str, configs))} name no model")
+    merge_callback_options(read)
     model = read.model.as_dict()
     arguments_of_stage = dict(model.get("init_args", {}))
     checkpointing = bool(arguments_of_stage.pop("checkpointing", False))  # the plan decides about it
@@ -84,6 +91,6 @@ def read_recipe(configs: list[Path], arguments: str = "") -> Recipe:
         batch=read.data.batch_size,
         max_steps=steps,
         precision=str(read.trainer.precision),
-        average=any(issubclass(pkgutil.resolve_name(call.class_path), EMA) for call in read.trainer.callbacks or []),
+        average=any(issubclass(pkgutil.resolve_name(call.class_path), EMA) for call in read.trainer.callbacks),
         checkpointing=checkpointing,
     )

@@ -209,6 +209,15 @@ class DiffusionStage(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return configure_adam(self, self.lr, self.warmup_steps, self.decay_fraction)
 
+    def on_train_start(self) -> None:
+        """Put the configured learning rate in force; a resumed run has just restored that of its checkpoint."""
+        for config in self.trainer.lr_scheduler_configs:
+            set_rate(config.scheduler, self.lr)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the rate of this step; at its end, the schedule has moved on to the next one."""
+        self.meter.latest["lr"] = optimizer.param_groups[0]["lr"]
+
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -252,6 +261,14 @@ def configure_adam(stage: Any, lr: float, warmup_steps: int, decay_fraction: flo
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def set_rate(scheduler: Any, lr: float) -> None:
+    """Let a LambdaLR go on from the step that it has reached with `lr` as its full rate. The same lr changes no bit."""
+    scheduler.base_lrs = [lr for _ in scheduler.base_lrs]
+    scheduler._last_lr = [lr * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = lr, rate
 
 
 def uses_fused_adam(stage: Any) -> bool:

@@ -122,8 +122,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse a file that Lightning cannot resume from: truncated, foreign, or in need of unpickling."""
+def check_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint without the values of its tensors. Refuses a file that Lightning cannot resume from.
+
+    Such a file is truncated, foreign, or in need of unpickling.
+    """
     checkpoint = load_safely(path, map_location="meta", mmap=True)
     if isinstance(checkpoint, dict) and "imported" in checkpoint:
         raise InputError(f"{path} is an import, without an optimizer: begin a training by --model.init_from {path}")
@@ -131,6 +134,7 @@ def check_checkpoint(path: str | Path) -> None:
     missing = sorted(needed - set(checkpoint)) if isinstance(checkpoint, dict) else sorted(needed)
     if missing:
         raise InputError(f"{path} is not a checkpoint of a training: it holds no {missing[0]}")
+    return checkpoint
 
 
 def build_stage(

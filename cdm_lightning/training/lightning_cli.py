@@ -10,14 +10,16 @@ from contextlib import suppress
 from inspect import signature
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from urllib.parse import urlparse
 
 import lightning.pytorch as L
-from jsonargparse import set_parsing_settings
-from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
@@ -26,12 +28,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.data import ShardDataModule
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.parser import Parser, nearest
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
+from cdm_lightning.training.averaging import EMA
 from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, Trainer
-from cdm_lightning.training.progress import Progress, RunSummary
-from cdm_lightning.training.resume import run_id
+from cdm_lightning.training.finite_steps import FiniteSteps
+from cdm_lightning.training.fit_checks import (
+    check_callbacks,
+    check_data_and_callbacks,
+    check_folder,
+    check_options,
+    check_together,
+    finished,
+)
+from cdm_lightning.training.pictures import SampleGrid
+from cdm_lightning.training.progress import Progress, RunSummary, model_name, print_once
+from cdm_lightning.training.resume import Checkpoint, run_id
 
 MOVED_CLASSES = {  # class paths of version 0.1 -> today's
     "callbacks.EMA": "training.EMA",
@@ -100,12 +114,77 @@ def check_values(settings: Any) -> None:
             raise InputError(f"Lightning knows no {name} {given!r}: {known_words}")
 
 
+SHIPPED = {  # the name on the command line of each callback of the room
+    "ema": EMA,
+    "finite_steps": FiniteSteps,
+    "checkpoint": Checkpoint,
+    "sample_grid": SampleGrid,
+}
+
+
+def add_callback_options(parser: LightningArgumentParser) -> None:
+    """Options such as --ema.decay, each for one argument of a callback; null, the default, changes nothing."""
+    for name, kind in SHIPPED.items():
+        added = parser.add_class_arguments(kind, name, instantiate=False)
+        parser.set_defaults(dict.fromkeys(added))
+
+
+def merge_callback_options(config: Any) -> None:
+    """Put the options of `add_callback_options` that are given into trainer.callbacks, and clear them.
+
+    A callback that is not there is added.
+    """
+    listed = config.trainer.callbacks or []
+    callbacks = config.trainer.callbacks = list(listed) if isinstance(listed, list) else [listed]
+    for name, kind in SHIPPED.items():
+        given = {argument: value for argument, value in config.pop(name).items() if value is not None}
+        if not given:
+            continue
+        there = next((entry for entry in callbacks if resolve_name(entry.class_path) is kind), None)
+        if there is None:
+            callbacks.append(there := Namespace(class_path=f"{kind.__module__}.{kind.__qualname__}"))
+        there.init_args = Namespace(**{**vars(there.get("init_args") or Namespace()), **given})
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration; where a logger or callback writes into the run's folder, that folder goes by its name.
+
+    So a new run of the saved configuration writes into its own folder, and not into that of the old run.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        first = not self.already_saved
+        super().setup(trainer, pl_module, stage)
+        file = Path(trainer.log_dir or "") / self.config_filename  # in every process: log_dir is a broadcast
+        if first and trainer.is_global_zero:
+            head, _, text = file.read_text().partition("\n")  # a comment on Lightning's version
+            config = yaml.safe_load(text)
+            name_run_folder(config["trainer"], config["trainer"]["default_root_dir"])
+            write_atomically(file, f"{head}\n{yaml.safe_dump(config, sort_keys=False)}".encode())
+
+
+def name_run_folder(config: Any, folder: str) -> None:
+    """Put ${trainer.default_root_dir} for `folder` in every save_dir and dirpath of a nested configuration."""
+    if isinstance(config, list):
+        for part in config:
+            name_run_folder(part, folder)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            if key in ("save_dir", "dirpath") and f"{value}/".startswith(f"{folder}/"):
+                config[key] = "${trainer.default_root_dir}" + str(value).removeprefix(folder)
+            else:
+                name_run_folder(value, folder)
+
+
 class CommandLine(LightningCLI):
     """Lightning's command line, with one seed for model and data, and checks of what the user asks for."""
+
+    finished: str | None = None  # the sentence about a run of which nothing is left to train
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.seed")
+        add_callback_options(parser)
 
     def after_instantiate_classes(self) -> None:
         """Raise InputError if the given ckpt_path is not a complete checkpoint."""
@@ -126,29 +205,33 @@ class CommandLine(LightningCLI):
         root = Path(self.trainer.default_root_dir) / "checkpoints"
         return newest_checkpoint({root, *(Path(saver.dirpath) for saver in savers if saver.dirpath)})
 
+    def before_instantiate_classes(self) -> None:
+        check_options(self.config[self.subcommand].trainer)
+
     def before_fit(self) -> None:
-        """Refuse settings that cannot work together, resolve `ckpt_path: last`, and set the W&B run id."""
-        precision = str(self.config.fit.trainer.precision)
-        if precision.startswith("16") and isinstance(self.trainer.accelerator, CPUAccelerator):
-            raise InputError(f"precision {precision} needs a GPU: a CPU offers 32-true and bf16-mixed")
-        options = getattr(self.trainer.strategy, "_ddp_kwargs", {})
-        if options.get("static_graph") and self.trainer.accumulate_grad_batches > 1:
-            number = self.trainer.accumulate_grad_batches
-            raise InputError(f"accumulate_grad_batches {number} and DDP's static_graph exclude each other in torch")
-        mode, number = getattr(self.model, "compile_mode", None), self.trainer.accumulate_grad_batches
-        if mode is not None and mode != "default" and number > 1:
-            raise InputError(
-                f"compile {mode} and accumulate_grad_batches {number} exclude each other: CUDA graphs reuse memory"
-            )
-        if self.config.fit.ckpt_path == "last" and not self.config.fit.trainer.fast_dev_run:
-            self.config_init.fit.ckpt_path = self.last_checkpoint()
+        """Check all that can be known before a logger opens, resolve `ckpt_path: last`, and set the W&B run id."""
+        trainer, root = self.trainer, Path(self.trainer.default_root_dir)
+        check_together(trainer, self.model, str(self.config.fit.trainer.precision))
+        check_data_and_callbacks(trainer, self.model, self.datamodule, "fit")
+        check_folder(root)
+        if self.config.fit.ckpt_path == "last":  # a trial run begins anew: it would find its few steps done
+            self.config_init.fit.ckpt_path = None if self.config.fit.trainer.fast_dev_run else self.last_checkpoint()
         elif self.config.fit.ckpt_path is None and (older := self.last_checkpoint()):
             rank_zero_warn(
                 f"ckpt_path is null, but {older} exists: `ckpt_path: last` will resume whichever run has more steps"
             )
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger) and self.trainer.is_global_zero and "WANDB_RUN_ID" not in os.environ:
-                logger._wandb_init["id"] = logger._wandb_init.get("id") or run_id(Path(self.trainer.default_root_dir))
+        resumed = self.config_init.fit.ckpt_path
+        self.finished = finished(trainer, self.model, Path(resumed)) if resumed else None
+        for logger in trainer.loggers if not self.finished else []:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero and "WANDB_RUN_ID" not in os.environ:
+                logger._wandb_init["id"] = logger._wandb_init.get("id") or run_id(root)
+
+    def fit(self, **options: Any) -> None:
+        """Train; of a finished run, say so and open nothing."""
+        if self.finished:
+            print_once(self.trainer, f"{model_name(self.model)}: {self.finished}")
+        else:
+            self.trainer.fit(**options)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer with RunSummary, Progress and AtomicCheckpointIO.
@@ -160,7 +243,13 @@ class CommandLine(LightningCLI):
         callbacks = [*filter(None, callbacks), RunSummary()]
         if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Progress())
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        check_callbacks(callbacks)
+        if given.min_steps is not None and given.min_epochs is None:
+            kwargs["min_epochs"] = 0  # Lightning would take 1, and a pass may be the whole training
+        try:
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (ValueError, ModuleNotFoundError) as error:  # Lightning's, about options of its own
+            raise InputError(" ".join(str(error).split())) from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for logger in trainer.loggers:
@@ -169,13 +258,19 @@ class CommandLine(LightningCLI):
         return trainer
 
     def before_validate(self) -> None:
-        """Resolve `ckpt_path: last`. Raises InputError if there is none; Lightning would take untrained weights."""
+        """Check the data, and resolve `ckpt_path: last`. Raises InputError if there is none.
+
+        Lightning would open its loggers before it looks at the data, take untrained weights, and log at step 0.
+        """
+        check_data_and_callbacks(self.trainer, self.model, self.datamodule, str(self.subcommand))
         if self.config[self.subcommand].ckpt_path == "last":
             if (newest := self.last_checkpoint()) is None:
                 folder = Path(self.trainer.default_root_dir) / "checkpoints"
                 raise InputError(f"{folder} holds no whole checkpoint, and ckpt_path last asks for the newest one")
-            check_checkpoint(newest)
             self.config_init[self.subcommand].ckpt_path = newest
+        if (path := self.config_init[self.subcommand].ckpt_path) is not None:
+            step = check_checkpoint(path)["global_step"]  # the log of a run in the same folder shows its step
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, step - 1)
 
     before_test = before_predict = before_validate
 
@@ -186,6 +281,7 @@ class CommandLine(LightningCLI):
             check_values(self.config[self.config.subcommand])
         except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse reports all other errors
             raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
+        merge_callback_options(self.config[self.config.subcommand])
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
         """Set defaults: weights_only true, which unpickles nothing, and verbose false, so that metrics print once."""
@@ -213,6 +309,7 @@ def run() -> None:
         trainer_defaults={"enable_model_summary": False},  # RunSummary prints the number of parameters
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=LightningParser,
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "cdm"},

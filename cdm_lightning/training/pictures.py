@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import gc
+import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
+from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale, save_grid, to_uint8
 from cdm_lightning.foundation.randomness import generators
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
@@ -33,19 +37,34 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, rows: int = 10, columns: int = 6, sampling_steps: int = 25) -> None:
+        for name, value in {"rows": rows, "columns": columns, "sampling_steps": sampling_steps}.items():
+            if value < 1:
+                raise InputError(f"{name} {value} of the sample grid is less than 1")
         self.rows, self.columns, self.sampling_steps = rows, columns, sampling_steps
+
+    def check_before_start(self, trainer: L.Trainer, module: Any, data: Any, stage: str) -> None:
+        """Refuse steps that the stage's sampler cannot take, before the training and not at its first validation."""
+        if isinstance(module, DiffusionStage):
+            with self.few_steps(module):
+                module.diffusion.sampling_grid(0)
+
+    @contextmanager
+    def few_steps(self, stage: DiffusionStage) -> Iterator[None]:
+        """Sample with the grid's number of network calls, at most T; the stage's own comes back."""
+        diffusion, steps = stage.diffusion, stage.diffusion.sampling_steps
+        diffusion.sampling_steps = min(self.sampling_steps, diffusion.timesteps)
+        try:
+            yield
+        finally:
+            diffusion.sampling_steps = steps
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return  # one picture per validation; it is drawn here because the module now holds the averaged weights
-        diffusion, steps = pl_module.diffusion, pl_module.diffusion.sampling_steps
-        diffusion.sampling_steps = min(self.sampling_steps, diffusion.timesteps)
-        try:
+        with self.few_steps(pl_module):
             pictures = self.draw(pl_module, batch)
-        finally:
-            diffusion.sampling_steps = steps
         if isinstance(pl_module, SuperResolutionStage):
             low_res = torch.stack([row[0] for row in pictures for _ in row[1:-1]])
             samples = torch.stack([sample for row in pictures for sample in row[1:-1]])
@@ -83,11 +102,14 @@ class SampleGrid(Callback):
 class LossCurve(Callback):
     """Plots training and validation loss over optimizer steps from the CSV logs, as loss.png in the run's folder.
 
-    A second panel shows the Fréchet distances, if the run logs any.
+    A second panel shows the Fréchet distances, if the run logs any, and a low one the learning rate.
     """
 
-    metrics = ("train/loss", "train/simple", "val/loss", "val/simple")
-    distances = ("val/fid", "val/fd_")  # how the names of distances begin
+    panels = {  # noqa: RUF012, read only: quantity -> the names of its metrics, and the panel's height
+        "loss": (r"(train|val)/(loss|simple)", 4),
+        "Fréchet distance": (r"val/(fid|fd_).*", 4),
+        "learning rate": (r"train/lr", 1),
+    }
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
@@ -99,33 +121,39 @@ class LossCurve(Callback):
 
     def plot(self, folder: Path) -> None:
         """Plot the logs of all starts of this run. Where they overlap, the newer log counts."""
-        curves: dict[str, dict[int, float]] = defaultdict(dict)
+        curves: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         for file in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda f: f.stat().st_mtime):
             with file.open() as lines:
                 for row in csv.DictReader(lines):
                     for name, value in row.items():
-                        if value and (name in self.metrics or name.startswith(self.distances)):
-                            curves[name][int(row["step"])] = float(value)
+                        quantity = self.quantity(name)
+                        if value and quantity:
+                            curves[quantity][name][int(row["step"])] = float(value)
         if not curves:
             return
-        panels = 1 + any(name.startswith(self.distances) for name in curves)
-        figure = Figure(figsize=(7, 4 * panels))  # not pyplot, which would keep every figure in memory
-        axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
-        for name, points in sorted(curves.items()):
-            steps = sorted(points)
-            steps = steps[:: -(-len(steps) // 2000)]  # more points than pixels cannot be seen
-            style = "o-" if name.startswith("val") else "-"
-            panel = axes[int(name.startswith(self.distances))]
-            panel.plot(steps, [points[s] for s in steps], style, label=name, linewidth=1, markersize=3)
-        for panel, quantity in zip(axes, ("loss", "Fréchet distance"), strict=False):
-            panel.set(ylabel=quantity, yscale="log")
-            panel.legend()
+        shown = [(quantity, height) for quantity, (_, height) in self.panels.items() if quantity in curves]
+        heights = [height for _, height in shown]
+        figure = Figure(figsize=(7, sum(heights)))  # not pyplot, which would keep every figure in memory
+        axes = figure.subplots(len(shown), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for panel, (quantity, height) in zip(axes, shown, strict=True):
+            for name, points in sorted(curves[quantity].items()):
+                steps = sorted(points)
+                steps = steps[:: -(-len(steps) // 2000)]  # more points than pixels cannot be seen
+                style = "o-" if name.startswith("val") else "-"
+                panel.plot(steps, [points[s] for s in steps], style, label=name, linewidth=1, markersize=3)
+            panel.set(ylabel=quantity, yscale="log" if height > 1 else "linear")
+            if height > 1:
+                panel.legend()
         axes[0].set_title(folder.name)
         axes[-1].set_xlabel("optimizer step")
         figure.savefig(folder / "loss.partial.png", dpi=120, bbox_inches="tight")
         del figure, axes
         gc.collect()  # a figure is full of reference cycles, and Python alone would free it much later
         (folder / "loss.partial.png").replace(folder / "loss.png")
+
+    def quantity(self, metric: str) -> str | None:
+        """The panel that shows a metric; None if none does."""
+        return next((quantity for quantity, (names, _) in self.panels.items() if re.fullmatch(names, metric)), None)
 
 
 def channel_drift(samples: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:

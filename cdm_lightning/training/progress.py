@@ -164,6 +164,8 @@ class RunSummary(Callback):
         name, done, target = model_name(pl_module), trainer.global_step, trainer.max_steps
         if self.start is None:
             outcome = f"{name}: all {done:,} steps are already done"
+            if done < target:
+                outcome = f"{name}: max_time is used up at step {done:,} of {target:,}, and a longer one trains on"
         else:
             seconds, first = time.monotonic() - self.start[0], self.start[1]
             reached = f"stopped after {done:,} of {target:,} steps" if done < target else f"trained {done:,} steps"

@@ -38,9 +38,14 @@ class Checkpoint(ModelCheckpoint):
         kwargs: Further arguments of ModelCheckpoint.
     """
 
-    def __init__(self, dirpath: Path | None = None, *, every_n_train_steps: int, **kwargs: Any) -> None:
+    def __init__(self, dirpath: Path | None = None, *, every_n_train_steps: int = 5000, **kwargs: Any) -> None:
         if every_n_train_steps < 1:
             raise InputError(f"every_n_train_steps {every_n_train_steps} of the checkpoints is less than 1")
+        for name in ("save_weights_only", "every_n_epochs", "train_time_interval", "save_on_train_epoch_end"):
+            if kwargs.get(name):
+                raise InputError(
+                    f"{name} {kwargs[name]} of the checkpoints is refused: they are whole, and come every so many steps"
+                )
         super().__init__(
             dirpath,
             every_n_train_steps=every_n_train_steps,
@@ -125,12 +130,37 @@ class Checkpoint(ModelCheckpoint):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped there
             trainer.save_checkpoint(Path(self.dirpath or "") / "last.ckpt")
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Convert Lightning's batch counts if accumulate_grad_batches has changed since the checkpoint.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the files of the state over, in today's folder: it may have been moved, or be that of another run."""
 
-        Lightning takes an optimizer step when the batch count is a multiple of accumulate_grad_batches. With the old
-        count, the first step could consist of fewer batches than the others.
+        def here(path: str) -> str:
+            file = Path(self.dirpath or "") / Path(path).name
+            return str(file) if path and file.is_file() else ""
+
+        files = {
+            name: here(state_dict.get(name, ""))
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path")
+        }
+        kept = {here(path): score for path, score in state_dict.get("best_k_models", {}).items() if here(path)}
+        super().load_state_dict({**state_dict, **files, "best_k_models": kept, "dirpath": self.dirpath})
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        """Also remove the file that this start resumed from; Lightning would keep it, which the unbroken run has not.
+
+        Files outside of the folder stay.
         """
+        return previous != current and Path(previous).parent == Path(self.dirpath or "")
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find this callback's state, and convert Lightning's batch counts, if the configuration has changed.
+
+        The state's name holds every_n_train_steps. Lightning takes an optimizer step when the batch count is a multiple
+        of accumulate_grad_batches. With the old count, the first step could consist of fewer batches than the others.
+        """
+        states = checkpoint.get("callbacks", {})
+        mine = [key for key in states if key.startswith(f"{type(self).__qualname__}{{")]
+        if self.state_key not in states and len(mine) == 1:
+            states[self.state_key] = states[mine[0]]
         data = checkpoint.get("ShardDataModule", {})
         before, now = data.get("accumulated"), trainer.accumulate_grad_batches
         if before in (None, now) or trainer.datamodule is None:
@@ -172,7 +202,7 @@ def validation_ended_epoch(trainer: Any, batches: int) -> bool:
     epochs = trainer.check_val_every_n_epoch
     if epochs is not None:
         return (trainer.current_epoch + 1) % epochs == 0
-    return batches > 0 and batches % trainer.val_check_batch == 0
+    return batches > 0 and bool(trainer.val_check_batch) and batches % trainer.val_check_batch == 0  # None: by time
 
 
 def run_id(run: Path) -> str:

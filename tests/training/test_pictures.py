@@ -51,22 +51,25 @@ def test_detail_that_the_low_resolution_does_not_see_is_no_disagreement():
     assert low_pass_agreement(checkers, low_res) == pytest.approx(10 * math.log10(255**2 / 450))
 
 
-def test_the_distances_of_all_starts_are_a_panel_below_the_loss(tmp_path, monkeypatch):
+def test_distances_and_rate_of_all_starts_are_panels_below_the_loss(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
-    for start, lines in enumerate([["1,3.0,", "1,,70.5", "3,2.0,", "3,,60.0"], ["3,,50.5", "5,,40.5"]]):
+    for start, lines in enumerate(
+        [["1,3.0,,1e-3", "1,,70.5,", "3,2.0,,1e-3", "3,,60.0,"], ["3,,50.5,", "5,,40.5,1e-5"]]
+    ):
         file = tmp_path / f"logs/version_{start}/metrics.csv"
         file.parent.mkdir(parents=True)
-        file.write_text("\n".join(["step,train/loss,val/fd_x_real", *lines]))
+        file.write_text("\n".join(["step,train/loss,val/fd_x_real,train/lr", *lines]))
         LossCurve().plot(tmp_path)
     assert (tmp_path / "loss.png").is_file()
-    loss, distance = drawn[-1].axes
+    loss, distance, rate = drawn[-1].axes
+    assert rate.lines[0].get_xydata().tolist() == [[1, 1e-3], [3, 1e-3], [5, 1e-5]] and rate.get_yscale() == "linear"
     assert [line.get_label() for line in loss.lines] == ["train/loss"]
     assert distance.lines[0].get_xydata().tolist() == [[1, 70.5], [3, 50.5], [5, 40.5]]
-    file.parent.with_name("version_0").joinpath("metrics.csv").write_text("step,train/loss\n1,3.0")
+    file.parent.with_name("version_0").joinpath("metrics.csv").write_text("step,train/loss,train/loss_t_q1\n1,3.0,2.0")
     file.unlink()
     LossCurve().plot(tmp_path)
-    assert len(drawn[-1].axes) == 1
+    assert [[line.get_label() for line in panel.lines] for panel in drawn[-1].axes] == [["train/loss"]]
 
 
 def test_a_super_resolution_run_logs_all_of_them(tmp_path, monkeypatch):

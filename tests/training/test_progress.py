@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import pytest
 import wandb
 from commands import BASE8, ROOT, SR16, fit_command
+from dealt_images import Recorder
 from lightning.pytorch.utilities import rank_zero_info
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.foundation import progress_bar
 from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.training import progress
-from cdm_lightning.training.progress import Progress
+from cdm_lightning.training.progress import Progress, RunSummary
 
 UNWANTED = (
     *("Epoch", "/-2", "FLOPs", "Total params", "estimated model params", "v_num", "weights_only", "anonymous", "leet"),
@@ -133,14 +134,18 @@ def test_a_run_that_goes_on_says_so_and_one_that_is_done_too(capsys, tmp_path):
     assert "sr16: trained 2 steps (1 of them now) in " in out and "sr16: 2/2 steps (100%)" in out
     main(options(tmp_path, 2, SR16))
     said = capsys.readouterr()
-    assert [line for line in said.out.splitlines() if line] == [
-        f"sr16: all 2 steps are already done; {tmp_path} holds checkpoints/last.ckpt, loss.png"
-    ]
+    assert said.out.startswith("sr16: finished at step 2, nothing is left to train: ") and said.out.count("\n") == 1
     main(["validate", *options(tmp_path, 2, SR16)[1:]])
     said = capsys.readouterr()
     assert not [word for word in UNWANTED if word in said.out + said.err], said
     assert f"weights from {tmp_path}/checkpoints/last.ckpt" in said.out
     assert re.search(r"val/loss +│ [\d.]+ ", said.out) and said.out.count("val/loss") == 1
+
+
+def test_a_run_whose_time_is_used_up_says_so(capsys, tmp_path):
+    about = {"global_step": 3, "max_steps": 9, "default_root_dir": tmp_path, "is_global_zero": True}
+    RunSummary().on_fit_end(SimpleNamespace(**about, checkpoint_callbacks=[], callback_metrics={}), Recorder())
+    assert capsys.readouterr().out == "Recorder: max_time is used up at step 3 of 9, and a longer one trains on\n"
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
