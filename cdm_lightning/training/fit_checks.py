@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages import DiffusionStage
-from cdm_lightning.stages.diffusion_stage import RESUMABLE_CHANGES, check_same_stage
+from cdm_lightning.stages.diffusion_stage import RESUMABLE_CHANGES, check_same_stage, kind_of
 from cdm_lightning.stages.loading import check_checkpoint
 
 STREAM = "the images are one endless sequence"
@@ -97,7 +97,7 @@ def finished(trainer: L.Trainer, model: L.LightningModule, path: Path) -> str | 
     checkpoint = check_checkpoint(path)
     step, end, epochs = checkpoint["global_step"], trainer.max_steps, trainer.max_epochs
     if isinstance(model, DiffusionStage):
-        check_same_stage(type(model).__name__, model.name, dict(model.hparams), checkpoint)
+        check_same_stage(kind_of(model), model.name, dict(model.hparams), checkpoint)
     averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if "averaging_state" in checkpoint and not averages:
         raise InputError(f"{path} holds averaged weights, and the configuration has no EMA among its callbacks")
