@@ -184,7 +184,7 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
         assert Path(command[0]).name == "cdm", command
         main(reduced(command, few_real))
     left = {
-        "README.md": ["classes.png", "runs/tour/search/report.html"],
+        "README.md": ["dress.png", "runs/tour/search/report.html"],
         "docs/imagenet.md": ["runs/imagenet/samples/samples.png"],
         "docs/measuring.md": ["runs/measure/samples.npz", "runs/measure/cas/results.json", f"{SR32}/best.ckpt"],
         "docs/sweeps.md": ["runs/sweeps/level/results.json"],
