@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -18,6 +18,8 @@ from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
 from cdm_lightning.stages.training_log import Meter, TrainingLog, quarters
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # image (B, C, H, W) in [-1, 1], label (B,), index (B,)
+FromData = Literal["data"]
+IMAGENET = {"image_channels": 3, "num_classes": 1000}  # what "data" stands for where no data is known
 
 
 class DiffusionStage(L.LightningModule):
@@ -28,8 +30,9 @@ class DiffusionStage(L.LightningModule):
 
     Args:
         resolution: Width and height of the images.
-        image_channels: 3 for colour, 1 for grey.
-        num_classes: Size of the class embedding; null for a stage that ignores the class.
+        image_channels: 3 for colour, 1 for grey. By default `cdm fit` takes that of its shards; elsewhere 3.
+        num_classes: Size of the class embedding; null for a stage that ignores the class. By default `cdm fit` takes
+            the number of classes of its shards; elsewhere 1000.
         channels: Base width of the U-Net.
         channel_mult: Width of each resolution level, as a multiple of `channels`, such as 2 or 0.5; each after the
             first halves the size.
@@ -66,8 +69,8 @@ class DiffusionStage(L.LightningModule):
     def __init__(
         self,
         resolution: int,
-        image_channels: int = 3,
-        num_classes: int | None = 1000,
+        image_channels: int | FromData = "data",
+        num_classes: int | FromData | None = "data",
         channels: int = 256,
         channel_mult: list[int | float] = [1, 2, 3, 4],  # noqa: B006, read only
         num_res_blocks: int = 3,
@@ -94,13 +97,15 @@ class DiffusionStage(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        image_channels = IMAGENET["image_channels"] if image_channels == "data" else image_channels
+        num_classes = IMAGENET["num_classes"] if num_classes == "data" else num_classes
         self.save_hyperparameters({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         counts = {"image_channels": image_channels, "channels": channels, "num_res_blocks": num_res_blocks}
         for name, count in {**counts, "num_heads": num_heads, "norm_groups": norm_groups}.items():
             if count < 1:
                 raise InputError(f"{name} {count} is less than 1")
-        if not channel_mult or min(channel_mult) < 1:
-            raise InputError(f"channel_mult {channel_mult} is no list of one or more multiples of channels, from 1 on")
+        if not channel_mult:
+            raise InputError("channel_mult [] is no list of one or more multiples of channels")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout {dropout} lies outside 0 <= probability < 1")
         if not 0 <= lr < math.inf:

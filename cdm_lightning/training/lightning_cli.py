@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.data import ShardDataModule
+from cdm_lightning.data.shards import find_folder, read_manifest
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.parser import Parser, nearest
@@ -112,6 +113,22 @@ def check_values(settings: Any) -> None:
             close = nearest(given, words)
             known_words = f"the nearest is --trainer.{name} {close}" if close else f"known are {', '.join(words)}"
             raise InputError(f"Lightning knows no {name} {given!r}: {known_words}")
+
+
+def take_from_data(config: Any) -> None:
+    """Put the channels and the number of classes of the shards where a stage's configuration says "data".
+
+    Shards that cannot be read are left to the data module, which refuses them.
+    """
+    stage = config.model.get("init_args") or {}
+    asked = [name for name in ("image_channels", "num_classes") if stage.get(name) == "data"]
+    if not asked or config.data.root is None:
+        return
+    with suppress(InputError):
+        manifest = read_manifest(find_folder(config.data.root, "train", stage["resolution"]))
+        known = {"image_channels": manifest.channels, "num_classes": len(manifest.classes)}
+        for name in asked:
+            stage[name] = known[name]
 
 
 SHIPPED = {  # the name on the command line of each callback of the room
@@ -282,6 +299,7 @@ class CommandLine(LightningCLI):
         except (OmegaConfBaseException, UnicodeDecodeError) as error:  # jsonargparse reports all other errors
             raise InputError(f"a configuration cannot be read: {str(error).splitlines()[0]}") from error
         merge_callback_options(self.config[self.config.subcommand])
+        take_from_data(self.config[self.config.subcommand])
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
         """Set defaults: weights_only true, which unpickles nothing, and verbose false, so that metrics print once."""

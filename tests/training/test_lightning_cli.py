@@ -3,12 +3,16 @@
 from pkgutil import resolve_name
 
 import pytest
-from commands import ROOT
+import yaml
+from commands import BASE8, ROOT, fit_command
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
 
+from cdm_lightning.__main__ import main
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.planning.recipe import read_recipe
+from cdm_lightning.stages import BaseStage
+from cdm_lightning.stages.loading import load_stage
 from cdm_lightning.training import EMA, Checkpoint
 from cdm_lightning.training.checkpoint_files import Trainer
 from cdm_lightning.training.lightning_cli import (
@@ -94,3 +98,20 @@ def test_a_plan_reads_the_short_options(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert read_recipe([ROOT / "experiments/fashion/base8.yaml"], "--data.root=x --ema.decay 0.9").average
     assert not read_recipe([ROOT / "experiments/fashion/base8.yaml"], "--data.root=x").average
+
+
+def test_channels_and_classes_are_those_of_the_shards_where_they_are_not_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = yaml.safe_load(BASE8.read_text())
+    for name in ("image_channels", "num_classes"):
+        del recipe["model"]["init_args"][name]
+    (tmp_path / "base8.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "defaults.yaml").write_text((BASE8.parent / "defaults.yaml").read_text())
+    main(fit_command(f"--trainer.default_root_dir={tmp_path / 'run'}", config=tmp_path / "base8.yaml"))
+    stage = load_stage(tmp_path / "run/checkpoints/last.ckpt")
+    assert (stage.image_channels, stage.num_classes) == (1, 10)
+    assert (stage.hparams.image_channels, stage.hparams.num_classes) == (1, 10)
+    unlabelled = [f"--trainer.default_root_dir={tmp_path / 'none'}", "--model.num_classes=null"]
+    main(fit_command(*unlabelled, config=tmp_path / "base8.yaml"))
+    assert load_stage(tmp_path / "none/checkpoints/last.ckpt").num_classes is None
+    assert BaseStage(resolution=8, channels=32).num_classes == 1000  # where no data is known
