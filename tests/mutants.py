@@ -5,7 +5,8 @@
 tries 100 changes by chance in each of these rooms and files, and prints the share that tests notice and the rest.
 First every test file runs once under a tracer, which notes the lines that each test reaches. Then a process that has
 imported torch forks a child for each change. The child imports the package with the change, in memory alone, and runs
-the tests that reach its line, the nearest and fastest first. What was found stays in runs/mutants, and a stopped run goes on.
+the tests that reach its line, the nearest and fastest first. What was found stays in runs/mutants, and a stopped run
+goes on.
 
 Tests that start another program do not see the change. Not changed are docstrings, annotations, decorators, what
 follows `raise` and calls of SKIPPED_CALLS (words for the user), and SKIPPED_KEYWORDS (guards against slips; looks).
