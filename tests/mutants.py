@@ -31,18 +31,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from multiprocessing import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, STORE = ROOT / "cdm_lightning", ROOT / "runs" / "mutants"
+STARTED = time.time()
 PRELOADED = (
     "torch lightning.pytorch diffusers torchmetrics jsonargparse webdataset safetensors.torch scipy.stats jinja2 "
     "matplotlib.pyplot hypothesis pytest PIL.Image rich.console torch.utils.data torch.distributed omegaconf"
 )
 TESTS = [
     *("cascade", "stages", "diffusion", "evaluation", "sampling/test_sampling.py", "sampling/test_sampling_scale.py"),
+    *("sampling/test_sample_command.py", "sampling/test_shared_work.py"),
     *("data/test_datamodule.py", "data/test_shards.py", "data/test_packed.py", "data/test_data_faults.py"),
     "test_cli.py",
 ]  # not those that only start other programs
@@ -203,88 +204,61 @@ def in_child(work: Callable[[Path], int], limit: float) -> int:
 def run_pytest(folder: Path, arguments: list[str], plugins: Any = ()) -> int:
     import pytest
 
-    options = [
-        "-p",
-        "no:cacheprovider",
-        "--tb=no",
-        "-k",
-        LEFT_OUT,
-        f"--basetemp={folder / 'base'}",
-        f"--rootdir={ROOT}",
-    ]
-    return int(pytest.main([*arguments, *options], plugins=plugins))
+    options = f"-p no:cacheprovider --tb=no --basetemp={folder}/base --rootdir={ROOT}".split()
+    return int(pytest.main([*arguments, *options, "-k", LEFT_OUT], plugins=plugins))
 
 
-class Tracer:
-    """Notes the seconds that each test takes and the lines it reaches, in fixtures and forked processes too."""
+def trace_file(file: Path, out: Path, folder: Path) -> int:
+    """Run a test file, and write the seconds that each test takes and the lines that it reaches in this process."""
+    import pytest
 
-    def __init__(self, folder: Path, out: Path) -> None:
-        self.folder, self.out, self.test = folder, out, ""
-        self.lines: set[tuple[str, int]] = set()
-        self.of_fixture: dict[str, set[tuple[str, int]]] = {}
-        self.found: dict[str, Any] = {}
-        util.register_after_fork(self, Tracer.in_fork)
+    found: dict[str, Any] = {}
+    of_fixture: dict[str, set[tuple[str, int]]] = {}
+    lines: set[tuple[str, int]] = set()
 
-    def in_fork(self) -> None:
-        self.lines.clear()
-        util.Finalize(None, self.leave, exitpriority=100)
-
-    def leave(self) -> None:
-        (self.folder / f"lines{os.getpid()}").write_text(json.dumps([self.test, sorted(self.lines)]))
-
-    def trace(self, frame: Any, *_: Any) -> Any:
+    def enter(frame: Any, *_: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(str(PACKAGE)):
-            return None
-        name = name[len(str(PACKAGE)) + 1 :]
+        return note if name.startswith(str(PACKAGE)) else None
 
-        def note(frame: Any, *_: Any) -> Any:
-            self.lines.add((name, frame.f_lineno))
-            return note
-
+    def note(frame: Any, *_: Any) -> Any:
+        lines.add((frame.f_code.co_filename[len(str(PACKAGE)) + 1 :], frame.f_lineno))
         return note
 
-    def plugin(self) -> Any:
-        import pytest
+    class Plugin:
+        def pytest_collection_finish(self) -> None:
+            sys.settrace(enter)
+            threading.settrace(enter)
 
-        class Plugin:
-            def pytest_collection_finish(_) -> None:
-                sys.settrace(self.trace)
-                threading.settrace(self.trace)
+        @pytest.hookimpl(wrapper=True)
+        def pytest_fixture_setup(self, fixturedef: Any) -> Any:
+            outer = set(lines)
+            lines.clear()
+            result = yield
+            if fixturedef.scope != "function":  # any of the tests that take it may be the first to set it up
+                of_fixture[fixturedef.argname] = set(lines)
+            lines.update(outer)
+            return result
 
-            @pytest.hookimpl(wrapper=True)
-            def pytest_fixture_setup(_, fixturedef: Any) -> Any:
-                outer, self.lines = self.lines, set()
-                result = yield
-                if fixturedef.scope != "function":  # any of the tests that take it may be the first to set it up
-                    self.of_fixture[fixturedef.argname] = self.lines
-                self.lines |= outer
-                return result
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(self, item: Any) -> Any:
+            lines.clear()
+            begin, about = time.time(), found.setdefault(item.nodeid, {"passed": True})
+            result = yield
+            shared = [of_fixture.get(name, set()) for name in item.fixturenames]
+            found[item.nodeid] = {**about, "seconds": time.time() - begin, "lines": sorted(lines.union(*shared))}
+            return result
 
-            @pytest.hookimpl(wrapper=True)
-            def pytest_runtest_protocol(_, item: Any) -> Any:
-                self.lines, self.test, begin = set(), item.nodeid, time.time()
-                result = self.found[item.nodeid] = {"passed": True}
-                returned = yield
-                result["seconds"] = round(time.time() - begin, 3)
-                shared = [self.of_fixture.get(name, set()) for name in item.fixturenames]
-                forked = [json.loads(file.read_text()) for file in self.folder.glob("lines*")]
-                of_forks = [map(tuple, lines) for test, lines in forked if test == item.nodeid]
-                result["lines"] = sorted(self.lines.union(*shared, *of_forks))
-                return returned
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            found[report.nodeid]["passed"] &= report.passed
 
-            def pytest_runtest_logreport(_, report: Any) -> None:
-                self.found[report.nodeid]["passed"] &= report.passed
-
-            def pytest_sessionfinish(_) -> None:
-                sys.settrace(None)
-                self.out.write_text(json.dumps(self.found))
-
-        return Plugin()
+    code = run_pytest(folder, [str(file)], [Plugin()])
+    sys.settrace(None)
+    out.write_text(json.dumps(found))
+    return code
 
 
 def traced(places: list[str]) -> dict[str, Any]:
-    """What `Tracer` notes of the tests in these folders and files of tests/; kept until they or the sources change."""
+    """What `trace_file` notes of these folders and files of tests/; kept until they or the package change."""
     sources = b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))
     tests: dict[str, Any] = {}
     for file in sorted({file for place in places for file in files_of(ROOT / "tests" / place, "test_*.py")}):
@@ -295,10 +269,6 @@ def traced(places: list[str]) -> dict[str, Any]:
             print(f"{file.name}: code {in_child(trace, 1800)}, traced in {time.time() - begin:.0f} s", flush=True)
         tests |= json.loads(out.read_text()) if out.exists() else {}
     return {name: test for name, test in tests.items() if test["passed"]}
-
-
-def trace_file(file: Path, out: Path, folder: Path) -> int:
-    return run_pytest(folder, [str(file)], [Tracer(folder, out).plugin()])
 
 
 def files_of(place: Path, pattern: str) -> list[Path]:
@@ -321,6 +291,8 @@ def try_mutant(mutant: Mutant, tests: dict[str, Any], budget: float) -> dict[str
         cost += tests[test]["seconds"]
     if not chosen:
         return {"state": "unreached"}
+    if any((ROOT / test.split("::")[0]).stat().st_mtime > STARTED for test in chosen):
+        raise SystemExit("a test file has changed: start again, and what is known stays")
 
     def work(folder: Path) -> int:
         MutantFinder.origin, MutantFinder.tree = str(PACKAGE / mutant.file), mutated(mutant)
