@@ -209,7 +209,7 @@ def run_pytest(folder: Path, arguments: list[str], plugins: Any = ()) -> int:
 
 
 def trace_file(file: Path, out: Path, folder: Path) -> int:
-    """Run a test file, and write the seconds that each test takes and the lines that it reaches in this process."""
+    """Run a test file, and write the processor seconds that each test takes and the lines that it reaches in this process."""
     import pytest
 
     found: dict[str, Any] = {}
@@ -242,10 +242,14 @@ def trace_file(file: Path, out: Path, folder: Path) -> int:
         @pytest.hookimpl(wrapper=True)
         def pytest_runtest_protocol(self, item: Any) -> Any:
             lines.clear()
-            begin, about = time.time(), found.setdefault(item.nodeid, {"passed": True})
+            begin, about = time.process_time(), found.setdefault(item.nodeid, {"passed": True})
             result = yield
             shared = [of_fixture.get(name, set()) for name in item.fixturenames]
-            found[item.nodeid] = {**about, "seconds": time.time() - begin, "lines": sorted(lines.union(*shared))}
+            found[item.nodeid] = {
+                **about,
+                "seconds": time.process_time() - begin,
+                "lines": sorted(lines.union(*shared)),
+            }
             return result
 
         def pytest_runtest_logreport(self, report: Any) -> None:
@@ -278,7 +282,7 @@ def files_of(place: Path, pattern: str) -> list[Path]:
 def try_mutant(mutant: Mutant, tests: dict[str, Any], budget: float) -> dict[str, Any]:
     """Whether a test notices a mutant: killed, survived or unreached.
 
-    budget: seconds of tests, those of the same room first, and the fastest of them first.
+    budget: processor seconds of tests, those of the same room first, and the fastest of them first.
     """
     first, last = mutant.reach
     reach = {name for name, t in tests.items() if any(not first or first <= n <= last for n in t["of"][mutant.file])}
@@ -308,7 +312,7 @@ def main() -> None:
     parser.add_argument("rooms", nargs="+", help="rooms and files of the package")
     parser.add_argument("--sample", type=int, help="how many changes of each room or file, by chance; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", type=float, default=20, help="seconds of tests for a change")
+    parser.add_argument("--budget", type=float, default=20, help="processor seconds of tests for a change")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="folders and files of tests/")
     parser.add_argument("--again", action="store_true", help="try once more what was not killed before")
     arguments = parser.parse_args()

@@ -14,7 +14,7 @@ from cdm_lightning.sampling.shared_work import TIMEOUT, EndOnSigterm, join_proce
 @pytest.fixture
 def torchrun(monkeypatch):
     """As if torchrun had started this process."""
-    monkeypatch.setattr(shared_work, "under_torchrun", lambda: True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     return monkeypatch
 
 
@@ -45,7 +45,7 @@ def test_processes_of_torchrun_connect_once(torchrun, world, joined, connects):
     torchrun.setattr("torch.distributed.init_process_group", lambda *a, **k: calls.append((a, k)))
     join_processes()
     assert calls == ([(("gloo",), {"timeout": TIMEOUT})] if connects else [])
-    torchrun.setattr(shared_work, "under_torchrun", lambda: False)
+    torchrun.delenv("TORCHELASTIC_RUN_ID")
     calls.clear()
     join_processes()
     assert calls == []
