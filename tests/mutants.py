@@ -209,7 +209,7 @@ def run_pytest(folder: Path, arguments: list[str], plugins: Any = ()) -> int:
 
 
 def trace_file(file: Path, out: Path, folder: Path) -> int:
-    """Run a test file, and write the processor seconds that each test takes and the lines that it reaches in this process."""
+    """Run a test file, and write the processor seconds of each test and the lines that it reaches in this process."""
     import pytest
 
     found: dict[str, Any] = {}
@@ -244,12 +244,8 @@ def trace_file(file: Path, out: Path, folder: Path) -> int:
             lines.clear()
             begin, about = time.process_time(), found.setdefault(item.nodeid, {"passed": True})
             result = yield
-            shared = [of_fixture.get(name, set()) for name in item.fixturenames]
-            found[item.nodeid] = {
-                **about,
-                "seconds": time.process_time() - begin,
-                "lines": sorted(lines.union(*shared)),
-            }
+            about["lines"] = sorted(lines.union(*(of_fixture.get(name, set()) for name in item.fixturenames)))
+            about["seconds"] = time.process_time() - begin
             return result
 
         def pytest_runtest_logreport(self, report: Any) -> None:
