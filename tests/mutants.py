@@ -297,7 +297,9 @@ def try_mutant(mutant: Mutant, tests: dict[str, Any], budget: float) -> dict[str
     def work(folder: Path) -> int:
         MutantFinder.origin, MutantFinder.tree = str(PACKAGE / mutant.file), mutated(mutant)
         sys.meta_path.insert(0, MutantFinder)
-        return run_pytest(folder, ["-x", *chosen])
+        return run_pytest(
+            folder, ["-x", f"--timeout={15 + 5 * max(tests[test]['seconds'] for test in chosen)}", *chosen]
+        )
 
     state = "killed" if in_child(work, 60 + 4 * cost) else "survived"  # also by hanging
     return {"state": state, "tests": len(chosen), "slower_tests": len(reach) - len(chosen)}

@@ -1,0 +1,34 @@
+"""The stream where little is said of it, against the same said in full."""
+
+from itertools import islice
+
+import pytest
+import torch
+from dealt_images import SIZES
+from folders import make_folder, read_raw
+
+from cdm_lightning.data.stream import ShardStream
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "train/8"
+    return folder, make_folder(folder, SIZES)
+
+
+def test_by_default_the_whole_sequence_from_its_start_by_one_process(stored):
+    said = {"rank": 0, "world_size": 1, "seed": 0, "window": 4, "flip": False, "shuffle": True, "start": 0, "end": None}
+    short, full = ShardStream(*stored, 8, 4), ShardStream(*stored, 8, 4, **said, length=0, on_damage="refuse")
+    for batch, other in zip(islice(short, 30), islice(full, 30), strict=True):  # into the third epoch
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+    assert len(short) == 0 and len(ShardStream(*stored, 8, 4, length=7)) == 7
+
+
+def test_stored_order_is_that_of_the_shards(stored):
+    """Without shuffling place p holds image p, by tarfile and Pillow alone, and the last batch holds what is left."""
+    raw = list(read_raw(stored[0]).values())
+    batches = list(ShardStream(*stored, 8, 8, shuffle=False, start=3, end=53))
+    assert [len(image) for image, _, _ in batches] == [8] * 6 + [2]
+    image, label, index = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert index.tolist() == list(range(3, 53)) and label.tolist() == [label for _, label in raw[3:]]
+    assert all(torch.equal(x[0], torch.from_numpy(expected)) for x, (expected, _) in zip(image, raw[3:], strict=True))
