@@ -44,7 +44,13 @@ PRELOADED = (
 TESTS = [
     *("cascade", "stages", "diffusion", "evaluation", "sampling/test_sampling.py", "sampling/test_sampling_scale.py"),
     *("sampling/test_sample_command.py", "sampling/test_going_on.py", "sampling/test_shared_work.py"),
-    *("data/test_datamodule.py", "data/test_shards.py", "data/test_packed.py", "data/test_data_faults.py"),
+    *(
+        "data/test_stream.py",
+        "data/test_datamodule.py",
+        "data/test_shards.py",
+        "data/test_packed.py",
+        "data/test_data_faults.py",
+    ),
     "test_cli.py",
 ]  # not those that only start other programs
 LEFT_OUT = "not flat"  # their figures also depend on what else the machine does

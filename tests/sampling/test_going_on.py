@@ -89,3 +89,14 @@ def test_progress_is_told_once_in_its_interval(bundle, tmp_path):
             writer.bar = SimpleNamespace(last_print_t=time.time() - age, mininterval=30, n=1, update=told.append)
         writer.write_on_batch_end(None, None, images, None, manifest.block(number), 0, 0)
     assert told == [5]  # at the third block: all six but the one that the bar knew of
+
+
+def test_a_folder_is_not_continued_from_other_images(bundle, tmp_path):
+    for name, sizes in (("a", [2, 1]), ("b", [1, 2])):  # the same images in other shards
+        make_folder(tmp_path / name / "train/8", sizes)
+    about = {"count": 3, "classes": [0, 3, 6], "accelerator": "cpu"}
+    sample(bundle, tmp_path / "s", start=tmp_path / "a/train/8", **about)
+    with pytest.raises(InputError, match="was begun with start"):
+        sample(bundle, tmp_path / "s", start=tmp_path / "b/train/8", **about)
+    with pytest.raises(InputError, match="was begun with start"):
+        sample(bundle, tmp_path / "s", **about)
