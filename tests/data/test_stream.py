@@ -1,6 +1,7 @@
 """The stream where little is said of it, against the same said in full."""
 
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from dealt_images import SIZES
 from folders import make_folder, read_raw
 
 from cdm_lightning.data.stream import ShardStream
+from cdm_lightning.foundation.randomness import key
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +34,20 @@ def test_stored_order_is_that_of_the_shards(stored):
     image, label, index = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert index.tolist() == list(range(3, 53)) and label.tolist() == [label for _, label in raw[3:]]
     assert all(torch.equal(x[0], torch.from_numpy(expected)) for x, (expected, _) in zip(image, raw[3:], strict=True))
+
+
+def test_a_mirrored_image_is_its_left_and_right_changed_over(stored):
+    plain, flipped = (list(ShardStream(*stored, 8, 8, seed=5, end=53, flip=flip)) for flip in (False, True))
+    for (image, _, index), (other, _, _) in zip(plain, flipped, strict=True):
+        for one, its_own, place in zip(image, other, index.tolist(), strict=True):
+            assert torch.equal(its_own, one.flip(2) if key(5, "flip", place) % 2 else one)
+
+
+@pytest.mark.parametrize(("start", "rank", "world_size"), [(0, 0, 1), (5, 0, 1), (9, 1, 2)])
+def test_every_worker_reads_its_own_batches_of_the_sequence(stored, monkeypatch, start, rank, world_size):
+    about = {"rank": rank, "world_size": world_size, "start": start, "end": start + 53}
+    whole = [index.tolist() for _, _, index in ShardStream(*stored, 8, 4, **about)]
+    assert [place for batch in whole for place in batch] == list(range(start + rank, start + 53, world_size))
+    for worker in range(3):
+        monkeypatch.setattr("torch.utils.data.get_worker_info", lambda w=worker: SimpleNamespace(num_workers=3, id=w))
+        assert [index.tolist() for _, _, index in ShardStream(*stored, 8, 4, **about)] == whole[worker::3]
