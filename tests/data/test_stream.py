@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dealt_images import SIZES
-from folders import make_folder, read_raw
+from folders import make_folder, read_raw, repacked
 
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.randomness import key
@@ -51,3 +51,15 @@ def test_every_worker_reads_its_own_batches_of_the_sequence(stored, monkeypatch,
     for worker in range(3):
         monkeypatch.setattr("torch.utils.data.get_worker_info", lambda w=worker: SimpleNamespace(num_workers=3, id=w))
         assert [index.tolist() for _, _, index in ShardStream(*stored, 8, 4, **about)] == whole[worker::3]
+
+
+def test_a_batch_of_damage_alone_is_mirrored_as_its_first_place(tmp_path):
+    manifest = make_folder(tmp_path / "train/8", [1, 4])
+    path = tmp_path / "train/8/001.tar"
+    path.write_bytes(repacked(path, lambda name, data: b"damaged" if name.endswith(".png") else data))
+    about = {"shuffle": False, "end": 5, "window": 1, "on_damage": "skip"}
+    plain, flipped = (list(ShardStream(tmp_path / "train/8", manifest, 8, 2, flip=f, **about)) for f in (False, True))
+    assert [len(image) for image, _, _ in flipped] == [1, 1, 1]
+    for number, ((image, _, _), (other, _, _)) in enumerate(zip(plain, flipped, strict=True)):
+        assert torch.equal(image, plain[0][0])  # all others are damaged
+        assert torch.equal(other, image.flip(3) if key(0, "flip", 2 * number) % 2 else image)
