@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo detector train-stage plan bench cas sweep test test-long lint clean
+.PHONY: help setup demo detector train-stage plan bench cas sweep test test-long mutants lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -91,6 +91,9 @@ test: setup ## Run the tests, in two processes
 
 test-long: setup ## Run the long tests: kills at random moments, 50,000 samples, a long training under faults
 	.venv/bin/pytest -m long --timeout 0 $(ARGS)
+
+mutants: setup ## Which changes of the package no test notices: make mutants ARGS="cascade data/stream.py --sample 40"
+	.venv/bin/python tests/mutants.py $(ARGS)
 
 lint: setup ## Check style, types, and import order between packages
 	.venv/bin/ruff check .

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small_models import SMALL, randomise_weights, record_calls
+from small_models import SMALL, randomise_weights, record_calls, smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import digest, origin, read_bundle, read_bundle_metadata, write_bundle
@@ -88,7 +88,7 @@ def test_every_stage_works_on_its_own_number_of_images(stages, levels, truncated
         torch.testing.assert_close(one, other, rtol=0, atol=2 / 255 + 1e-6)
 
 
-@pytest.mark.parametrize("sizes", [[4, 4], [4, 0, 4]])
+@pytest.mark.parametrize("sizes", [[4, 4], [4, 0, 4], [1, 1, 1, 1]])
 def test_batch_sizes_that_are_not_one_a_stage_are_refused(stages, sizes):
     with pytest.raises(InputError, match="must have 3 entries, one a stage, of at least 1"):
         CascadeModule.from_stages(stages).set_batch_sizes(sizes)
@@ -232,6 +232,37 @@ def test_a_bundle_that_was_changed_is_refused(stages, tmp_path):
         refused("is missing|known are BaseStage|does not fit BaseStage")
 
 
+STAGE = {"kind": "BaseStage", "arguments": {}, "weights": "base8.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"format": 2}, "is not a bundle of format 1"),
+        ({"stages": {"kind": "BaseStage"}}, "is not a bundle of format 1"),
+        ({"stages": ["BaseStage"]}, "lists a stage that is not a table"),
+        ({"stages": [{**STAGE, "trained": [1]}]}, "lists a stage that is not a table"),
+        ({"levels": [True]}, r"has levels \[True\]: a list of int is expected"),
+        ({"levels": 5}, "has levels 5: a list of int is expected"),
+        ({"classes": ["a", 1]}, "a list of str is expected"),
+        ({"truncated": 1}, "has truncated 1: true or false is expected"),
+        ({"stages": [{**STAGE, "kind": ["BaseStage"]}]}, "lists a stage whose kind is none of"),
+        ({"stages": [{**STAGE, "kind": "ResNet"}]}, "lists a stage whose kind is none of"),
+        ({"stages": [{**STAGE, "arguments": [8]}]}, "lists a stage whose kind is none of"),
+        ({"stages": [{**STAGE, "weights": "a\nb"}]}, "a name that cannot be printed"),
+        ({"stages": [{**STAGE, "weights": "../b/base8.safetensors"}]}, "is missing"),
+        ({"stages": [{**STAGE, "weights": "none.safetensors"}]}, "is missing"),
+    ],
+)
+def test_a_bundle_json_with_a_field_of_another_kind_is_refused(tmp_path, change, sentence):
+    """By whoever changed it and wrote the hash of the stages anew."""
+    write_bundle(tmp_path / "b", smallest_stages(()), {"levels": []})
+    about = json.loads((tmp_path / "b/bundle.json").read_text()) | change
+    (tmp_path / "b/bundle.json").write_text(json.dumps({**about, "stages_sha256": digest(about["stages"])}))
+    with pytest.raises(InputError, match=sentence):
+        read_bundle(tmp_path / "b")
+
+
 def test_no_half_written_bundle_keeps_the_name(stages, tmp_path, monkeypatch):
     write_bundle(tmp_path / "b", stages, {"old": True})
     monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
@@ -327,7 +358,22 @@ def test_levels_that_no_stage_takes_are_refused(stages, levels, sentence):
         CascadeModule.from_stages(stages).set_levels(levels, False)
 
 
-@pytest.mark.parametrize("wrong", [10, -1])
-def test_classes_beyond_the_models_are_refused(stages, wrong):
+@pytest.mark.parametrize("labels, wrong", [([10], 10), ([-1], -1), ([0, 10], 10), ([3, -1], -1), ([9, 0, 12], 12)])
+def test_classes_beyond_the_models_are_refused(stages, labels, wrong):
     with pytest.raises(InputError, match=f"class {wrong} lies outside 0 ... 9"):
-        CascadeModule.from_stages(stages).sample(torch.tensor([wrong]), torch.tensor([0]))
+        CascadeModule.from_stages(stages).sample(torch.tensor(labels), torch.arange(len(labels)))
+
+
+def test_levels_at_the_ends_of_what_a_stage_was_trained_for():
+    base, sr16 = smallest_stages(min_level=3, max_level=9)
+    cascade = CascadeModule.from_stages([base, sr16])
+    assert (cascade.levels, cascade.truncated, cascade.seed) == ([3], False, 0)
+    for level, taken in ((2, False), (3, True), (9, True), (10, False)):
+        if taken:
+            cascade.set_levels([level], True)
+            assert (cascade.levels, cascade.truncated) == ([level], True)
+            continue
+        with pytest.raises(InputError, match=f"level {level} of stage sr16 lies outside 3 <= s <= 9"):
+            cascade.set_levels([level], False)
+    with pytest.raises(InputError, match=r"sampling_steps \[2\] has 1 entries for 2 stages"):
+        cascade.set_sampler(None, [2])

@@ -231,6 +231,7 @@ def test_an_ordinary_fit_and_test_give_numpys_figures(tmp_path, monkeypatch):
 
 def test_what_cannot_be_classified_is_refused():
     sentence_of_error(lambda: Classifier(8, 1, 1), "num_classes 1: a classifier tells 2 classes or more apart")
+    assert Classifier(8, 1, 2).num_classes == 2
     for options in ({"lr": 0.0}, {"momentum": 1.0}, {"label_smoothing": 1.0}):
         sentence_of_error(lambda o=options: Classifier(8, 1, 10, "resnet8", **o), "lr > 0, 0 < momentum < 1")
     classifier = Classifier(8, 1, 10, "resnet8", lr=7.0)
