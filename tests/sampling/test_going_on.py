@@ -13,6 +13,7 @@ from small_models import smallest_stages
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import begin_folder
 from cdm_lightning.sampling import draw_blocks
 from cdm_lightning.sampling.blocks import BlockWriter
 from cdm_lightning.sampling.manifest import make_sample_manifest
@@ -56,7 +57,7 @@ def test_no_block_is_drawn_twice_and_nothing_is_said_of_none(bundle, tmp_path, m
     real, drawn = CascadeModule.sample, []
     monkeypatch.setattr(CascadeModule, "sample", lambda self, label, index, image=None: drawn.append(index.tolist())
                         or real(self, label, index, image))  # fmt: skip
-    for missing, expected in ((None, [[0, 1], [2, 3], [4, 4]]), (None, []), ("16/000001.tar", [[2, 3]])):
+    for missing, expected in ((None, [[0, 1], [2, 3], [4]]), (None, []), ("16/000001.tar", [[2, 3]])):
         if missing:
             (tmp_path / "s/train" / missing).unlink()
         sample(bundle, tmp_path / "s", count=5, block_size=2, accelerator="cpu")
@@ -81,7 +82,8 @@ def test_only_the_first_process_finishes_a_folder_and_none_keeps_the_images(bund
 
 def test_progress_is_told_once_in_its_interval(bundle, tmp_path):
     manifest = make_sample_manifest(CascadeModule(bundle), "b", 6, block_size=2)
-    writer = BlockWriter([tmp_path / "8", tmp_path / "16"], manifest)
+    begin_folder(tmp_path, manifest, False)
+    writer = BlockWriter(tmp_path, [tmp_path / "8", tmp_path / "16"], manifest)
     images = [torch.zeros(2, 1, size, size, dtype=torch.uint8) for size in (8, 16)]
     told = []
     for number, age in enumerate((None, 0, 100)):

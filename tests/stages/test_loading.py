@@ -57,8 +57,8 @@ def test_what_is_not_whole_is_no_checkpoint_of_a_stage(base, tmp_path, change):
 
 def test_arguments_are_those_of_the_constructor(base):
     arguments, state = dict(base.hparams), base.state_dict()
-    assert dict(build_stage("BaseStage", {**arguments, "_class_path": "x"}, state, "f").hparams) == arguments
-    assert build_stage("BaseStage", {**arguments, "num_classes": 10, "compile": None}, state, "f").num_classes == 10
+    assert dict(build_stage(BaseStage, {**arguments, "_class_path": "x"}, state, "f").hparams) == arguments
+    assert build_stage(BaseStage, {**arguments, "num_classes": 10, "compile": None}, state, "f").num_classes == 10
     for change, sentence in (
         ({"channels": None}, "TypeError: channels is null"),
         ({"channels": "many"}, "f does not fit BaseStage"),
@@ -66,7 +66,7 @@ def test_arguments_are_those_of_the_constructor(base):
         ({"norm_groups": 3}, "norm_groups 3 does not divide"),
     ):
         with pytest.raises(InputError, match=sentence):
-            build_stage("BaseStage", {**arguments, **change}, state, "f")
+            build_stage(BaseStage, {**arguments, **change}, state, "f")
 
 
 def test_the_newest_is_the_one_with_the_most_steps_and_then_the_last_written(tmp_path):
