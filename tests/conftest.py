@@ -1,5 +1,6 @@
 """What many tests are given: a cascade of small stages, and a few real images."""
 
+import signal
 from dataclasses import replace
 from itertools import islice, pairwise
 
@@ -12,6 +13,8 @@ from small_models import SMALL, randomise_weights
 from cdm_lightning.data.shards import read_manifest, read_shard, write_manifest, write_shard
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background process, where Ctrl-C is not heard
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the networks here are too small to share, and threads that wait for a busy core crawl
 
 
