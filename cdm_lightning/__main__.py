@@ -59,7 +59,7 @@ COMMANDS = {
         {name: f"data.preparation.prepare:prepare_{name}" for name in ("imagenet", "folder")},
     ),
     "import": Command(
-        "Make a checkpoint of a stage from a published network of ADM (guided-diffusion).",
+        "Make a checkpoint of a stage from a network of guided-diffusion (ADM), such as 64x64_diffusion.pt.",
         "stages.import_stage:import_adm",
     ),
     "bundle": Command(

@@ -134,6 +134,8 @@ def reduced(words: list[str], few_real: Path) -> list[str]:
     options = OVERRIDES[words[0]]
     if words[0] == "prepare":
         options = [*options, "--limit", "6"]
+    if words[-2:] == ["--model.lr", "5e-5"]:  # the training is at its first step already
+        options = [*options, "--trainer.max_steps=2"]
     if words[0] == "import":
         options = [*options, "--flags", reduced_flags(words[words.index("--preset") + 1])]
     if "experiments/imagenet/sr256_from_adm.yaml" in words:  # its network is smaller than the one in the files
@@ -272,10 +274,3 @@ def test_every_make_target_is_in_the_help():
         for command in commands(page):
             if command[0] == "make":
                 assert re.search(rf"^{command[1]}\s", done.stdout, re.M), command
-
-
-def test_an_unknown_stage_is_refused_by_name(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        main(dry_run(["make", "train-stage", "STAGE=sr65"])[1:])
-    assert stop.value.code == 2 and "experiments/imagenet/sr65.yaml" in capsys.readouterr().err

@@ -153,9 +153,8 @@ class ShardDataModule(L.LightningDataModule):
             if not any(isinstance(callback, Damage) for callback in callbacks):
                 callbacks.insert(0, Damage())  # before the callback that saves, so that checkpoints hold the new sum
         for split in ["train", "val"] if stage == "fit" else ["val"]:
-            folder, manifest = self.manifest(split)
-            self.check_classes(manifest.class_names, folder)
-        self.check_classes(getattr(self.trainer.lightning_module, "origin", {}).get("classes"), "the cascade")
+            self.manifest(split)
+        self.check_own_classes(self.trainer.lightning_module)
         self.prefetched = self.fit_shared_memory()
 
     def manifest(self, split: str) -> tuple[Path, Manifest]:
@@ -168,10 +167,11 @@ class ShardDataModule(L.LightningDataModule):
         """Refuse what does not fit the module or the trainer, before anything is opened."""
         self.trainer = trainer
         for split in ["train", "val"] if stage == "fit" else ["val"]:
-            _, manifest = self.find(split, module)
+            _, manifest = self.splits[split] = self.find(split, module)
             self.micro_batch()
             if split == "train" and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped there
                 self.check_pass(self.pass_length(manifest))
+        self.check_own_classes(module)
 
     def check_pass(self, batches: int) -> None:
         """Refuse a pass that ends amid the batches of a step, or before its validation. batches: of a whole pass."""
@@ -205,12 +205,17 @@ class ShardDataModule(L.LightningDataModule):
             raise InputError(f"{folder} holds {manifest.count} images for {processes} processes: each needs one")
         return folder, manifest
 
-    def check_classes(self, classes: list[str] | None, owner: object) -> None:
-        """Refuse splits whose classes differ from `classes` of `owner`, in a module that is conditioned on classes.
+    def check_own_classes(self, module: Any) -> None:
+        """Refuse splits whose classes differ from each other, or from those that a cascade was trained on."""
+        for folder, manifest in self.splits.values():
+            self.check_classes(manifest.class_names, folder, module)
+        self.check_classes(getattr(module, "origin", {}).get("classes"), "the cascade", module)
+
+    def check_classes(self, classes: list[str] | None, owner: object, module: Any) -> None:
+        """Refuse splits whose classes differ from `classes` of `owner`, if the module is conditioned on classes.
 
         None is unknown.
         """
-        module: Any = self.trainer.lightning_module
         for folder, manifest in self.splits.values() if module.num_classes is not None else ():
             check_same_classes(manifest.class_names, classes, folder, owner)
 
@@ -345,7 +350,7 @@ class ShardDataModule(L.LightningDataModule):
         return {**counts, "accumulated": self.trainer.accumulate_grad_batches, **origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.check_classes(state_dict.get("classes"), "the checkpoint")
+        self.check_classes(state_dict.get("classes"), "the checkpoint", self.trainer.lightning_module)
         self.seen, self.batches_before = state_dict["images_seen"], state_dict["batches"]
         self.skipped = torch.tensor(state_dict.get("skipped", [0, 0]))
 

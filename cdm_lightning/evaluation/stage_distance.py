@@ -125,7 +125,7 @@ class StageDistance(L.Callback):
             if self.bundle is not None:
                 self.lower = self.stages_below(pl_module, self.bundle)
                 if classes is not None:
-                    data.check_classes(self.lower.origin["classes"], f"bundle {self.bundle}")
+                    data.check_classes(self.lower.origin["classes"], f"bundle {self.bundle}", pl_module)
                 self.number = len(self.lower.stages)
         elif self.bundle is not None or self.level:
             raise InputError(f"bundle {self.bundle} and level {self.level} are not for {pl_module.name}, a base stage")

@@ -49,7 +49,7 @@ def test_pictures_are_reduced_as_they_are_prepared_and_enlarged_by_the_stages_ab
         picture(photos / name / f"{number}.png", 90, 70, number)
     (photos / "bag" / "notes.txt").write_text("no picture")
     (photos / ".hidden").write_text("no picture")
-    upscale(bundle, photos, tmp_path / "out", levels=[4], seed=2, **CPU)
+    upscale(bundle, [photos], tmp_path / "out", levels=[4], seed=2, **CPU)
     prepare_folder(photos, tmp_path / "prepared", resolutions=[32, 16], grey=True, workers=1, packed=0, max_corrupt=0.5)
     prepared = {image.tobytes() for image, _ in read_raw(tmp_path / "prepared" / "train" / "16").values()}
     given = pixels(tmp_path / "out" / "input" / "train" / "16")
@@ -67,10 +67,10 @@ def test_pictures_are_reduced_as_they_are_prepared_and_enlarged_by_the_stages_ab
     first = decode_png((tmp_path / "out" / "pictures" / named[0]).read_bytes())
     assert np.array_equal(first[..., 0], to_uint8(expected)[0, 0].numpy())
     before = hashes(tmp_path / "out")
-    upscale(bundle, photos, tmp_path / "out", levels=[4], seed=2, **CPU)  # the same command goes on
+    upscale(bundle, [photos], tmp_path / "out", levels=[4], seed=2, **CPU)  # the same command goes on
     assert hashes(tmp_path / "out") == before
     picture(photos / "dress" / "2.png", 90, 70, 9)
-    call = lambda: upscale(bundle, photos, tmp_path / "out", levels=[4], seed=2, **CPU)  # noqa: E731
+    call = lambda: upscale(bundle, [photos], tmp_path / "out", levels=[4], seed=2, **CPU)  # noqa: E731
     sentence_of_error(call, "was begun with other pictures or classes: choose another folder")
     assert hashes(tmp_path / "out") == before
 
@@ -97,12 +97,12 @@ def test_the_size_of_the_pictures_chooses_the_stages(bundle, tmp_path, sizes, lo
 
 def test_a_class_is_given_by_name_or_number_in_folders_too(bundle, tmp_path):
     file = picture(tmp_path / "photos" / "3" / "a.png", 20, 20)
-    upscale(bundle, file, tmp_path / "name", class_name="dress", **CPU)
-    upscale(bundle, file, tmp_path / "number", class_name=3, **CPU)
-    upscale(bundle, file.parent.parent, tmp_path / "folder", **CPU)
+    upscale(bundle, [file], tmp_path / "name", class_name="dress", **CPU)
+    upscale(bundle, [file], tmp_path / "number", class_name=3, **CPU)
+    upscale(bundle, [file.parent.parent], tmp_path / "folder", **CPU)
     results = [pixels(tmp_path / name / "train" / "32") for name in ("name", "number", "folder")]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    upscale(bundle, file, tmp_path / "other", class_name="bag", **CPU)
+    upscale(bundle, [file], tmp_path / "other", class_name="bag", **CPU)
     assert not torch.equal(results[0], pixels(tmp_path / "other" / "train" / "32"))
 
 
@@ -111,7 +111,7 @@ def test_stages_without_classes_take_pictures_without(tmp_path):
     free = SuperResolutionStage(resolution=16, low_resolution=8, augmentation="none", **{**SMALL, "num_classes": None})
     write_bundle(tmp_path / "b", [base, randomise_weights(free)], {"classes": NAMES})
     file = picture(tmp_path / "a.png", 8, 8)
-    upscale(tmp_path / "b", file, tmp_path / "out", **CPU)
+    upscale(tmp_path / "b", [file], tmp_path / "out", **CPU)
     assert read_manifest(tmp_path / "out" / "train" / "16").classes == ["0"]
 
 
@@ -135,17 +135,17 @@ def test_what_cannot_be_enlarged_is_refused_before_anything_is_written(bundle, t
         (tmp_path / "nowhere", {}, "nowhere does not exist"),
     ]
     for images, options, *parts in cases:
-        sentence_of_error(lambda i=images, o=options: upscale(bundle, i, out, **{**CPU, **o}), *parts)
+        sentence_of_error(lambda i=images, o=options: upscale(bundle, [i], out, **{**CPU, **o}), *parts)
         assert not out.exists()
     picture(classes / "loose.png", 20, 20)
     (classes / "dres").rename(classes / "dress")
-    sentence_of_error(lambda: upscale(bundle, classes, out, **CPU), "loose.png lies beside folders of classes")
+    sentence_of_error(lambda: upscale(bundle, [classes], out, **CPU), "loose.png lies beside folders of classes")
     said = sentence_of_refusal(
         capsys, ["upscale", "--bundle", str(bundle), "--images", f"[{file}]", "--out", str(file)]
     )
     assert said.endswith("a.png is a file: the results need a folder, so give another name")
     write_bundle(tmp_path / "one", smallest_stages(()), {})
-    sentence_of_error(lambda: upscale(tmp_path / "one", flat, out, **CPU), "a cascade of one stage enlarges nothing")
+    sentence_of_error(lambda: upscale(tmp_path / "one", [flat], out, **CPU), "a cascade of one stage enlarges nothing")
 
 
 def test_the_manifest_says_which_files_were_taken(bundle, tmp_path):
