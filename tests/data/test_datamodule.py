@@ -262,7 +262,7 @@ def test_classes_are_compared_by_name_wherever_two_lists_meet(tmp_path):
     attached(tmp_path, classes=None).setup("fit")
     numbers = [str(number) for number in range(10)]
     renamed(tmp_path, "train", numbers)
-    sentence_of_error(lambda: attached(tmp_path).setup("fit"), "calls class 0 '0'")  # folders may be called so
+    sentence_of_error(lambda: attached(tmp_path).setup("fit"), "class 0", "'0'")  # folders may be called so
     renamed(tmp_path, "train", numbers, samples={})  # samples of a cascade that knows no names
     attached(tmp_path).setup("fit")
 
