@@ -154,9 +154,10 @@ def deciding(seeds: list[Found]) -> Iterator[str]:
 
 
 def draw(data: dict[str, list[Found]], path: Path) -> None:
-    """FID(s): a panel a data set, a line a base and one for real input, a thick one for the first training seed."""
+    """FID(s): a panel a data set with such points, a line a base and one for real input, thick for the first seed."""
     from matplotlib.figure import Figure
 
+    data = {name: seeds for name, seeds in data.items() if any(points(found, n) for found in seeds for n in BASES)}
     canvas = Figure(figsize=(5.2 * len(data), 4.2), layout="constrained")
     for axes, (name, seeds) in zip(canvas.subplots(1, len(data), squeeze=False)[0], data.items(), strict=True):
         shades = {"real input": ("base16", True, "#777777")}
