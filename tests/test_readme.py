@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from pkgutil import resolve_name
@@ -161,6 +162,8 @@ def folder(tmp_path, monkeypatch) -> Path:
             (tmp_path / name / child.name).symlink_to(child)
     shutil.copytree(ROOT / "data" / "fashion-cascade", tmp_path / "runs" / "demo" / "bundle")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CDM_IMPORT", "")  # which `cdm --import` sets, for further processes
+    monkeypatch.setattr("sys.path", list(sys.path))
     return tmp_path
 
 
