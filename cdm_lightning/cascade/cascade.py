@@ -100,7 +100,7 @@ class CascadeModule(L.LightningModule):
 
         revision, cache_dir: of the hub. options: further arguments of the constructor. No code in the bundle is run.
         """
-        folder = Path(source) if Path(source).is_dir() else download(str(source), revision, cache_dir)
+        folder = Path(source) if Path(source).exists() else download(str(source), revision, cache_dir)
         return cls(bundle=folder, **options)
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
@@ -127,9 +127,12 @@ class CascadeModule(L.LightningModule):
     def set_levels(self, levels: Sequence[int], truncated: bool) -> None:
         """Set s of each super-resolution stage and the mode; refuses a level that a stage was not trained for."""
         upsamplers = list(self.stages)[1:]
+        if not isinstance(levels, Sequence):
+            raise InputError(f"levels {levels!r} is no list: one level for each super-resolution stage is expected")
         if len(levels) != len(upsamplers):
             raise InputError(
                 f"levels {list(levels)} has {len(levels)} entries for {len(upsamplers)} super-resolution stages"
+                f": one for each, such as {[*levels, *[0] * len(upsamplers)][: len(upsamplers)]}"
             )
         for stage, level in zip(upsamplers, levels, strict=True):
             check_level(stage, level)
@@ -198,6 +201,8 @@ class CascadeModule(L.LightningModule):
         with the images of every stage. batch_size: images per network call. Raises InputError for what the cascade
         cannot do.
         """
+        if batch_size < 1 or not isinstance(seed, int | None):
+            raise InputError(f"batch_size {batch_size!r} or seed {seed!r} is no whole number, of images from 1 on")
         label = self.labels(classes, count).to(self.device)
         index = torch.arange(len(label), device=self.device)
         bar = partial(tqdm, disable=not progress, unit="call", leave=False)
@@ -215,10 +220,16 @@ class CascadeModule(L.LightningModule):
         if (classes is None) == (count is None):
             raise InputError("give one of classes, a class for each image, and count")
         if classes is None:
-            return torch.arange(int(count or 0)) % (self.num_classes or 1)
+            if not isinstance(count, int) or count < 1:
+                raise InputError(f"count {count!r} is no number of images from 1 on")
+            return torch.arange(count) % (self.num_classes or 1)
         classes = classes.tolist() if hasattr(classes, "tolist") else classes  # a tensor or an array
         words = classes if isinstance(classes, list | tuple) else [classes]
-        return torch.tensor([class_number(str(word), self.origin["classes"]) for word in words], dtype=torch.int64)
+        if not words:
+            raise InputError("classes [] names no class")
+        label = torch.tensor([class_number(str(word), self.origin["classes"]) for word in words], dtype=torch.int64)
+        self.check_labels(label)
+        return label
 
     @contextmanager
     def changed(
@@ -340,7 +351,9 @@ def advancing(stages: Sequence[DiffusionStage], bar: Callable[..., Any], batches
 
 
 def check_level(stage: SuperResolutionStage, level: int) -> None:
-    """Refuse a level s that the stage was not trained for."""
+    """Refuse a level s that is no time step, or that the stage was not trained for."""
+    if not isinstance(level, int):
+        raise InputError(f"level {level!r} of stage {stage.name} is no time step: a whole number is expected")
     if not isinstance(stage.augmentation, GaussianAugmentation):
         if level:
             raise InputError(

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 
 from cdm_lightning.cascade.cascade import CascadeModule, advancing
 from cdm_lightning.diffusion import Diffusion, Predict
 from cdm_lightning.diffusion.process import schedule_settings
+from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import output_images, quantize
 from cdm_lightning.foundation.randomness import default_generators
 
@@ -38,8 +39,8 @@ class CascadeModel(ModelMixin):
 class CascadePipeline(DiffusionPipeline):
     """Draws images of a cascade, stage after stage, non-truncated.
 
-    scheduler: None for each stage's own sampler. Any scheduler of diffusers takes the place of all of them; each stage
-    gives it its own noise schedule and kind of prediction.
+    scheduler: None for each stage's own sampler. A scheduler of diffusers with one network call a step takes the place
+    of all of them; each stage gives it its own noise schedule and kind of prediction.
     """
 
     cascade: Any  # the parts that register_modules sets
@@ -100,8 +101,13 @@ class CascadePipeline(DiffusionPipeline):
             return diffusion.sample(predict, noise, 0, generator)
         settings = schedule_settings(diffusion.schedule, diffusion.timesteps)
         settings["prediction_type"] = diffusion.prediction
-        if "variance_type" in self.scheduler.config:
+        if isinstance(self.scheduler, DDPMScheduler):  # the others have no use for a learned variance
             settings["variance_type"] = "learned_range" if diffusion.variance == "learned" else diffusion.variance
+        if getattr(self.scheduler, "order", 1) != 1 or not hasattr(self.scheduler, "init_noise_sigma"):
+            raise InputError(
+                f"{type(self.scheduler).__name__} is no scheduler of one network call a step for denoising diffusion: "
+                "such are DDIM, DDPM, Euler, PNDM, UniPC, DEIS and DPM-Solver++"
+            )
         scheduler = type(self.scheduler).from_config(self.scheduler.config, **settings)
         scheduler.set_timesteps(diffusion.sampling_steps or diffusion.timesteps, device=noise.device)
         takes = inspect.signature(scheduler.step).parameters

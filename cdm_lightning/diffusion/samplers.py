@@ -22,6 +22,8 @@ def make_scheduler(sampler: str, settings: dict[str, Any], prediction: str, clip
     """
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+    if sampler not in ("ddpm", "ddim", "dpm++"):
+        raise InputError(f"sampler {sampler!r} is none of ddpm, ddim and dpm++")
     settings = {**settings, "prediction_type": prediction}
     if sampler == "ddpm":
         return DDPMScheduler(**settings, timestep_spacing="linspace")  # used for its time grid only

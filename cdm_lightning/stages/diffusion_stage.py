@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -63,6 +64,7 @@ class DiffusionStage(L.LightningModule):
     """
 
     is_super_resolution = False
+    missing_source: str | None = None  # init_from, if it is gone: a resumed training does not need it
     augmentation: Augmentation = NoAugmentation()
     trained: dict[str, Any] = {}  # noqa: RUF012, replaced, never mutated: how the weights were trained
 
@@ -135,7 +137,10 @@ class DiffusionStage(L.LightningModule):
         if init_from is not None and not self.unet.conv_in.weight.is_meta:  # `cdm plan` builds stages without weights
             from cdm_lightning.stages.warm_start import warm_start  # later: it imports this module
 
-            warm_start(self, init_from, init_skip)
+            if Path(init_from).exists():
+                warm_start(self, init_from, init_skip)
+            else:
+                self.missing_source = init_from
 
     @property
     def name(self) -> str:
@@ -207,6 +212,13 @@ class DiffusionStage(L.LightningModule):
     def configure_callbacks(self) -> list[Any]:
         return [TrainingLog()]
 
+    def check_source(self, checkpoint: object) -> None:
+        """Refuse to begin with the weights of a file that is not there. checkpoint: whether the training resumes."""
+        if self.missing_source is not None and not checkpoint:
+            raise InputError(
+                f"init_from {self.missing_source} does not exist: a checkpoint, a run folder or a bundle is expected"
+            )
+
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.compile_mode is not None:
             self.unet.compile(mode=self.compile_mode)
@@ -216,6 +228,7 @@ class DiffusionStage(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Put the configured learning rate in force; a resumed run has just restored that of its checkpoint."""
+        self.check_source(self.trainer.global_step)
         for config in self.trainer.lr_scheduler_configs:
             set_rate(config.scheduler, self.lr)
 

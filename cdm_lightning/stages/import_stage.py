@@ -26,7 +26,7 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
     import torch
 
     from cdm_lightning.foundation.errors import InputError
-    from cdm_lightning.stages.adm import PRESETS, is_true, read_flags, stage_arguments, stage_weights
+    from cdm_lightning.stages.adm import PRESETS, adm_name, is_true, read_flags, stage_arguments, stage_weights
     from cdm_lightning.stages.loading import load_safely, stage_class, validated_arguments, write_checkpoint
 
     if (preset is None) == (flags is None):
@@ -36,6 +36,8 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
         raise InputError(f"preset {preset} is none of {', '.join(PRESETS)}; the nearest is {near[0]}")
     if out.is_dir():
         raise InputError(f"out {out} is a folder: give the name of a checkpoint, such as {out / 'adm.ckpt'}")
+    if out.exists() and file.exists() and out.samefile(file):
+        raise InputError(f"out {out} is the file itself, which would be lost: give another name")
     if not file.is_file():
         raise InputError(f"{file} does not exist: a file of guided-diffusion is expected")
     table = read_flags(PRESETS[preset] if preset is not None else flags or "")
@@ -51,6 +53,8 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     theirs = load_safely(file, mmap=True) if is_zip(file) else load_safely(file)
     state = stage_weights(theirs, stage, not is_true(table, "use_new_attention_order"), str(file))
+    if broken := next((name for name, value in state.items() if not value.isfinite().all()), None):
+        raise InputError(f"{file} holds numbers that are not finite in {adm_name(broken)}")
     imported = {"averaged": True, "steps": None, "images": None, "imported": {"file": file.name, "sha256": sha256}}
     checkpoint = {
         "stage": kind, "hyper_parameters": dict(stage.hparams), "state_dict": state, "imported": imported,

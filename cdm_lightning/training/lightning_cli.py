@@ -238,6 +238,8 @@ class CommandLine(LightningCLI):
                 f"ckpt_path is null, but {older} exists: `ckpt_path: last` will resume whichever run has more steps"
             )
         resumed = self.config_init.fit.ckpt_path
+        if isinstance(self.model, DiffusionStage):
+            self.model.check_source(resumed)
         self.finished = finished(trainer, self.model, Path(resumed)) if resumed else None
         for logger in trainer.loggers if not self.finished else []:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero and "WANDB_RUN_ID" not in os.environ:

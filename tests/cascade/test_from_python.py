@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from refusals import sentence_of_error
 from small_models import smallest_stages
 
@@ -67,7 +73,13 @@ def test_what_a_call_cannot_do_is_refused(folder):
     sentence_of_error(lambda: cascade(classes=[10]), "class 10 lies outside 0 ... 9")
     sentence_of_error(lambda: cascade(classes=[1], levels=[1, 2]), "levels [1, 2] has 2 entries")
     sentence_of_error(lambda: cascade(classes=[1], output_type="jpg"), "output_type 'jpg' is none of pil, np and pt")
-    assert cascade.levels == [7]
+    sentence_of_error(lambda: cascade(classes=[]), "classes [] names no class")
+    for wrong in ({"count": 0}, {"count": -1}, {"classes": [1], "batch_size": 0}, {"classes": [1], "seed": "a"}):
+        sentence_of_error(lambda wrong=wrong: cascade(**wrong))
+    for levels in (5, [0.5], ["5"]):
+        sentence_of_error(lambda levels=levels: cascade(classes=[1], levels=levels), "level")
+    sentence_of_error(lambda: CascadeModule.from_pretrained(folder, sampler="ddmp"), "sampler 'ddmp' is none of")
+    assert cascade.levels == [7] and CascadeModule.from_pretrained(folder / "bundle.json").levels == [7]
 
 
 def test_a_stage_samples_without_generators():
@@ -160,6 +172,11 @@ def test_a_scheduler_of_diffusers_takes_the_place_of_the_samplers():
         image = quantize(stage.sample(*given, 0, generator))
     torch.testing.assert_close(ddim, (image + 1) / 2, rtol=0, atol=0.05)
     assert float((ddim - (image + 1) / 2).abs().mean()) < 0.01  # ours clips more
+    images(DPMSolverMultistepScheduler())
+    sentence_of_error(
+        lambda: images(HeunDiscreteScheduler()), "HeunDiscreteScheduler is no scheduler of one network call"
+    )
+    sentence_of_error(lambda: pipe(class_labels=[99]), "class 99 lies outside 0 ... 9")
     assert float((other - ddim).abs().mean()) < 0.05 < float((other - ddim.flip(0)).abs().mean())
 
 

@@ -208,6 +208,17 @@ def test_files_of_others_are_refused(tmp_path, capsys, state, sentence):
     assert not (tmp_path / "adm.ckpt").exists()
 
 
+def test_the_download_is_not_lost_and_its_numbers_are_finite(tmp_path, capsys):
+    state = random_state(IMAGE)
+    torch.save({**state, "out.2.bias": torch.full((6,), float("nan"))}, tmp_path / "adm.pt")
+    command = ["import", f"--file={tmp_path}/adm.pt", f"--flags={IMAGE}"]
+    before = (tmp_path / "adm.pt").read_bytes()
+    assert "is the file itself" in sentence_of_refusal(capsys, [*command, f"--out={tmp_path}/adm.pt"])
+    assert "not finite in out.2.bias" in sentence_of_refusal(capsys, [*command, f"--out={tmp_path}/adm.ckpt"])
+    below = sentence_of_refusal(capsys, [*command[:2], f"--flags={IMAGE}", f"--out={tmp_path}/adm.pt/x.ckpt"])
+    assert (tmp_path / "adm.pt").read_bytes() == before and "adm.pt" in below
+
+
 def test_a_cut_file_is_refused(tmp_path, capsys):
     torch.save(random_state(IMAGE), tmp_path / "cut.pt")
     whole = (tmp_path / "cut.pt").read_bytes()

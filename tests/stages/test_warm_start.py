@@ -3,7 +3,7 @@
 import pytest
 import torch
 from commands import fit_command
-from refusals import sentence_of_error
+from refusals import sentence_of_error, sentence_of_refusal
 from small_models import SMALLEST, randomise_weights, smallest_stages
 
 from cdm_lightning.__main__ import main
@@ -121,17 +121,23 @@ def test_what_is_skipped_keeps_its_random_start(tmp_path, before, after, skip):
         assert torch.equal(value, fresh.state_dict()[name] if kept else theirs[name])
 
 
-@pytest.mark.parametrize("content", [None, b"text", {"state_dict": 3}, [1]])
+@pytest.mark.parametrize("content", [b"text", {"state_dict": 3}, [1]])
 def test_a_source_that_is_no_stage_is_refused(tmp_path, content):
     path = tmp_path / "source.ckpt"
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif content is not None:
+    else:
         torch.save(content, path)
     sentence_of_error(lambda: upsampler(init_from=str(path)), str(path))
 
 
-def test_a_training_begins_there_and_its_result_needs_it_no_more(tmp_path):
+def test_a_source_that_is_gone_is_needed_to_begin_alone(tmp_path):
+    stage = upsampler(init_from=str(tmp_path / "gone"))
+    sentence_of_error(lambda: stage.check_source(None), f"init_from {tmp_path / 'gone'} does not exist")
+    stage.check_source(tmp_path / "run/checkpoints/last.ckpt")
+
+
+def test_a_training_begins_there_and_its_result_needs_it_no_more(tmp_path, capsys):
     """With a rate of 0 the averaged weights are still those of the source; steps and optimizer begin anew."""
     options = [f"--trainer.default_root_dir={tmp_path / 'first'}", "--model.num_classes=null"]
     main(fit_command(*options))
@@ -146,3 +152,8 @@ def test_a_training_begins_there_and_its_result_needs_it_no_more(tmp_path):
     mine, theirs = tuned.state_dict(), source.state_dict()
     assert not mine.pop("unet.label_embedding.weight").any() and mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    main(fit_command(*more, "--model.lr=0", "--trainer.max_steps=2"))  # goes on without it
+    assert load_stage(tmp_path / "second/checkpoints/last.ckpt").trained["steps"] == 2
+    anew = [f"--trainer.default_root_dir={tmp_path / 'third'}", f"--model.init_from={tmp_path / 'first'}"]
+    assert "does not exist" in sentence_of_refusal(capsys, fit_command(*anew))
+    assert not (tmp_path / "third").exists()

@@ -123,7 +123,7 @@ def class_folders(source: Path) -> tuple[list[Path], Listing]:
     folders, beside, home = [], Listing(), source.resolve()
     for entry in os.scandir(source):
         path = Path(entry.path)
-        if entry.name.startswith("."):
+        if entry.name.startswith((".", "__MACOSX")):  # the second is of archives made on a Mac
             beside.left_out[HIDDEN].append(entry.name)
         elif not path.is_dir():
             beside.left_out["beside the class folders"].append(entry.name)
