@@ -312,3 +312,10 @@ def test_a_folder_of_class_archives_equals_the_training_archive(tmp_path: Path) 
     (source / WNIDS[0]).rmdir()
     (source / "n99999999.tar").write_bytes(tar_bytes({"notes.txt": b"x"}))
     refused(source, "n99999999.tar holds no images: every class needs at least one", imagenet=True)
+
+
+def test_shards_do_not_go_among_the_class_folders(tmp_path: Path) -> None:
+    source = tiny_tree(tmp_path / "raw", classes=1, per_class=1)
+    (source / "__MACOSX").mkdir()
+    sentence_of_error(lambda: prepared(source, out="raw"), "is the source itself")
+    assert prepared(source).classes == ["class0"]

@@ -143,6 +143,8 @@ def prepare(
     in_arrays = [resolution for resolution in resolutions if resolution <= packed]
     if not Path(source).exists():
         raise InputError(f"{source} does not exist: it should be the archive or folder of raw images")
+    if Path(out).resolve() == Path(source).resolve():
+        raise InputError(f"out {out} is the source itself, whose folders are classes: give another folder")
     listing = find()
     if not any(listing.images.values()):
         left_out = listing.about_left_out()
