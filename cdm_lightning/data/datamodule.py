@@ -41,7 +41,8 @@ class ResumableLoader(DataLoader):
         stream: Any = self.dataset
         if self.current_place is not None:
             stream.start = self.current_place()
-        batches, number, end, late = super().__iter__(), 0, object(), []  # type: ignore[var-annotated]
+        late: list[str] = []  # the sentence of a wait that was too long
+        batches, number, end = super().__iter__(), 0, object()
         give_up = partial(self.give_up, batches, late)
         while True:
             try:

@@ -150,6 +150,7 @@ class SimulatedStep:
         return self.known[batch, accumulate, checkpointing]
 
     def simulate(self, batch: int, accumulate: bool, checkpointing: bool) -> np.ndarray:
+        """The rows of `simulated`, by a training step on tensors without data."""
         self.stage.unet.zero_grad()
         parameters = list(self.stage.unet.parameters())
         with self.mode, ExitStack() as stack:
