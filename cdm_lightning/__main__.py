@@ -56,7 +56,7 @@ LIGHTNING = {  # commands of Lightning's command line, see training/lightning_cl
 COMMANDS = {
     "prepare": Command(
         "Make shards from the ImageNet archives as downloaded, or from a folder of images.",
-        {name: f"data.preparation.prepare:prepare_{name}" for name in ("imagenet", "folder")},
+        {"imagenet": "data.preparation.imagenet:prepare_imagenet", "folder": "data.preparation.folders:prepare_folder"},
     ),
     "import": Command(
         "Make a checkpoint of a stage from a network of guided-diffusion (ADM), such as 64x64_diffusion.pt.",

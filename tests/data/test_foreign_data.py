@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from refusals import sentence_of_error
 from strangers import examples, mutated_bytes, mutated_json, taking_less_than, tried
 
-from cdm_lightning.data.preparation.listing import list_train_archive, list_val_archive
+from cdm_lightning.data.preparation.imagenet import list_train_archive, list_val_archive
 from cdm_lightning.data.preparation.raw_images import decode as decode_raw
 from cdm_lightning.data.shards import Manifest, Shard, read_manifest, read_shard
 from cdm_lightning.data.shards.reading import decode_sample

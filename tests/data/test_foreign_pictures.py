@@ -167,7 +167,7 @@ def hostile() -> dict[str, dict[str, bytes]]:
 PREPARE = """
 import json, os, resource, signal, sys
 from pathlib import Path
-from cdm_lightning.data.preparation.prepare import prepare_folder
+from cdm_lightning.data.preparation.folders import prepare_folder
 from cdm_lightning.data.preparation.raw_images import image_suffixes
 from cdm_lightning.foundation.errors import InputError
 

@@ -29,7 +29,8 @@ from raw_sources import (
 )
 from refusals import sentence_of_error
 
-from cdm_lightning.data.preparation.prepare import prepare_folder, prepare_imagenet
+from cdm_lightning.data.preparation.folders import prepare_folder
+from cdm_lightning.data.preparation.imagenet import prepare_imagenet
 from cdm_lightning.data.preparation.raw_images import RawImage, cut_square
 from cdm_lightning.data.shards import Manifest, read_manifest
 from cdm_lightning.data.stream import ShardStream
@@ -45,7 +46,7 @@ NO_IMAGES = {
 def prepared(source: Path, split: str = "train", out: str = "out", **options: object) -> Manifest:
     """The manifest of a folder prepared at 8x8."""
     target = source.parent / out
-    prepare_folder(source, target, split, [8], workers=1, max_corrupt=1, **options)  # type: ignore[arg-type]
+    prepare_folder(source, target, split=split, resolutions=[8], workers=1, max_corrupt=1, **options)  # type: ignore[arg-type]
     return read_manifest(target / split / "8")
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from refusals import sentence_of_error
 
-from cdm_lightning.data.preparation.prepare import prepare_folder
+from cdm_lightning.data.preparation.folders import prepare_folder
 from cdm_lightning.data.shards import open_images, packed, read_manifest, write_manifest, write_packed
 from cdm_lightning.data.shards.packed import NPY_HEADER_BYTES, PackedShard, npy_header
 from cdm_lightning.data.stream import ShardStream

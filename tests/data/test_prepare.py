@@ -32,7 +32,8 @@ from raw_sources import (
     write_tree,
 )
 
-from cdm_lightning.data.preparation.prepare import prepare_folder, prepare_imagenet
+from cdm_lightning.data.preparation.folders import prepare_folder
+from cdm_lightning.data.preparation.imagenet import prepare_imagenet
 from cdm_lightning.data.preparation.raw_images import cut_square, decode
 from cdm_lightning.data.shards import manifest as shards
 from cdm_lightning.data.shards import read_manifest
@@ -195,7 +196,7 @@ def test_folder_in_grey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "a": {"1.jpg": jpeg(), "2.bmp": bitmap},
     }
     source = write_tree(tmp_path / "raw", files)
-    prepare_folder(source, tmp_path / "out", "val", [16], grey=True, workers=1)
+    prepare_folder(source, tmp_path / "out", split="val", resolutions=[16], grey=True, workers=1)
     manifest = read_manifest(tmp_path / "out/val/16")
     assert (manifest.classes, manifest.counts, manifest.channels, manifest.split) == (["a", "b"], [2, 1], 1, "val")
     assert all(image.shape == (16, 16, 1) for _, image, _ in stored(tmp_path / "out/val/16"))
@@ -246,7 +247,7 @@ def start(source: Path, out: Path, workers: int, command: bool = False) -> subpr
     if not command:
         code = f"""
 from pathlib import Path
-from cdm_lightning.data.preparation.prepare import prepare_folder
+from cdm_lightning.data.preparation.folders import prepare_folder
 if __name__ == "__main__":
     source, out = Path({str(source)!r}), Path({str(out)!r})
     prepare_folder(source, out, resolutions=[64, 32], images_per_shard=4, workers={workers}, max_corrupt=0.01)
@@ -460,10 +461,10 @@ def test_bad_devkits(tmp_path: Path) -> None:
 
 
 def test_splits_must_agree_on_classes(tmp_path: Path) -> None:
-    prepare_folder(tiny_tree(tmp_path / "a", 3, 1), tmp_path / "out", "train", [8], workers=1)
+    prepare_folder(tiny_tree(tmp_path / "a", 3, 1), tmp_path / "out", split="train", resolutions=[8], workers=1)
     source = tiny_tree(tmp_path / "b", 4, 1)
     with pytest.raises(InputError, match=r"4 classes, .*train has 3, and label 3 is \['class3'\] here and \[\] there"):
-        prepare_folder(source, tmp_path / "out", "val", [8], workers=1)
+        prepare_folder(source, tmp_path / "out", split="val", resolutions=[8], workers=1)
     assert not (tmp_path / "out/val").exists()
 
 

@@ -13,7 +13,7 @@ from small_models import SMALL, randomise_weights, smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
-from cdm_lightning.data.preparation.prepare import prepare_folder
+from cdm_lightning.data.preparation.folders import prepare_folder
 from cdm_lightning.data.shards import read_manifest, read_shard
 from cdm_lightning.evaluation.samples import sample_folders
 from cdm_lightning.foundation.images import decode_png, to_float, to_uint8

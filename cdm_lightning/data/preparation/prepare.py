@@ -9,13 +9,12 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import PIL
 
-from cdm_lightning.data.preparation.listing import Listing, Split, examples, list_folder, list_imagenet
+from cdm_lightning.data.preparation.listing import Listing, Split, examples
 from cdm_lightning.data.preparation.raw_images import FILTERS, Crop
 from cdm_lightning.data.preparation.tasks import PROGRESS, Task, make_shards
 from cdm_lightning.data.shards import Manifest, Shard, read_manifest, write_manifest
@@ -28,52 +27,8 @@ from cdm_lightning.foundation.terminal import printable
 MAX_RESOLUTION = 4096  # a larger image may not fit into what is read of one file in a shard
 
 
-def prepare_imagenet(
-    source: Path,
-    out: Path,
-    split: Split = "train",
-    resolutions: Sequence[int] = (256, 128, 64, 32),
-    devkit: Path | None = None,
-    crop: Crop = "adm",
-    seed: int = 0,
-    images_per_shard: int = 1000,
-    workers: int | None = None,
-    max_corrupt: float = 0.001,
-    limit: int | None = None,
-    packed: int = 64,
-) -> None:
-    """Make shards from the ImageNet archives as downloaded, without unpacking them, or from their unpacked folders.
-
-    If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
-    class index is the rank of its WNID (n01440764 is 0).
-
-    Args:
-        source: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or a folder that one of them was unpacked to: of
-            WNID.tar, of WNID/*.JPEG, or of ILSVRC2012_val_*.JPEG.
-        out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
-        split: which part of the data set the source is: train or val.
-        resolutions: widths to store. The largest is cropped from the raw image; each lower one is the mean over 2x2
-            pixels of the next larger, so the ratio of two widths must be a power of two.
-        devkit: ILSVRC2012_devkit_t12.tar.gz or its folder, which labels the validation images where no folders do.
-            Default: beside the source, or in it.
-        crop: how a raw image becomes a square. adm: resize by box halvings and bicubic, then crop the centre, as
-            guided-diffusion does. area: crop the centre square, then take the mean over each pixel's area.
-        seed: seed of the random order of all images over the shards.
-        images_per_shard: images in one tar file.
-        workers: number of processes, each with about 0.7 GB of memory at 256 pixels. Default: one per core.
-        max_corrupt: share of the images that may be unreadable; more is an error. They are listed in the manifest.
-        limit: use only this many images, chosen at random.
-        packed: the largest width that is stored packed: as bare pixels in one array per shard, which are read many
-            times faster. Larger widths are stored as PNG; 0 stores all as PNG. At 64x64 an image takes 12 KB packed,
-            and 11 KB as PNG.
-    """
-    find = partial(list_imagenet, source, split, devkit)
-    prepare(
-        find, source, out, split, resolutions, crop, False, seed, images_per_shard, workers, max_corrupt, limit, packed
-    )
-
-
-def prepare_folder(
+def prepare(
+    find: Callable[[], Listing],
     source: Path,
     out: Path,
     split: Split = "train",
@@ -87,15 +42,11 @@ def prepare_folder(
     limit: int | None = None,
     packed: int = 64,
 ) -> None:
-    """Make shards from a folder of images with one subfolder per class, whatever the files' names end in.
-
-    If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
-    class index is the rank of the subfolder's name. The validation split may lack classes of the training split, if
-    that one is prepared first.
+    """Put all images into one random order, make the missing shards, and write the manifests last.
 
     Args:
-        source: folder with one subfolder per class, images inside or in folders below: JPEG, PNG, BMP, GIF, WebP, TIFF,
-            PPM, PGM, PBM and AVIF. What is left out is named.
+        find: lists the classes and images of the source.
+        source: the source, which errors name.
         out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
         split: which part of the data set the source is: train or val.
         resolutions: widths to store. The largest is cropped from the raw image; each lower one is the mean over 2x2
@@ -111,31 +62,6 @@ def prepare_folder(
         packed: the largest width that is stored packed: as bare pixels in one array per shard, which are read many
             times faster. Larger widths are stored as PNG; 0 stores all as PNG. At 64x64 an image takes 12 KB packed,
             and 11 KB as PNG.
-    """
-    find = partial(list_folder, source)
-    prepare(
-        find, source, out, split, resolutions, crop, grey, seed, images_per_shard, workers, max_corrupt, limit, packed
-    )
-
-
-def prepare(
-    find: Callable[[], Listing],
-    source: Path,
-    out: Path,
-    split: Split,
-    resolutions: Sequence[int],
-    crop: Crop,
-    grey: bool,
-    seed: int,
-    images_per_shard: int,
-    workers: int | None,
-    max_corrupt: float,
-    limit: int | None,
-    packed: int,
-) -> None:
-    """Put all images into one random order, make the missing shards, and write the manifests last.
-
-    find: lists the classes and images of the source.
     """
     workers = os.cpu_count() or 1 if workers is None else workers
     check_arguments(resolutions, crop, images_per_shard, workers, max_corrupt, limit, packed)

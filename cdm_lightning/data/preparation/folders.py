@@ -1,0 +1,142 @@
+"""`cdm prepare folder`: a folder with one subfolder of images per class."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import unicodedata
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cdm_lightning.data.preparation.listing import HIDDEN, Listing, examples
+from cdm_lightning.data.preparation.prepare import prepare
+from cdm_lightning.data.preparation.raw_images import RawImage
+from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.progress_bar import ProgressBar
+from cdm_lightning.foundation.terminal import printable
+
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+TABLES = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
+TABLE_CHARACTERS = 1 << 16  # of a table, among which names of images are looked for
+CLASSLESS = {"images", "image", "imgs", "img", "pictures", "photos", "jpg", "jpeg", "png"}  # folders of all classes
+
+
+def prepare_folder(source: Path, out: Path, **options: Any) -> None:
+    """Make shards from a folder of images with one subfolder per class, whatever the files' names end in.
+
+    If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
+    class index is the rank of the subfolder's name. The validation split may lack classes of the training split, if
+    that one is prepared first.
+
+    Args:
+        source: folder with one subfolder per class, images inside or in folders below: JPEG, PNG, BMP, GIF, WebP, TIFF,
+            PPM, PGM, PBM and AVIF. What is left out is named.
+        out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
+    """
+    prepare(partial(list_folder, source), source, out, **options)
+
+
+def list_folder(source: Path) -> Listing:
+    """Images of `source`/CLASS, in subfolders too; the classes are the names of the folders."""
+    folders, listing = class_folders(source)
+    if {folder.name.lower() for folder in folders} <= SPLITS:
+        raise InputError(f"{source} holds {examples(f.name for f in folders)}: give one split as the source, not all")
+    listing.merge(list_class_folders(folders))
+    if len(folders) == 1 and (table := table_that_names(listing.images[folders[0].name], source)):
+        raise InputError(
+            f"{source} holds one folder, {folders[0].name}, and {printable(table)}, a table that names its images: "
+            "labels are not read from tables, one folder per class is expected, with the images inside"
+        )
+    return listing
+
+
+def class_folders(source: Path) -> tuple[list[Path], Listing]:
+    """The class folders of a source, sorted, and what lies beside them. Refuses names that no manifest can hold."""
+    if not source.is_dir():
+        raise InputError(f"{source} is not a folder: one subfolder per class is expected inside it")
+    folders, beside, home = [], Listing(), source.resolve()
+    for entry in os.scandir(source):
+        path = Path(entry.path)
+        if entry.name.startswith((".", "__MACOSX")):  # the second is of archives made on a Mac
+            beside.left_out[HIDDEN].append(entry.name)
+        elif not path.is_dir():
+            beside.left_out["beside the class folders"].append(entry.name)
+        elif home.is_relative_to(path.resolve()):
+            beside.left_out["link to a folder that holds it"].append(entry.name)
+        else:
+            folders.append(path)
+    if not folders:
+        raise InputError(
+            f"{source} has no subfolders: one folder per class is expected, with the images inside"
+            + (f"; labels are not read from tables such as {examples(found)}" if (found := tables(source)) else "")
+        )
+    names: dict[str, str] = {}
+    for folder in sorted(folders):
+        if not folder.name.isprintable():
+            raise InputError(f"{source} holds a folder {folder.name!r}: the name of a class must be printable")
+        twin = names.setdefault(unicodedata.normalize("NFC", folder.name), folder.name)
+        if twin != folder.name:
+            raise InputError(f"{source} holds {twin!a} and {folder.name!a}: two classes cannot have one name")
+    return sorted(folders), beside
+
+
+def list_class_folders(folders: list[Path]) -> Listing:
+    """Images of class folders. A folder may be empty, but one that holds other files alone is refused."""
+    listing = Listing()
+    for folder in ProgressBar(folders, desc="listing", unit="class"):
+        found = list_below(folder)
+        if not found.images[folder.name] and found.left_out.keys() - {HIDDEN}:
+            raise InputError(f"{folder} holds no images that can be read; left out are {found.about_left_out()}")
+        listing.merge(found)
+    return listing
+
+
+def list_below(folder: Path) -> Listing:
+    """Images in a class folder and the folders below it. Links to files are followed, links to folders are not."""
+    listing, pending = Listing(folder.name), [(str(folder), folder.name)]
+    while pending:
+        path, prefix = pending.pop()
+        try:
+            entries = list(os.scandir(path))
+        except OSError as error:
+            listing.left_out[f"folder, {(error.strerror or 'cannot be opened').lower()}"].append(prefix)
+            continue
+        for entry in entries:
+            name = f"{prefix}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                pending.append((entry.path, name))
+            else:
+                image = RawImage(name, entry.path, 0, *size_and_problem(entry))
+                listing.add(folder.name, image, partial(io.FileIO, entry.path))
+    return listing
+
+
+def size_and_problem(entry: os.DirEntry[str]) -> tuple[int, str]:
+    """The size of a file and "", or 0 and why it must not be opened: a pipe, for one, would be waited for."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return 0, "broken link" if entry.is_symlink() else (error.strerror or "cannot be opened").lower()
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size, ""
+    return 0, "link to a folder" if stat.S_ISDIR(status.st_mode) else "no plain file"
+
+
+def tables(folder: Path) -> list[str]:
+    """The names of files that may be tables of labels."""
+    return sorted(f.name for f in folder.iterdir() if f.suffix.lower() in TABLES and f.is_file())
+
+
+def table_that_names(images: list[RawImage], source: Path) -> str:
+    """The name of a table beside a folder "images" that names one of its images; "" if there is none."""
+    if not images or PurePosixPath(images[0].name).parts[0].lower() not in CLASSLESS:
+        return ""
+    names = {PurePosixPath(image.name).name for image in images}
+    for table in tables(source):
+        with open(source / table, encoding="utf-8", errors="replace") as file:
+            if names & set(re.split(r'[\s,;:"/\\]+', file.read(TABLE_CHARACTERS))):
+                return table
+    return ""
