@@ -190,6 +190,7 @@ class CascadeModule(L.LightningModule):
         count: int | None = None,
         output_type: str = "pil",
         all_resolutions: bool = False,
+        sampling_steps: Sequence[int] | None = None,
         batch_size: int = 64,
         progress: bool = True,
     ) -> Any:
@@ -198,8 +199,8 @@ class CascadeModule(L.LightningModule):
         classes: numbers or names, one per image; None for `count` images of all classes in turn. levels: s of each
         super-resolution stage; None for the cascade's. seed: None for the cascade's. output_type: "pil" for a list of
         PIL images, "np" for float32 (B, H, W, C) and "pt" for (B, C, H, W), both in [0, 1]. all_resolutions: a list
-        with the images of every stage. batch_size: images per network call. Raises InputError for what the cascade
-        cannot do.
+        with the images of every stage. sampling_steps: network calls of each stage; None for the stages' own.
+        batch_size: images per network call. Raises InputError for what the cascade cannot do.
         """
         if batch_size < 1 or not isinstance(seed, int | None):
             raise InputError(f"batch_size {batch_size!r} or seed {seed!r} is no whole number, of images from 1 on")
@@ -207,7 +208,7 @@ class CascadeModule(L.LightningModule):
         index = torch.arange(len(label), device=self.device)
         bar = partial(tqdm, disable=not progress, unit="call", leave=False)
         with (
-            self.changed(levels, self.truncated, None, seed),
+            self.changed(levels, self.truncated, sampling_steps, seed),
             advancing(self.stages, bar, -(-len(label) // batch_size)),
         ):
             parts = [self.sample(label[i : i + batch_size], index[i : i + batch_size])

@@ -43,13 +43,17 @@ def test_a_call_draws_the_images_of_the_command(tmp_path, folder, truncated):
         "--classes=[3,9]",
         "--seed=4",
     ]
-    main([*command, "--levels=[5]", f"--truncated={str(truncated).lower()}", "--block_size=5", "--accelerator=cpu"])
+    command += ["--levels=[5]", f"--truncated={str(truncated).lower()}", "--block_size=5", "--accelerator=cpu"]
+    main([*command, "--sampling_steps=[2,3]"])
     stored = [decode_png(s["png"]) for s in read_shard(tmp_path / "samples/train/16/000000.tar")]
     cascade = CascadeModule.from_pretrained(folder, truncated=truncated)
-    images = cascade(classes=[3, 9, 3, 9, 3], levels=[5], seed=4)
+    steps = [stage.diffusion.sampling_steps for stage in cascade.stages]
+    assert steps != [2, 3]
+    images = cascade(classes=[3, 9, 3, 9, 3], levels=[5], seed=4, sampling_steps=[2, 3])
     assert [image.size for image in images] == [(16, 16)] * 5 and images[0].mode == "RGB"
     assert all(np.array_equal(np.array(image), expected) for image, expected in zip(images, stored, strict=True))
     assert cascade.levels == [7] and cascade.seed == 0  # a call changes nothing
+    assert [stage.diffusion.sampling_steps for stage in cascade.stages] == steps
 
 
 def test_classes_are_numbers_or_names_in_any_form_and_results_too(folder):
