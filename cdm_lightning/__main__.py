@@ -106,7 +106,12 @@ COMMANDS = {
         "Parameters, FLOPs, memory, time, micro-batch and accumulation of a training, and the command that starts it.",
         "planning.plan:plan",
     ),
+    "inspect": Command(
+        "Say what a folder or file is: shards, samples, a bundle, a checkpoint or a card; and whether it is whole.",
+        "inspection.inspect:inspect",
+    ),
 }
+POSITIONAL = {"plan": "--stage", "inspect": "--path"}  # the option that a first word without a name is
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -173,8 +178,8 @@ def run(arguments: list[str]) -> None:
 
     from cdm_lightning.foundation.parser import Parser
 
-    if command == "plan" and rest and not rest[0].startswith("-"):
-        rest = ["--stage", *rest]
+    if command in POSITIONAL and rest and not rest[0].startswith("-"):
+        rest = [POSITIONAL[command], *rest]
     components = COMMANDS[command].load()
     auto_cli(components, args=rest, prog=f"cdm {command}", as_positional=False, parser_class=Parser)
 

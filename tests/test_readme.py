@@ -55,6 +55,7 @@ OVERRIDES = {  # what makes each command small; see also reduced.yaml
     "import": ["--preset=null"],
     "prepare": ["--workers", "1", "--max_corrupt", "0.5"],
     "bundle": [],
+    "inspect": [],
     "reference": ["--count", "20", "--accelerator", "cpu"],
     "npz": [],
     "upscale": ["--sampling_steps", "[2]"],
