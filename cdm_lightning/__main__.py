@@ -55,8 +55,13 @@ LIGHTNING = {  # commands of Lightning's command line, see training/lightning_cl
 }
 COMMANDS = {
     "prepare": Command(
-        "Make shards from the ImageNet archives as downloaded, or from a folder of images.",
-        {"imagenet": "data.preparation.imagenet:prepare_imagenet", "folder": "data.preparation.folders:prepare_folder"},
+        "Make shards from the ImageNet archives as downloaded, a folder of images, WebDataset tars or parquet files.",
+        {
+            "imagenet": "data.preparation.imagenet:prepare_imagenet",
+            "folder": "data.preparation.folders:prepare_folder",
+            "webdataset": "data.preparation.webdataset:prepare_webdataset",
+            "parquet": "data.preparation.parquet:prepare_parquet",
+        },
     ),
     "import": Command(
         "Make a checkpoint of a stage from a network of guided-diffusion (ADM), such as 64x64_diffusion.pt.",

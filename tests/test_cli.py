@@ -25,6 +25,8 @@ def at_root(monkeypatch):
         (["--help"], ["fit", "prepare", "bundle", "sample", "evaluate", "Train one stage"]),
         (["prepare", "imagenet", "--help"], ["--source", "--devkit", "--resolutions"]),
         (["prepare", "folder", "--help"], ["--source", "--grey"]),
+        (["prepare", "webdataset", "--help"], ["--source", "--label", "--allow_commands", "--grey"]),
+        (["prepare", "parquet", "--help"], ["--source", "--label", "--grey"]),
         (["bundle", "--help"], ["--checkpoints", "from low to high"]),
         (["sample", "--help"], ["--bundle", "--levels", "--truncated", "--sampling_steps", "--seed", "--classes"]),
         (["evaluate", "--help"], ["--references", "--detector"]),

@@ -4,6 +4,7 @@ What needs eight GPUs or SLURM is parsed. Every link, path and name that the pag
 """
 
 import io
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -27,7 +30,7 @@ from torch.distributed.run import get_args_parser
 
 from cdm_lightning.__main__ import main
 
-RUN = ["README.md", "docs/imagenet.md", "docs/measuring.md", "docs/sweeps.md", "docs/python.md"]
+RUN = ["README.md", "docs/data.md", "docs/imagenet.md", "docs/measuring.md", "docs/sweeps.md", "docs/python.md"]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "data").glob("*/README.md"))]
 HISTORY = {"experiments/study.mk", "experiments/study_table.py"}  # which the pages say to look up in the history
@@ -122,6 +125,21 @@ def fake_archives(folder: Path) -> None:
         add(tar, f"{root}/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n3\n")
 
 
+def fake_sources(folder: Path) -> None:
+    """The hub's ImageNet with an image or two a tar, and a parquet file."""
+    random = np.random.default_rng(0)
+    for split, digits, count in (("train", 4, 1024), ("validation", 2, 64)):
+        for number in range(count):
+            with tarfile.open(folder / f"imagenet1k-{split}-{number:0{digits}d}.tar", "w") as tar:
+                label = number % 1000
+                add(tar, f"n{label:08d}_0.cls", str(label).encode())
+                add(tar, f"n{label:08d}_0.jpg", jpeg(random, 8))
+                add(tar, f"n{label:08d}_0.json", json.dumps({"label": label}).encode())
+    (folder / "photos").mkdir()
+    table = pa.table({"image": [{"bytes": jpeg(random, 8), "path": "a.jpg"}] * 2, "label": [0, 1]})
+    pq.write_table(table, folder / "photos" / "train-00000-of-00001.parquet")
+
+
 def fake_published_files(folder: Path) -> None:
     """ADM's 64x64 model and its upsampler, with random weights and small."""
     for preset in ("64x64_diffusion", "64_256_upsampler"):
@@ -179,6 +197,8 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
     if page == "docs/imagenet.md":
         fake_archives(folder)
         fake_published_files(folder)
+    if page == "docs/data.md":
+        fake_sources(folder)
     if page == "docs/measuring.md":
         (folder / "photos").mkdir()
         (folder / "photos" / "a.jpg").write_bytes(jpeg(np.random.default_rng(0), 40))
@@ -191,6 +211,7 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
         main(reduced(command, few_real))
     left = {
         "README.md": ["dress.png", "runs/tour/search/report.html"],
+        "docs/data.md": ["data/imagenet-hub/val/32/manifest.json", "data/photos/train/32/manifest.json"],
         "docs/imagenet.md": ["runs/imagenet/samples/samples.png"],
         "docs/measuring.md": ["runs/measure/samples.npz", "runs/measure/cas/results.json", f"{SR32}/best.ckpt"],
         "docs/sweeps.md": ["runs/sweeps/level/results.json"],

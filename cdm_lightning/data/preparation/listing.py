@@ -23,6 +23,7 @@ class Listing:
 
     def __init__(self, *classes: str) -> None:
         self.images: dict[str, list[RawImage]] = {name: [] for name in classes}
+        self.classes: list[str] | None = None  # in label order; None: sorted
         self.left_out: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, to_class: str, image: RawImage, open_file: Callable[[], IO[bytes] | None]) -> None:

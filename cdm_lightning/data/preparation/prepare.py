@@ -9,7 +9,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import PIL
@@ -29,7 +29,7 @@ MAX_RESOLUTION = 4096  # a larger image may not fit into what is read of one fil
 
 def prepare(
     find: Callable[[], Listing],
-    source: Path,
+    source: Path | str,
     out: Path,
     split: Split = "train",
     resolutions: Sequence[int] = (64, 32),
@@ -41,12 +41,13 @@ def prepare(
     max_corrupt: float = 0.001,
     limit: int | None = None,
     packed: int = 64,
+    _asked: str | None = None,
 ) -> None:
     """Put all images into one random order, make the missing shards, and write the manifests last.
 
     Args:
         find: lists the classes and images of the source.
-        source: the source, which errors name.
+        source: the source, which errors name: a path, or what else `find` understands.
         out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
         split: which part of the data set the source is: train or val.
         resolutions: widths to store. The largest is cropped from the raw image; each lower one is the mean over 2x2
@@ -62,31 +63,43 @@ def prepare(
         packed: the largest width that is stored packed: as bare pixels in one array per shard, which are read many
             times faster. Larger widths are stored as PNG; 0 stores all as PNG. At 64x64 an image takes 12 KB packed,
             and 11 KB as PNG.
+        _asked: for a source that is fetched, all that is known of it before. A folder that is finished with the same is
+            not made again, and the source is not fetched to see whether it has changed. No option of the command line.
     """
     workers = os.cpu_count() or 1 if workers is None else workers
     check_arguments(resolutions, crop, images_per_shard, workers, max_corrupt, limit, packed)
     resolutions, folder = sorted(resolutions, reverse=True), Path(out) / split
     in_arrays = [resolution for resolution in resolutions if resolution <= packed]
-    if not Path(source).exists():
+    if isinstance(source, Path) and not source.exists():
         raise InputError(f"{source} does not exist: it should be the archive or folder of raw images")
     if Path(out).resolve() == Path(source).resolve():
         raise InputError(f"out {out} is the source itself, whose folders are classes: give another folder")
+    arguments: dict[str, Any] = {  # everything that the bytes of the shards depend on
+        "seed": seed, "resolutions": resolutions, "crop": crop, "grey": grey, "images_per_shard": images_per_shard,
+        "limit": limit, "pillow": PIL.__version__, "packed": in_arrays,
+        "png": f"averages, zlib {zlib.ZLIB_RUNTIME_VERSION}",
+    }  # fmt: skip
+    if _asked is not None:
+        arguments["source"] = _asked
+        if is_finished(folder, arguments):
+            shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+            print(f"{folder} is finished: the source is not fetched again")
+            print_summary(folder, resolutions)
+            return
     listing = find()
     if not any(listing.images.values()):
         left_out = listing.about_left_out()
         raise InputError(f"{source} holds no images" + (f"; left out are {left_out}" if left_out else ""))
-    classes = settle_classes(Path(out), split, sorted(listing.images))
+    classes = settle_classes(Path(out), split, listing.classes or sorted(listing.images))
     images = listing.labelled(classes)
     print_listing(listing, classes)
     lines = sorted(os.fsencode(f"{image.name} {image.label} {image.size}\n") for image in images)
-    arguments = {  # everything that the bytes of the shards depend on
-        "seed": seed, "resolutions": resolutions, "crop": crop, "grey": grey, "images_per_shard": images_per_shard,
-        "limit": limit, "images": len(images), "listing": hashlib.sha256(b"".join(lines)).hexdigest()[:16],
-        "pillow": PIL.__version__, "packed": in_arrays, "png": f"averages, zlib {zlib.ZLIB_RUNTIME_VERSION}",
-    }  # fmt: skip
+    arguments |= {"images": len(images), "listing": hashlib.sha256(b"".join(lines)).hexdigest()[:16]}
     images = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(f"{seed}/{image.name}")).digest())[:limit]
 
     if not is_finished(folder, arguments):
+        if not (folder / PROGRESS / "arguments.json").is_file():
+            write_atomically(folder / PROGRESS / "arguments.json", json.dumps(arguments).encode())
         tasks = [
             Task(number, start, images[start : start + images_per_shard], folder, resolutions, crop, grey, in_arrays)
             for number, start in enumerate(range(0, len(images), images_per_shard))
@@ -100,13 +113,23 @@ def prepare(
             manifest = Manifest(
                 resolution, 1 if grey else 3, split, classes, [counts[label] for label in range(len(classes))],
                 [Shard(**record["shards"][str(resolution)]) for record in records],
-                seed, crop, FILTERS[crop], printable(Path(source).resolve().name), len(skipped),
+                seed, crop, FILTERS[crop], printable(recorded_name(source)), len(skipped),
                 {"arguments": arguments, "skipped": skipped},
             )  # fmt: skip
             write_manifest(folder / str(resolution), manifest)
         (folder / PROGRESS / "arguments.json").unlink()  # from here on the manifests record the arguments
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     print_summary(folder, resolutions)
+
+
+def recorded_name(source: Path | str) -> str:
+    """The name of a source for the manifest: the last part of its path, or of each of its patterns.
+
+    What follows the question mark of an address is left out, as it may be a password.
+    """
+    if isinstance(source, Path):
+        return source.resolve().name
+    return "::".join(PurePosixPath(pattern.partition("?")[0]).name for pattern in source.split("::"))
 
 
 def check_arguments(
@@ -167,7 +190,7 @@ def print_listing(listing: Listing, classes: list[str]) -> None:
 
 
 def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
-    """Whether `folder` is finished. Records the arguments of a new folder; refuses one made with others."""
+    """Whether `folder` is finished. Refuses one that was made or begun with other arguments."""
     started, manifests = folder / PROGRESS / "arguments.json", sorted(folder.glob("*/manifest.json"))
     earlier: dict[str, Any] = {}
     if started.is_file():
@@ -175,7 +198,6 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
     elif manifests:
         earlier = read_manifest(manifests[0].parent).extra.get("arguments", {})
     elif not any(folder.glob("*/*.tar*")):
-        write_atomically(started, json.dumps(arguments).encode())
         return False
     if not earlier:
         raise InputError(f"{folder} holds shards that no `cdm prepare` made: give another output folder or remove it")

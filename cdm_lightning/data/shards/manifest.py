@@ -160,6 +160,12 @@ def find_folder(root: Path, split: str, resolution: int) -> Path:
     """The folder of `split` at `resolution`, or else at the smallest larger resolution that halving reduces to it."""
     if resolution < 1:
         raise InputError(f"resolution {resolution} is less than 1")
+    for place in (Path(root) / split, Path(root)):
+        if tar := next(place.glob("*.tar*"), None):
+            raise InputError(
+                f"{place} holds {tar.name}, and shards are expected in <root>/<split>/<resolution>: make them by "
+                f"`cdm prepare webdataset --source {place} --split {split} --out OUT`"
+            )
     if not (Path(root) / split).is_dir():
         raise InputError(f"{Path(root) / split} does not exist: shards are expected in <root>/<split>/<resolution>")
     stored = sorted(int(f.name) for f in (Path(root) / split).iterdir() if f.is_dir() and f.name.isdecimal())

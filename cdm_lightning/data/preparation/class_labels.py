@@ -1,0 +1,86 @@
+"""The labels of a source that states them beside its images: numbers, or names of classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cdm_lightning.foundation.class_names import suggestion
+from cdm_lightning.foundation.errors import InputError
+
+MAX_CLASSES = 1_000_000
+
+
+class ClassLabels:
+    """What a label of a source stands for. names: of the classes in label order, where they are known.
+
+    Without names a label is the number of a class or, where `free`, its name.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None, free: bool = False) -> None:
+        self.names, self.free = names, free
+        self.known = None if names is None else set(names)
+
+    def class_of(self, label: Any, image: str) -> str:
+        """The name of the class, which is its number where classes have none. Names go before numbers.
+
+        Raises InputError for what is no class. image: whose label it is.
+        """
+        text = str(label).strip()
+        if self.known is not None and text in self.known:
+            return text
+        if isinstance(label, (str, int)) and not isinstance(label, bool) and text.isascii() and text.isdecimal():
+            number = int(text)
+            if number >= (MAX_CLASSES if self.names is None else len(self.names)):
+                raise InputError(
+                    f"{image} has the label {text}, which lies outside 0 ... {len(self.names) - 1} of the class names"
+                    if self.names is not None
+                    else f"{image} has the label {text}: {MAX_CLASSES:,} classes at most can be numbered"
+                )
+            return str(number) if self.names is None else self.names[number]
+        shown = text if len(text) <= 40 else f"{text[:40]} ..."
+        if self.names is not None:
+            raise InputError(f"{image} has the label {shown!r}, which is no class: {suggestion(shown, self.names)}")
+        if not self.free:
+            raise InputError(
+                f"{image} has the label {shown!r}: it must be the number of a class, or be in --classes FILE"
+            )
+        if not text or not text.isprintable():
+            raise InputError(f"{image} has the label {shown!r}: the name of a class must be printable")
+        return text
+
+    def in_order(self, found: Iterable[str]) -> list[str]:
+        """All classes in label order: those with names, else 0 ... the highest number, else the sorted names."""
+        if self.names is not None:
+            return list(self.names)
+        names = sorted(found)
+        if all(name.isascii() and name.isdecimal() for name in names):
+            return [str(number) for number in range(max(map(int, names), default=-1) + 1)]
+        return names
+
+
+def read_class_names(path: Path) -> list[str]:
+    """The names of the classes in label order, from a file of one name a line or of a JSON list."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines()]
+    except OSError as error:
+        raise InputError(f"classes {path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"classes {path} is neither lines of text nor a JSON list: {error}") from error
+    while names and names[-1] == "":
+        names.pop()
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise InputError(f"classes {path} gives class {number} the name {name!r}: a line of text is expected")
+    if not names:
+        raise InputError(f"classes {path} is empty: one name a line is expected, in the order of the labels")
+    return distinct(names)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with the number of the class behind one that an earlier class has: ImageNet has two called crane."""
+    first = {name: number for number, name in reversed(list(enumerate(names)))}
+    return [name if first[name] == number else f"{name} ({number})" for number, name in enumerate(names)]
