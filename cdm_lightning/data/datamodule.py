@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from cdm_lightning.data.damaged_images import Damage, OnDamage, decode_damage
-from cdm_lightning.data.shards import Manifest, find_folder, read_manifest
+from cdm_lightning.data.shards import Folder, Manifest, RemoteFolder, find_folder, read_manifest, shards_root
 from cdm_lightning.data.stream import ShardStream, leave_signals_to_the_parent
 from cdm_lightning.foundation.class_names import check_same_classes
 from cdm_lightning.foundation.errors import InputError
@@ -101,7 +101,8 @@ class ShardDataModule(L.LightningDataModule):
     If that resolution is not stored, images of a larger one are reduced to it, with the same result.
 
     Args:
-        root: Folder of shards, written by `cdm prepare`.
+        root: Folder of shards, written by `cdm prepare`, or its address (https://, s3://, gs://, hf:// ...), from which
+            the shards are fetched in the order of the training.
         batch_size: Images per optimizer step, over all processes and accumulated batches: the batch size of a paper.
         num_workers: Processes that read and decode images, for each training process.
         flip: Mirror half of the training images.
@@ -113,33 +114,41 @@ class ShardDataModule(L.LightningDataModule):
             match its manifest. skip leaves it out, and logs how many were left out (data/skipped_images).
         timeout: Seconds to wait for a batch. A run that has waited longer ends with an error: a reading process hangs,
             or the shards lie on a network disk that is gone.
+        cache: Folder in which shards from an address are kept; null for $CDM_CACHE/shards, or else
+            ~/.cache/cdm_lightning/shards. The processes of a machine share it.
+        cache_gb: The most that it may hold, in units of 10^9 bytes. Shards that were used longest ago make room.
     """
 
     trainer: L.Trainer  # type: ignore[assignment]  # Lightning attaches it before it calls anything here
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         batch_size: int = 64,
         num_workers: int = 2,
         flip: bool = False,
         window: int = 4,
         seed: int = 0,
-        val_root: Path | None = None,
+        val_root: str | Path | None = None,
         on_damage: OnDamage = "refuse",
         timeout: float = 600,
+        cache: Path | None = None,
+        cache_gb: float = 50,
     ) -> None:
         super().__init__()
         if window < 1 or num_workers < 0:
             raise InputError(f"window {window} must be at least 1, and num_workers {num_workers} at least 0")
         if not timeout > 0:
             raise InputError(f"timeout {timeout} of the data is not positive: it is the seconds to wait for a batch")
-        self.roots = {"train": Path(root), "val": Path(root if val_root is None else val_root)}
+        if not cache_gb > 0:
+            raise InputError(f"cache_gb {cache_gb} of the data is not positive: it is the most that the cache may hold")
+        roots = {"train": root, "val": root if val_root is None else val_root}
+        self.roots = {split: shards_root(each, cache, cache_gb) for split, each in roots.items()}
         self.batch_size, self.num_workers = batch_size, num_workers
         self.flip, self.window, self.seed = flip, window, seed
         self.seen, self.batches_before, self.on_damage = 0, 0, on_damage
         self.timeout, self.prefetched = timeout, PREFETCHED
-        self.splits: dict[str, tuple[Path, Manifest]] = {}
+        self.splits: dict[str, tuple[Folder, Manifest]] = {}
         self.skipped = torch.zeros(2, dtype=torch.int64)  # images left out of training, and stand-ins, of all processes
         self.unsummed = torch.zeros(2, dtype=torch.int64)  # the same, of this process since the last sum over processes
         self.left_out: dict[str, torch.Tensor] = {}  # the same, of batches that have not been processed yet
@@ -158,7 +167,7 @@ class ShardDataModule(L.LightningDataModule):
         self.check_own_classes(self.trainer.lightning_module)
         self.prefetched = self.fit_shared_memory()
 
-    def manifest(self, split: str) -> tuple[Path, Manifest]:
+    def manifest(self, split: str) -> tuple[Folder, Manifest]:
         """The folder and manifest of a split, read once per run and checked against the trained module."""
         if split not in self.splits:
             self.splits[split] = self.find(split, self.trainer.lightning_module)
@@ -191,7 +200,7 @@ class ShardDataModule(L.LightningDataModule):
                 "with check_val_every_n_epoch null it counts batches over all passes"
             )
 
-    def find(self, split: str, module: Any) -> tuple[Path, Manifest]:
+    def find(self, split: str, module: Any) -> tuple[Folder, Manifest]:
         """Find and check the folder of a split: resolution, channels, classes, and an image for every process."""
         folder = find_folder(self.roots[split], split, module.resolution)
         manifest = read_manifest(folder, check_files=self.on_damage == "refuse")
@@ -201,6 +210,8 @@ class ShardDataModule(L.LightningDataModule):
             raise InputError(f"{folder} has {manifest.channels} channels, the model takes {module.image_channels}")
         if module.num_classes is not None and len(manifest.classes) != module.num_classes:
             raise InputError(f"{folder} has {len(manifest.classes)} classes, the model takes {module.num_classes}")
+        if isinstance(folder, RemoteFolder):
+            folder.cache.check_size(folder, manifest, self.window)
         processes = self.trainer.world_size
         if manifest.count < processes:
             raise InputError(f"{folder} holds {manifest.count} images for {processes} processes: each needs one")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,16 @@ import torch
 from torch.utils.data import IterableDataset
 
 from cdm_lightning.data.damaged_images import DamageReporter, OnDamage, encode_damage
-from cdm_lightning.data.shards import Images, Manifest, OpenedImages, Shard, in_batches, open_images
+from cdm_lightning.data.shards import (
+    Folder,
+    Images,
+    Manifest,
+    OpenedImages,
+    Shard,
+    fetching_ahead,
+    in_batches,
+    open_images,
+)
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale
 from cdm_lightning.foundation.randomness import key
@@ -36,7 +44,7 @@ class ShardStream(IterableDataset):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Folder,
         manifest: Manifest,
         resolution: int,
         batch_size: int,
@@ -65,7 +73,7 @@ class ShardStream(IterableDataset):
             batch = self.collate(places, images)
             yield share(batch) if torch.utils.data.get_worker_info() else batch
 
-    def shards_of(self, batch: int) -> list[Path]:
+    def shards_of(self, batch: int) -> list[Folder]:
         """The files of the window that holds the first image of a batch of this rank, counted from `start`."""
         place = self.start + self.rank + batch * self.batch_size * self.world_size
         for first, shards, order in self.windows():
@@ -95,7 +103,10 @@ class ShardStream(IterableDataset):
         """The places of this rank and worker in each window, in order, and their opened images."""
         worker = torch.utils.data.get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        for first, shards, order in self.windows():
+        windows = self.windows()
+        if number == 0:  # the others find the shards in the cache
+            windows = fetching_ahead(self.folder, windows)
+        for first, shards, order in windows:
             stop = first + len(order) if self.end is None else min(first + len(order), self.end)
             begin = self.start + self.rank
             begin += max(0, -(-(first - begin) // self.world_size)) * self.world_size  # this rank's first in the window

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cdm_lightning.data.shards import (
+    Folder,
     Manifest,
     Shard,
     find_folder,
@@ -30,7 +31,7 @@ IMAGES_PER_SHARD = 1000
 
 
 def read_images(
-    root: Path, split: str, resolution: int, batch_size: int
+    root: Folder, split: str, resolution: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All images of <root>/<split> in stored order, uint8 (B, C, R, R), reduced to R by 2x2 means, and labels (B,).
 
@@ -42,7 +43,7 @@ def read_images(
 
 
 def stream_shards(
-    folder: Path,
+    folder: Folder,
     manifest: Manifest,
     shards: Sequence[Shard],
     resolution: int,
@@ -60,7 +61,7 @@ def stream_shards(
         yield downscale(image, resolution), torch.from_numpy(images.label)
 
 
-def first_images(n: int, root: Path, split: str, resolution: int) -> torch.Tensor:
+def first_images(n: int, root: Folder, split: str, resolution: int) -> torch.Tensor:
     """The first n real images in stored order, whatever their classes: uint8 (n, C, R, R)."""
     images: list[torch.Tensor] = []
     for batch, _ in read_images(root, split, resolution, 500):
@@ -70,7 +71,7 @@ def first_images(n: int, root: Path, split: str, resolution: int) -> torch.Tenso
     raise InputError(f"n = {n} asks for {n} real images, and {root}/{split} has {len(images)}")
 
 
-def real_images_for_labels(label: torch.Tensor, root: Path, split: str, resolution: int) -> torch.Tensor:
+def real_images_for_labels(label: torch.Tensor, root: Folder, split: str, resolution: int) -> torch.Tensor:
     """Real images, uint8 (N, C, R, R), whose classes are `label`, (N,): the first of each class in stored order.
 
     Raises InputError if a class has fewer images than `label` needs.

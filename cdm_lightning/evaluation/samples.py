@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdm_lightning.data.shards import Manifest, read_manifest
+from cdm_lightning.data.shards import Manifest, read_manifest, refuse_address
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.references.cards import ReferenceCard, check_card
 from cdm_lightning.foundation.class_names import NO_CLASSES, check_same_classes
@@ -22,6 +22,7 @@ def sample_folders(samples: Sequence[Path], resolution: int | None) -> tuple[lis
 
 def sample_folder(folder: Path, resolution: int | None) -> Path:
     """The shard folder of one resolution in a folder of `cdm sample`; None takes the largest resolution."""
+    refuse_address(Path(folder))
     stored_resolutions = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
     if not stored_resolutions:
         raise InputError(f"{folder} holds no samples: `cdm sample` leaves them in {folder}/train")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +18,7 @@ SILENCE = 60  # seconds without a byte after which a try over http has failed
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of this package
 FINAL = (400, 401, 403, 404, 405, 410, 451)  # answers of a server that another try would get again
 Result = TypeVar("Result")
+kept = threading.local()  # the file systems of each thread
 
 
 class NoSuchFile(InputError):
@@ -79,17 +82,27 @@ def several_tries(address: str, operation: Callable[[Any, str], Result]) -> Resu
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it. It belongs to the process and thread that asks."""
+    """fsspec's file system of an address, and the path in it. It belongs to the process and thread that asks.
+
+    fsspec's own cache is not used: a forked process would empty it, and so close connections in the event loop that it
+    shares with its parent, whose next request would wait for ever.
+    """
     import fsspec
 
-    protocol, options = address.partition("://")[0], {}
+    known = kept.__dict__.setdefault("systems", {})
+    key = (os.getpid(), *address.split("/")[:3])
+    if key in known:
+        return known[key], known[key]._strip_protocol(address)
+    protocol = address.partition("://")[0]
+    options: dict[str, Any] = {}
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
         # By default a request that takes more than five minutes in all fails, however steadily its bytes come.
         options = {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}}
     try:
-        return fsspec.core.url_to_fs(address, **options)
+        known[key], path = fsspec.core.url_to_fs(address, skip_instance_cache=True, **options)
+        return known[key], path
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         cure = f'pip install "cdm_lightning[{extra}]"' if extra else " ".join(str(error).split())

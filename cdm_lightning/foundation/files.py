@@ -28,6 +28,15 @@ def read_table(path: Path, *names: str) -> dict[str, Any]:
     return table
 
 
+def cache_folder() -> Path:
+    """The folder of what may be fetched again: $CDM_CACHE, or ~/.cache/cdm_lightning."""
+    folder = os.environ.get("CDM_CACHE")
+    try:
+        return Path(folder) if folder else Path.home() / ".cache" / "cdm_lightning"
+    except RuntimeError as error:  # no HOME, and a user without a name
+        raise InputError("there is no home folder for the cache: set CDM_CACHE to a folder") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary file and rename it: even after a power cut, `path` holds all of `data` or its old content.
 

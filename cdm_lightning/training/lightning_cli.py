@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.data.shards import find_folder, read_manifest
+from cdm_lightning.data.shards import find_folder, read_manifest, shards_root
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.parser import Parser, nearest
@@ -125,7 +125,7 @@ def take_from_data(config: Any) -> None:
     if not asked or config.data.root is None:
         return
     with suppress(InputError):
-        manifest = read_manifest(find_folder(config.data.root, "train", stage["resolution"]))
+        manifest = read_manifest(find_folder(shards_root(config.data.root), "train", stage["resolution"]))
         known = {"image_channels": manifest.channels, "num_classes": len(manifest.classes)}
         for name in asked:
             stage[name] = known[name]

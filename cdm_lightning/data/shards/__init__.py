@@ -1,10 +1,12 @@
-"""Shards: manifest.py, PNGs in tars (tar.py), packed arrays (packed.py), and reading either form (reading.py)."""
+"""Shards: manifest.py, PNGs in tars (tar.py), packed arrays (packed.py), reading (reading.py), from afar (cache.py)."""
 
+from cdm_lightning.data.shards.cache import Folder, RemoteFolder, fetching_ahead, shards_root
 from cdm_lightning.data.shards.manifest import (
     Manifest,
     Shard,
     find_folder,
     read_manifest,
+    refuse_address,
     shards_digest,
     write_manifest,
 )
@@ -13,16 +15,21 @@ from cdm_lightning.data.shards.reading import Images, OpenedImages, in_batches, 
 from cdm_lightning.data.shards.tar import read_shard, write_images, write_shard
 
 __all__ = [
+    "Folder",
     "Images",
     "Manifest",
     "OpenedImages",
+    "RemoteFolder",
     "Shard",
+    "fetching_ahead",
     "find_folder",
     "in_batches",
     "open_images",
     "read_manifest",
     "read_shard",
+    "refuse_address",
     "shards_digest",
+    "shards_root",
     "write_images",
     "write_manifest",
     "write_packed",

