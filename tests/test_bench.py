@@ -94,3 +94,10 @@ def test_quality_against_cost(tmp_path, run):
     assert [(row["sampler"], row["calls"], row["n"]) for row in rows] == [("ddpm", 6, 20), ("dpm++", 6, 20)]
     assert all(row["value"] > 0 and row["key"] == "fd" for row in rows)
     assert (tmp_path / "bench/curve.png").stat().st_size > 1000 and "| dpm++ | 2 | 6 |" in said
+
+
+def test_reading_from_an_address(tmp_path, run):
+    said = run(BENCH / "addresses.py", "--shards", "5", "--images", "20", "--rounds", "1")
+    rows = json.loads((tmp_path / "bench/addresses.json").read_text())
+    assert rows["disk, 2 workers"]["of_disk"] == 1 and rows["empty cache, 0 workers"]["rate"] > 0
+    assert "full cache, 2 workers: " in said

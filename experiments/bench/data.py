@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cdm_lightning.data.preparation.prepare import prepare_folder
+from cdm_lightning.data.preparation.folders import prepare_folder
 from cdm_lightning.data.preparation.raw_images import cut_square, decode
 from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.data.stream import ShardStream
