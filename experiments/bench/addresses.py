@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -49,7 +48,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
+    # A thread may still fetch ahead while the folder is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         root = Path(temporary)
         folder, rng = root / "train" / "64", np.random.default_rng(0)
         folder.mkdir(parents=True)
@@ -68,14 +68,13 @@ def main() -> None:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found: dict[str, list[float]] = {}
         try:
-            for _ in range(given.rounds):
+            for number in range(given.rounds):
                 for workers in (0, 2):
-                    cache = root / "cache"
+                    cache = root / f"cache-{number}-{workers}"
                     for name in ("disk", "empty cache", "full cache"):
                         place = folder if name == "disk" else shards_root(f"http://127.0.0.1:{port}", cache)
                         read = place if name == "disk" else find_folder(place, "train", 64)
                         found.setdefault(f"{name}, {workers} workers", []).append(rate(read, workers))
-                    shutil.rmtree(cache)
         finally:
             server.terminate()
     rows = {}
