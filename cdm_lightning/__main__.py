@@ -55,12 +55,13 @@ LIGHTNING = {  # commands of Lightning's command line, see training/lightning_cl
 }
 COMMANDS = {
     "prepare": Command(
-        "Make shards from the ImageNet archives as downloaded, a folder of images, WebDataset tars or parquet files.",
+        "Make shards from the ImageNet archives, a folder of images, WebDataset tars, parquet files or LSUN.",
         {
             "imagenet": "data.preparation.imagenet:prepare_imagenet",
             "folder": "data.preparation.folders:prepare_folder",
             "webdataset": "data.preparation.webdataset:prepare_webdataset",
             "parquet": "data.preparation.parquet:prepare_parquet",
+            "lsun": "data.preparation.lsun:prepare_lsun",
         },
     ),
     "import": Command(

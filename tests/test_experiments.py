@@ -46,7 +46,7 @@ def test_every_experiment_trains_a_step(path, colour_shards, tmp_path, monkeypat
     monkeypatch.chdir(ROOT)
     run = tmp_path / path.stem
     arguments = ["fit", *configs(path), *QUICK, f"--trainer.default_root_dir={run}"]
-    if path.parent.name == "imagenet":
+    if path.parent.name in ("imagenet", "lsun"):
         arguments += [f"--data.root={colour_shards}", "--model.init_from=null"]  # the network is not the published one
     elif path.parent.name == "study":
         arguments += ["--data.root=data/fashion", "--model.image_channels=1"]
@@ -107,12 +107,12 @@ def test_the_tuned_upsampler_is_adms_network():
     assert {name: built.hparams[name] for name in published} == published
 
 
-def test_every_number_of_imagenet_is_marked_as_the_papers_or_ours():
+def test_every_number_of_imagenet_and_lsun_is_marked_as_the_papers_or_ours():
     for path in EXPERIMENTS:
-        if path.parent.name == "imagenet":
+        if (data := path.parent.name) in ("imagenet", "lsun"):
             lines = path.read_text().split("init_args:")[1].splitlines()
             bare = [line for line in lines if ":" in line and not line.rstrip().endswith(":") and "#" not in line]
-            assert [line.strip() for line in bare] == [f"default_root_dir: runs/imagenet/{path.stem}"]
+            assert [line.strip() for line in bare] == [f"default_root_dir: runs/{data}/{path.stem}"]
 
 
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -228,11 +228,11 @@ def test_tables_of_labels_and_wrong_levels_are_refused(tmp_path: Path) -> None:
     val = write_tree(tmp_path / "set/val", {"images": {f"val_{i}.JPEG": jpeg() for i in range(3)}})
     prepared(val, split="val", out="one class")
     (val / "val_annotations.txt").write_text("".join(f"val_{i}.JPEG\tn03444034\t0\t32\n" for i in range(3)))
-    refused(val, "val holds one folder, images, and val_annotations.txt, a table", "one folder per class is expected")
+    refused(val, "val holds one folder, images, and val_annotations.txt, a table", "give it by --labels")
     flat = val / "images"
     refused(flat, "images has no subfolders: one folder per class is expected")
     (flat / "labels.csv").write_text("val_0.JPEG,cat\n")
-    refused(flat, "labels are not read from tables such as labels.csv")
+    refused(flat, "or a table of their classes by --labels, such as labels.csv")
     for split in ("Train", "val"):
         shutil.copytree(flat, tmp_path / "whole" / split / "cat")
     refused(tmp_path / "whole", "whole holds Train, val: give one split as the source")
@@ -269,7 +269,7 @@ def test_validation_images_in_one_folder_are_labelled_by_the_devkit(tmp_path: Pa
     refused(
         folder,
         "does not exist: without",
-        "tables such as Kaggle's LOC_val_solution.csv are not",
+        "or give Kaggle's LOC_val_solution.csv by --labels",
         imagenet=True,
         split="val",
     )

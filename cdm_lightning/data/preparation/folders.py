@@ -1,4 +1,4 @@
-"""`cdm prepare folder`: a folder with one subfolder of images per class."""
+"""`cdm prepare folder`: a folder with one subfolder of images per class, or pictures whose classes a table names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cdm_lightning.data.preparation.archives import members, open_tar
+from cdm_lightning.data.preparation.label_tables import LabelTable, sorted_by_table
 from cdm_lightning.data.preparation.listing import HIDDEN, Listing, examples
 from cdm_lightning.data.preparation.prepare import prepare
 from cdm_lightning.data.preparation.raw_images import RawImage
@@ -24,32 +26,69 @@ TABLE_CHARACTERS = 1 << 16  # of a table, among which names of images are looked
 CLASSLESS = {"images", "image", "imgs", "img", "pictures", "photos", "jpg", "jpeg", "png"}  # folders of all classes
 
 
-def prepare_folder(source: Path, out: Path, **options: Any) -> None:
-    """Make shards from a folder of images with one subfolder per class, whatever the files' names end in.
+def prepare_folder(
+    source: Path,
+    out: Path,
+    labels: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    **options: Any,
+) -> None:
+    """Make shards from a folder of images with one subfolder per class, or from images and a table of their labels.
 
     If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
-    class index is the rank of the subfolder's name. The validation split may lack classes of the training split, if
-    that one is prepared first.
+    class index is the rank of the class's name, or of its number where all are numbers. The validation split may lack
+    classes of the training split, if that one is prepared first.
 
     Args:
         source: folder with one subfolder per class, images inside or in folders below: JPEG, PNG, BMP, GIF, WebP, TIFF,
-            PPM, PGM, PBM and AVIF. What is left out is named.
+            PPM, PGM, PBM and AVIF. What is left out is named. With `labels` any folder of images, or a tar of them.
         out: output folder; the shards go to OUT/SPLIT/RESOLUTION.
+        labels: table that names the class of each image: CSV, or separated by tabs, semicolons or white space.
+        image_column: column of `labels` with the images, by name or by number from 1. Default: as its header says, else
+            the first.
+        label_column: column of `labels` with the classes. Default: as its header says, else the second.
     """
-    prepare(partial(list_folder, source), source, out, **options)
+    if labels is None and (column := image_column or label_column):
+        raise InputError(f"column {column} is of a table: give it by labels")
+    table = LabelTable(labels, image_column, label_column) if labels is not None else None
+    prepare(partial(list_folder, source, table), source, out, **options)
 
 
-def list_folder(source: Path) -> Listing:
-    """Images of `source`/CLASS, in subfolders too; the classes are the names of the folders."""
+def list_folder(source: Path, table: LabelTable | None = None) -> Listing:
+    """Images of `source`/CLASS, in subfolders too; the classes are the names of the folders, or those of a table."""
+    if table is not None:
+        return list_by_table(source, table)
     folders, listing = class_folders(source)
     if {folder.name.lower() for folder in folders} <= SPLITS:
         raise InputError(f"{source} holds {examples(f.name for f in folders)}: give one split as the source, not all")
     listing.merge(list_class_folders(folders))
-    if len(folders) == 1 and (table := table_that_names(listing.images[folders[0].name], source)):
+    if len(folders) == 1 and (naming := table_that_names(listing.images[folders[0].name], source)):
         raise InputError(
-            f"{source} holds one folder, {folders[0].name}, and {printable(table)}, a table that names its images: "
-            "labels are not read from tables, one folder per class is expected, with the images inside"
+            f"{source} holds one folder, {folders[0].name}, and {printable(naming)}, a table that names its images: "
+            f"give it by --labels {printable(str(source / naming))}"
         )
+    return listing
+
+
+def list_by_table(source: Path, table: LabelTable) -> Listing:
+    """Images anywhere in a folder, or in an uncompressed tar, by the class that a table names."""
+    if source.is_dir():
+        source = source.resolve()
+        found = list_below(source, table.path.resolve())
+        images = found.images.pop(source.name)
+        for image in images:
+            image.name = image.name.removeprefix(f"{source.name}/")
+    else:
+        found = Listing("")
+        with open_tar(source) as tar:
+            for member in members(tar):
+                name = str(PurePosixPath(member.name))
+                image = RawImage(name, str(source), member.offset_data, member.size)
+                found.add("", image, partial(tar.extractfile, member))
+        images = found.images.pop("")
+    listing = sorted_by_table(images, table)
+    listing.merge(found)
     return listing
 
 
@@ -71,7 +110,8 @@ def class_folders(source: Path) -> tuple[list[Path], Listing]:
     if not folders:
         raise InputError(
             f"{source} has no subfolders: one folder per class is expected, with the images inside"
-            + (f"; labels are not read from tables such as {examples(found)}" if (found := tables(source)) else "")
+            ", or a table of their classes by --labels"
+            + (f", such as {examples(found)}" if (found := tables(source)) else "")
         )
     names: dict[str, str] = {}
     for folder in sorted(folders):
@@ -94,8 +134,11 @@ def list_class_folders(folders: list[Path]) -> Listing:
     return listing
 
 
-def list_below(folder: Path) -> Listing:
-    """Images in a class folder and the folders below it. Links to files are followed, links to folders are not."""
+def list_below(folder: Path, without: Path | None = None) -> Listing:
+    """Images in a class folder and the folders below it. Links to files are followed, links to folders are not.
+
+    without: a file there that is not looked at.
+    """
     listing, pending = Listing(folder.name), [(str(folder), folder.name)]
     while pending:
         path, prefix = pending.pop()
@@ -108,7 +151,7 @@ def list_below(folder: Path) -> Listing:
             name = f"{prefix}/{entry.name}"
             if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                 pending.append((entry.path, name))
-            else:
+            elif without is None or Path(entry.path) != without:
                 image = RawImage(name, entry.path, 0, *size_and_problem(entry))
                 listing.add(folder.name, image, partial(io.FileIO, entry.path))
     return listing

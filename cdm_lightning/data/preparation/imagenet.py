@@ -14,6 +14,7 @@ import numpy as np
 
 from cdm_lightning.data.preparation.archives import members, open_tar
 from cdm_lightning.data.preparation.folders import class_folders, list_class_folders, size_and_problem
+from cdm_lightning.data.preparation.label_tables import LabelTable, sorted_by_table
 from cdm_lightning.data.preparation.listing import Listing, Split
 from cdm_lightning.data.preparation.prepare import prepare
 from cdm_lightning.data.preparation.raw_images import RawImage
@@ -32,6 +33,7 @@ def prepare_imagenet(
     split: Split = "train",
     resolutions: Sequence[int] = (256, 128, 64, 32),
     devkit: Path | None = None,
+    labels: Path | None = None,
     **options: Any,
 ) -> None:
     """Make shards from the ImageNet archives as downloaded, without unpacking them, or from their unpacked folders.
@@ -48,22 +50,29 @@ def prepare_imagenet(
             pixels of the next larger, so the ratio of two widths must be a power of two.
         devkit: ILSVRC2012_devkit_t12.tar.gz or its folder, which labels the validation images where no folders do.
             Default: beside the source, or in it.
+        labels: table that labels the validation images in place of the devkit: Kaggle's LOC_val_solution.csv.
     """
-    prepare(partial(list_imagenet, source, split, devkit), source, out, split, resolutions, **options)
+    prepare(partial(list_imagenet, source, split, devkit, labels), source, out, split, resolutions, **options)
 
 
-def list_imagenet(source: Path, split: Split, devkit: Path | None) -> Listing:
+def list_imagenet(source: Path, split: Split, devkit: Path | None = None, labels: Path | None = None) -> Listing:
     """Images of ILSVRC2012, as archives, as a folder of them, or unpacked."""
+    if labels is not None and split == "train":
+        raise InputError(f"labels {labels} are for the validation images: the training images lie in archives by class")
     if source.is_file():
-        return list_train_archive(source) if split == "train" else list_val_archive(source, devkit)
+        return list_train_archive(source) if split == "train" else list_val_archive(source, devkit, labels)
     if source.is_dir():
         names = [entry.name for entry in os.scandir(source) if entry.is_file()]
         if any(name.startswith(VALIDATION) for name in names):
             if split == "train":
                 raise InputError(f"{source} holds the validation images, {VALIDATION}...: give --split val")
-            return list_val_folder(source, devkit)
-        if any(is_class_archive(name) for name in names):
+            return list_val_folder(source, devkit, labels)
+        if labels is None and any(is_class_archive(name) for name in names):
             return list_class_archives(source)
+    if labels is not None:
+        raise InputError(
+            f"labels {labels} are for {VALIDATION}*.JPEG, and {source} holds none: its folders are classes"
+        )
     folders, listing = class_folders(source)
     for folder in folders:
         if not is_wnid(folder.name):
@@ -116,8 +125,8 @@ def list_class_archive(tar: tarfile.TarFile, wnid: str, file: Path, start: int) 
     return listing
 
 
-def list_val_archive(source: Path, devkit: Path | None) -> Listing:
-    """Images of ILSVRC2012_img_val.tar, labelled by the devkit."""
+def list_val_archive(source: Path, devkit: Path | None, labels: Path | None) -> Listing:
+    """Images of ILSVRC2012_img_val.tar, labelled by a table or by the devkit."""
     found = Listing(VALIDATION)
     with open_tar(source) as tar:
         for member in members(tar):
@@ -128,11 +137,13 @@ def list_val_archive(source: Path, devkit: Path | None) -> Listing:
                 )
             image = RawImage(name, str(source), member.offset_data, member.size)
             found.add(VALIDATION, image, partial(tar.extractfile, member))
+    if labels is not None:
+        return labelled_by_table(found, labels)
     return labelled_by_devkit(found, source, devkit or find_devkit(source.parent))
 
 
-def list_val_folder(source: Path, devkit: Path | None) -> Listing:
-    """Images of a folder to which the validation archive was unpacked, labelled by the devkit."""
+def list_val_folder(source: Path, devkit: Path | None, labels: Path | None) -> Listing:
+    """Images of a folder to which the validation archive was unpacked, labelled by a table or by the devkit."""
     found = Listing(VALIDATION)
     for entry in os.scandir(source):
         if entry.name.startswith(VALIDATION):
@@ -140,7 +151,16 @@ def list_val_folder(source: Path, devkit: Path | None) -> Listing:
             found.add(VALIDATION, image, partial(io.FileIO, entry.path))
         else:
             found.left_out["beside the images"].append(entry.name)
+    if labels is not None:
+        return labelled_by_table(found, labels)
     return labelled_by_devkit(found, source, devkit or find_devkit(source, source.parent))
+
+
+def labelled_by_table(found: Listing, labels: Path) -> Listing:
+    """The validation images by the class that a table names."""
+    listing = sorted_by_table(found.images.pop(VALIDATION), LabelTable(labels))
+    listing.merge(found)
+    return listing
 
 
 def labelled_by_devkit(found: Listing, source: Path, devkit: Path) -> Listing:
@@ -172,8 +192,8 @@ def read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
 
     if not devkit.exists():
         raise InputError(
-            f"{devkit} does not exist: without {DEVKIT}.tar.gz the validation images have no labels; tables such as "
-            "Kaggle's LOC_val_solution.csv are not read, folders nXXXXXXXX of images are"
+            f"{devkit} does not exist: without {DEVKIT}.tar.gz the validation images have no labels; or give "
+            "Kaggle's LOC_val_solution.csv by --labels, or folders nXXXXXXXX of images"
         )
     try:
         if devkit.is_dir():
