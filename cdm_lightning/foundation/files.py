@@ -43,6 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Several processes may write the same path: each has its own temporary file, and the last rename wins. Temporary
     files of the same path that killed processes left behind are removed.
     """
+    check_plain_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,6 +64,12 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             if attempt == 99 or not removed:  # removed: another process took the file for one left behind
                 raise InputError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def check_plain_file(path: Path) -> None:
+    """Refuse a device or a pipe, such as /dev/null, as output: the file that is renamed to it would take its place."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is no plain file, and would be replaced by one: give another name")
 
 
 def check_output_folder(out: Path) -> None:

@@ -51,7 +51,10 @@ SAMPLING_STEPS = 250  # --timestep_respacing of the published results
 
 def read_flags(text: str) -> dict[str, str]:
     """The flags of a line such as "--image_size 64 --class_cond True", over guided-diffusion's defaults."""
-    words = shlex.split(text.replace("=", " "))
+    try:
+        words = shlex.split(text.replace("=", " "))
+    except ValueError as error:  # a quote without its fellow
+        raise InputError(f"the flags {text!r} are no list of --name value: {str(error).lower()}") from error
     given = dict(zip(words[::2], words[1::2], strict=False))
     if len(words) % 2 or not all(word.startswith("--") for word in given):
         raise InputError(f"the flags {text!r} are no list of --name value")
@@ -102,20 +105,25 @@ def stage_arguments(flags: dict[str, str]) -> tuple[str, dict[str, Any]]:
     upsamples = bool(flags["large_size"] or flags["small_size"])
     resolution = number(flags, "large_size" if upsamples else "image_size")
     mults = UPSAMPLER_CHANNEL_MULT if upsamples else CHANNEL_MULT
-    if not flags["channel_mult"] and resolution not in mults:
+    given = numbers(flags, "channel_mult")
+    if not given and resolution not in mults:
         raise InputError(f"--channel_mult is missing: guided-diffusion has no default at {resolution}x{resolution}")
-    head_channels = number(flags, "num_head_channels")
+    head_channels, dropout = number(flags, "num_head_channels"), numbers(flags, "dropout")
+    if number(flags, "diffusion_steps") < 1:
+        raise InputError(f"--diffusion_steps {flags['diffusion_steps']} is less than 1")
+    if len(dropout) != 1:
+        raise InputError(f"--dropout {flags['dropout']} is not one number")
     arguments = {
         "resolution": resolution,
         "image_channels": 3,
         "num_classes": NUM_CLASSES if is_true(flags, "class_cond") else None,
         "channels": number(flags, "num_channels"),
-        "channel_mult": numbers(flags, "channel_mult") or mults[resolution],
+        "channel_mult": given or mults[resolution],
         "num_res_blocks": number(flags, "num_res_blocks"),
         "attention_resolutions": numbers(flags, "attention_resolutions"),
         "num_heads": number(flags, "num_heads"),
         "num_head_channels": None if head_channels == -1 else head_channels,
-        "dropout": (numbers(flags, "dropout") or [0.0])[0],
+        "dropout": dropout[0],
         "timesteps": number(flags, "diffusion_steps"),
         "schedule": flags["noise_schedule"],
         "variance": "learned" if is_true(flags, "learn_sigma") else "fixed_large",
@@ -181,10 +189,17 @@ def stage_weights(theirs: Any, stage: Any, legacy: bool, source: str) -> dict[st
     return state
 
 
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor holds its numbers, real and one by one."""
+    return value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+
+
 def check_kind(theirs: Any, source: str) -> None:
     """Refuse what is no state_dict of ADM's U-Net, and name what it is where that can be told."""
     if not isinstance(theirs, dict) or not theirs or not all(isinstance(v, torch.Tensor) for v in theirs.values()):
         raise InputError(f"{source} is no state_dict of guided-diffusion: a table of name and tensor is expected")
+    if odd := next((n for n, v in theirs.items() if not is_plain(v)), None):
+        raise InputError(f"{source} has {odd} as {theirs[odd].dtype}, {theirs[odd].layout}: real numbers are expected")
     names = list(map(str, theirs))
     if not any(name.startswith("input_blocks.") for name in names):
         raise InputError(f"{source} holds {names[0]}, which is no name of guided-diffusion's networks")

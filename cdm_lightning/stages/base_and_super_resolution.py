@@ -71,8 +71,8 @@ class SuperResolutionStage(DiffusionStage):
         else:
             chosen = BlurAugmentation(blur_sigma, blur_probability) if augmentation == "blur" else NoAugmentation()
         self.augmentation = chosen  # set before the network is built: it decides on the level embedding
+        self.own_arguments = arguments  # a warm start compares them with the other stage's
         super().__init__(**kwargs)
-        self.save_hyperparameters(arguments)
         self.low_resolution, self.upsampling = low_resolution, upsampling
 
     def training_predictor(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,7 @@ class DiffusionStage(L.LightningModule):
     is_super_resolution = False
     missing_source: str | None = None  # init_from, if it is gone: a resumed training does not need it
     augmentation: Augmentation = NoAugmentation()
+    own_arguments: Mapping[str, Any] = {}  # of this kind of stage, beside those that every stage takes
     trained: dict[str, Any] = {}  # noqa: RUF012, replaced, never mutated: how the weights were trained
 
     def __init__(
@@ -101,7 +102,8 @@ class DiffusionStage(L.LightningModule):
         super().__init__()
         image_channels = IMAGENET["image_channels"] if image_channels == "data" else image_channels
         num_classes = IMAGENET["num_classes"] if num_classes == "data" else num_classes
-        self.save_hyperparameters({k: v for k, v in locals().items() if k not in ("self", "__class__")})
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.save_hyperparameters({**arguments, **self.own_arguments})
         counts = {"image_channels": image_channels, "channels": channels, "num_res_blocks": num_res_blocks}
         for name, count in {**counts, "num_heads": num_heads, "norm_groups": norm_groups}.items():
             if count < 1:

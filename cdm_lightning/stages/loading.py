@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.foundation.files import check_plain_file
 from cdm_lightning.stages.base_and_super_resolution import BaseStage, DiffusionStage, SuperResolutionStage
 
 
@@ -82,6 +83,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
     Nothing is copied in memory. Raises InputError if it cannot be written; the partial file is then removed.
     """
+    check_plain_file(path)
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

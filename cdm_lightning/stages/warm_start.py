@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from cdm_lightning.foundation.files import read_table
 from cdm_lightning.stages.loading import load_safely, newest_checkpoint
 
 # Arguments that decide on the function, and that the shapes of the weights do not show.
-OF_THE_FUNCTION = ("num_heads", "num_head_channels", "norm_groups", "timesteps", "schedule", "prediction")
+OF_THE_FUNCTION = (
+    "num_heads", "num_head_channels", "norm_groups", "timesteps", "schedule", "prediction", "continuous", "upsampling",
+)  # fmt: skip
+OF_A_LEVEL = ("low_res_timesteps", "low_res_schedule")  # what s means, to a stage that is told it
 # The value of a weight that the other stage lacks: the last layer of a new embedding is zero, so that it adds nothing.
 NEW = {"level_embedding.2.weight", "level_embedding.2.bias", "label_embedding.weight"}
 
@@ -38,7 +42,8 @@ def warm_start(stage: Any, source: str | Path, skip: Sequence[str] = ()) -> None
         unused.difference_update(found)
         return bool(found)
 
-    for name in OF_THE_FUNCTION:
+    told_levels = arguments.get("augmentation") == stage.hparams.get("augmentation") == "gaussian"
+    for name in (*OF_THE_FUNCTION, *(OF_A_LEVEL if told_levels else ())):
         own, other = stage.hparams.get(name), arguments.get(name)
         if name in arguments and own != other and not skipped(name):
             raise InputError(
@@ -93,12 +98,24 @@ def read_stage(source: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[s
         entries = [e for e in table["stages"] if isinstance(e, dict) and e.get("weights") == source.name]
         try:
             weights, arguments = load_file(source), entries[0].get("arguments") if entries else None
+            whole = bool(entries) and sha256_of(source) == entries[0].get("sha256")
         except SafetensorError as error:
             raise InputError(f"init_from {source} is not a safetensors file: {error}") from error
+        if not whole:
+            raise InputError(f"init_from {source} is not the file of its bundle: its SHA-256 differs from bundle.json")
     else:
         checkpoint = load_safely(source, mmap=True)
         checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
         weights, arguments = checkpoint.get("state_dict"), checkpoint.get("hyper_parameters")
-    if not isinstance(weights, dict) or not isinstance(arguments, dict):
+    if not isinstance(weights, dict) or not isinstance(arguments, dict) or not arguments:
         raise InputError(f"init_from {source} is not a stage: it holds no weights with the arguments of a stage")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor) or not value.isfinite().all():
+            raise InputError(f"init_from {source} has a {name} that is no tensor of finite numbers")
     return {name: value.float() for name, value in weights.items()}, arguments, source
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

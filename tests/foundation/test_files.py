@@ -8,6 +8,7 @@ import pytest
 from refusals import sentence_of_error
 
 from cdm_lightning.foundation.files import begin_folder, check_output_folder, write_atomically
+from cdm_lightning.stages.loading import write_checkpoint
 
 
 @dataclass
@@ -44,3 +45,10 @@ def test_a_folder_is_bound_by_its_settings_once_it_holds_results(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"count": 2}
     begin_folder(tmp_path, Settings(3), begun=True, name="other.json")  # none was written yet
     assert json.loads((tmp_path / "other.json").read_text()) == {"count": 3}
+
+
+def test_a_device_is_no_output_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: write_atomically(path, b"new"), lambda path: write_checkpoint({}, path)):
+        sentence_of_error(lambda write=write: write(tmp_path / "pipe"), str(tmp_path / "pipe"), "no plain file")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1

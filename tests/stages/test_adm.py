@@ -172,6 +172,10 @@ def test_two_imports_are_a_cascade(tmp_path, capsys):
             "--image_sise is no flag of guided-diffusion's networks; the nearest is --image_size",
         ),
         (["--flags=--image_size"], "no list of --name value"),
+        (["--flags=--image_size '64"], "no list of --name value: no closing quotation"),
+        (["--flags={IMAGE} --channel_mult ,"], "--channel_mult is missing"),
+        (["--flags={IMAGE} --noise_schedule cosine --diffusion_steps -5"], "--diffusion_steps -5 is less than 1"),
+        (["--flags={IMAGE} --dropout 0.1,0.9"], "--dropout 0.1,0.9 is not one number"),
         (["--flags=--image_size 48 --resblock_updown True"], "--channel_mult is missing"),
         (["--flags=--resblock_updown True --num_channels wide"], "--num_channels wide is no whole number"),
         (["--flags=--image_size 64"], "improved-diffusion's files cannot be imported"),
@@ -199,6 +203,15 @@ def test_wrong_flags_are_refused(tmp_path, capsys, options, sentence):
         ),
         ({"step": 3}, "is no state_dict of guided-diffusion"),
         ([1, 2], "is no state_dict of guided-diffusion"),
+        *(
+            ({"input_blocks.0.0.weight": value}, "real numbers are expected")
+            for value in (
+                torch.zeros(3).to_sparse(),
+                torch.zeros(3, device="meta"),
+                torch.zeros(3, dtype=torch.int8),
+                torch.zeros(3, dtype=torch.complex64),
+            )
+        ),
     ],
 )
 def test_files_of_others_are_refused(tmp_path, capsys, state, sentence):

@@ -1,6 +1,7 @@
 """A warm start: the function at step 0 is the other stage's, whatever was added, and what does not fit is refused."""
 
 import pytest
+import safetensors.torch
 import torch
 from commands import fit_command
 from refusals import sentence_of_error, sentence_of_refusal
@@ -12,6 +13,7 @@ from cdm_lightning.stages import BaseStage, SuperResolutionStage
 from cdm_lightning.stages.loading import load_stage, write_checkpoint
 
 GAUSSIAN = {"augmentation": "gaussian", "low_res_timesteps": 20, "low_res_schedule": "cosine"}
+LINEAR = {"augmentation": "gaussian", "low_res_timesteps": 99, "low_res_schedule": "linear"}
 
 
 def upsampler(**options) -> SuperResolutionStage:
@@ -93,6 +95,10 @@ def test_every_kind_of_source_is_read(tmp_path):
         ({}, {"num_heads": 2}, ["has num_heads 1", "says 2"]),
         ({}, {"norm_groups": 4}, ["has norm_groups 2"]),
         ({}, {"timesteps": 40}, ["has timesteps 20"]),
+        ({}, {"upsampling": "bicubic"}, ["has upsampling bilinear", "says bicubic", "another function"]),
+        ({"variance": "fixed_large"}, {"variance": "fixed_large", "continuous": True}, ["has continuous False"]),
+        (GAUSSIAN, {**GAUSSIAN, "low_res_timesteps": 30}, ["has low_res_timesteps 20", "says 30"]),
+        ({**GAUSSIAN, "low_res_timesteps": 99}, LINEAR, ["has low_res_schedule cosine", "says linear"]),
         ({"timesteps": 1000, "schedule": "linear"}, {"timesteps": 1000}, ["has schedule linear", "says cosine"]),
         ({}, {"init_skip": ["unet.conf_in"]}, ["init_skip unet.conf_in names no weight"]),
     ],
@@ -121,7 +127,17 @@ def test_what_is_skipped_keeps_its_random_start(tmp_path, before, after, skip):
         assert torch.equal(value, fresh.state_dict()[name] if kept else theirs[name])
 
 
-@pytest.mark.parametrize("content", [b"text", {"state_dict": 3}, [1]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"text",
+        {"state_dict": 3},
+        [1],
+        {"state_dict": {"unet.conv_in.bias": torch.zeros(4)}, "hyper_parameters": {}},
+        {"state_dict": {"unet.conv_in.bias": 3}, "hyper_parameters": {"channels": 4}},
+        {"state_dict": {"unet.conv_in.bias": torch.full((4,), torch.nan)}, "hyper_parameters": {"channels": 4}},
+    ],
+)
 def test_a_source_that_is_no_stage_is_refused(tmp_path, content):
     path = tmp_path / "source.ckpt"
     if isinstance(content, bytes):
@@ -129,6 +145,13 @@ def test_a_source_that_is_no_stage_is_refused(tmp_path, content):
     else:
         torch.save(content, path)
     sentence_of_error(lambda: upsampler(init_from=str(path)), str(path))
+
+
+def test_a_weight_file_that_is_not_the_bundle_s_is_refused(tmp_path):
+    write_bundle(tmp_path / "bundle", smallest_stages(), {"levels": [0], "truncated": False})
+    state = {name: value.contiguous() for name, value in upsampler().state_dict().items()}
+    (tmp_path / "bundle/sr16.safetensors").write_bytes(safetensors.torch.save(state))
+    sentence_of_error(lambda: upsampler(init_from=str(tmp_path / "bundle")), "sr16.safetensors", "SHA-256 differs")
 
 
 def test_a_source_that_is_gone_is_needed_to_begin_alone(tmp_path):
