@@ -111,8 +111,8 @@ def test_bad_tables_are_one_sentence_and_leave_nothing(tmp_path):
     (tmp_path / "damaged.parquet").write_bytes(damaged)
     for name, options, words in (
         ("nowhere", {}, "nowhere.parquet does not exist"),
-        ("good", {"image": "img"}, "has 0 columns 'img': its columns are image, label, extra"),
-        ("good", {"label": "fine"}, "has 0 columns 'fine'"),
+        ("good", {"image": "img"}, "has no column 'img': --image names one of image, label, extra"),
+        ("good", {"label": "fine"}, "has no column 'fine': --label names one of"),
         ("high", {}, "label 3, which lies outside 0 ... 2"),
         ("minus", {}, "'-1'"),
         ("floats", {}, "has double in the column 'label'"),

@@ -104,9 +104,12 @@ def members_of(path: Path, image: str, label: str) -> Iterator[tuple[str, bytes]
 
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
         schema = file.schema_arrow
-        for column in (image, label):
+        for option, column in (("image", image), ("label", label)):
             if (count := schema.names.count(column)) != 1:
-                raise InputError(f"{path} has {count} columns {column!r}: its columns are {', '.join(schema.names)}")
+                raise InputError(
+                    f"{path} has {count or 'no'} column{'s' * (count > 1)} {column!r}: --{option} names one of "
+                    f"{', '.join(schema.names)}"
+                )
         kind, of_labels = schema.field(image).type, schema.field(label).type
         packed = types.is_struct(kind)
         if packed:

@@ -136,7 +136,8 @@ def add_sample(name: str, sample: dict[str, Any], images: Sequence[str], label: 
         image, *others = found
         image.name = f"{sample[FIELD_OF_CLASS]}/{image.name}"
         listing.images.setdefault(sample[FIELD_OF_CLASS], []).append(image)
-        listing.left_out["second image of a sample"] += [other.name for other in others]
+        for other in others:
+            listing.left_out["second image of a sample"].append(other.name)
 
 
 def label_in(data: bytes, keys: Sequence[str]) -> Any:
