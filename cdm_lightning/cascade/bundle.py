@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from cdm_lightning.cascade.hub import HUB_FILES, write_hub_files
+from cdm_lightning.cascade.hub import HUB_FILES, own_card, write_hub_files
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.stages import DiffusionStage
@@ -25,13 +25,17 @@ FORMAT = 1
 
 
 def write_bundle(
-    folder: Path, stages: Sequence[DiffusionStage], metadata: dict[str, Any], dtype: torch.dtype = torch.float32
+    folder: Path,
+    stages: Sequence[DiffusionStage],
+    metadata: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    card: bytes | None = None,
 ) -> None:
     """Write the bundle `folder`: stages from low to high resolution, and `metadata` (classes, levels, ...) as JSON.
 
     dtype: of the stored weights; `read_bundle` returns float32 stages. The folder is written under another name and
     then renamed, so that it is complete or absent. An existing bundle of that name is replaced, and a folder of
-    anything else is refused.
+    anything else is refused. card: a person's README.md, for a folder that has none of a person.
     """
     folder = Path(folder)
     check_output_folder(folder)
@@ -52,11 +56,14 @@ def write_bundle(
             file = f"{stage.name}.safetensors"
             write_atomically(partial / file, weights)
             entry = {"kind": kind_of(stage), "weights": file, "sha256": hashlib.sha256(weights).hexdigest()}
-            entries.append({**entry, "trained": stage.trained, "arguments": dict(stage.hparams)})
+            diffusion = stage.diffusion  # its sampler and steps may have been set since the stage was made
+            in_force = {"sampler": diffusion.sampler, "sampling_steps": diffusion.sampling_steps}
+            entries.append({**entry, "trained": stage.trained, "arguments": {**stage.hparams, **in_force}})
         table = {"format": FORMAT, "stages_sha256": digest(entries), "stages": entries, **metadata}
         text = json.dumps(table, indent=1) + "\n"
         write_atomically(partial / "bundle.json", text.encode())
-        write_hub_files(partial, table, folder)
+        kept = own_card(folder)
+        write_hub_files(partial, table, card if kept is None else kept)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

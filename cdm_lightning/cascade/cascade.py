@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from cdm_lightning.cascade.bundle import origin, read_bundle, write_bundle
-from cdm_lightning.cascade.hub import download, upload
+from cdm_lightning.cascade.bundle import bundle_file, origin, read_bundle, write_bundle
+from cdm_lightning.cascade.hub import download, own_card, upload
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.class_names import check_same_classes, class_number
 from cdm_lightning.foundation.errors import InputError
@@ -70,6 +70,10 @@ class CascadeModule(L.LightningModule):
         if bundle is not None:
             self.take_origin(stored)  # bundle.json may hold class names that the stages lack
             self.about = {name: stored[name] for name in KEPT if name in stored}
+            if isinstance(search := stored.get("search"), dict):  # at the levels of its time, which may be set anew
+                at = {"levels": stored.get("levels"), "truncated": stored.get("truncated", False)}
+                self.about["search"] = {**at, **search}
+            self.card = own_card(bundle_file(bundle).parent)
         self.seed = seed
         self.set_sampler(sampler, sampling_steps)
 
@@ -77,6 +81,7 @@ class CascadeModule(L.LightningModule):
     batch_sizes: list[int] | None = None  # images per network call of each stage; None: the whole batch
     origin: dict[str, Any]  # classes, crop and filter of the training images; None is unknown
     about: dict[str, Any] = {}  # noqa: RUF012, replaced, never mutated: what else bundle.json tells
+    card: bytes | None = None  # the bundle's README.md, if a person wrote it: it goes where the cascade is stored
 
     def assemble(self, stages: Sequence[DiffusionStage], levels: Sequence[int] | None, truncated: bool) -> None:
         """Take the stages and the choice of levels; refuses stages that do not follow one another."""
@@ -107,7 +112,7 @@ class CascadeModule(L.LightningModule):
         """Write the cascade as a bundle, which is a repository of the hub too. half: float16, for half the size."""
         dtype = torch.float16 if half else torch.float32
         choice = {"levels": self.levels, "truncated": self.truncated, "classes": self.origin["classes"]}
-        write_bundle(Path(folder), list(self.stages), {**self.about, **choice}, dtype)
+        write_bundle(Path(folder), list(self.stages), {**self.about, **choice}, dtype, self.card)
 
     def push_to_hub(self, repo: str, private: bool = False, token: str | None = None, half: bool = False) -> str:
         """Upload the cascade to a repository of the hub, such as "user/name", which may be new; gives its address."""

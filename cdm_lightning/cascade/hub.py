@@ -16,23 +16,30 @@ from cdm_lightning.cascade.diffusers_pipeline import CascadePipeline as CascadeP
 '''
 MARK = "<!-- Written from bundle.json, and written again with it: remove this line to keep changes. -->"
 HUB_FILES = ("README.md", "model_index.json", "pipeline.py")
-WEIGHTS = ["bundle.json", "*.safetensors"]  # all that is downloaded: no code
+DOWNLOADED = ["bundle.json", "*.safetensors", "README.md"]  # all that is downloaded: no code
 
 
-def write_hub_files(folder: Path, metadata: dict[str, Any], before: Path | None = None) -> None:
+def write_hub_files(folder: Path, metadata: dict[str, Any], own: bytes | None = None) -> None:
     """Write what makes a bundle a hub repository: README.md (the model card), model_index.json and pipeline.py.
 
-    metadata: bundle.json as a dictionary. before: the bundle that is replaced; a person's README.md there is kept.
+    metadata: bundle.json as a dictionary. own: a person's README.md, from `own_card`; None keeps that of `folder`, and
+    without one the model card is written.
     """
     from diffusers import __version__
 
     component = ["cdm_lightning.cascade.diffusers_pipeline", "CascadeModel"]
     index = {"_class_name": ["pipeline", "CascadePipeline"], "_diffusers_version": __version__, "cascade": component}
-    readme = (before or folder) / "README.md"
-    kept = readme.read_text() if readme.is_file() else MARK
-    write_atomically(folder / "README.md", (card(metadata) if MARK in kept else kept).encode())
+    own = own_card(folder) if own is None else own
+    write_atomically(folder / "README.md", card(metadata).encode() if own is None else own)
     write_atomically(folder / "model_index.json", (json.dumps(index, indent=1) + "\n").encode())
     write_atomically(folder / "pipeline.py", PIPELINE.encode())
+
+
+def own_card(folder: Path) -> bytes | None:
+    """The README.md of a bundle if a person wrote or changed it; None for a card written from bundle.json, or none."""
+    readme = folder / "README.md"
+    text = readme.read_bytes() if readme.is_file() else MARK.encode()
+    return None if MARK.encode() in text else text
 
 
 def card(metadata: dict[str, Any]) -> str:
@@ -40,6 +47,7 @@ def card(metadata: dict[str, Any]) -> str:
 
     Everything in it is known to bundle.json; what is not known is said to be unknown.
     """
+    from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -59,25 +67,33 @@ def card(metadata: dict[str, Any]) -> str:
             "sampler": arguments.get("sampler"),
             "sampling_steps": arguments.get("sampling_steps") or arguments.get("timesteps"),
         })  # fmt: skip
+    num_classes = next((n for entry in metadata["stages"] if (n := entry["arguments"].get("num_classes"))), None)
     known, search = origin(metadata), metadata.get("search") or {}
+    search = {"levels": metadata.get("levels"), "truncated": metadata.get("truncated"), **search}
     rows = [row for row in search.get("rows", []) if row["stage"] == stages[-1]["name"]]
+    # The hub has no tag of a pipeline that takes a class.
+    front_matter = ModelCardData(
+        library_name="cdm_lightning", tags=["cascaded-diffusion", "diffusers"], license=metadata.get("license"),
+        pipeline_tag=None if num_classes else "unconditional-image-generation",
+    )  # fmt: skip
     return environment.get_template("card.md.jinja").render(
-        mark=MARK, stages=stages, last=stages[-1], classes=known["classes"], crop=known["crop"],
-        data=metadata.get("data"), license=metadata.get("license"), levels=metadata.get("levels") or [],
+        front_matter=front_matter.to_yaml(), mark=MARK, num_classes=num_classes,
+        stages=stages, last=stages[-1], classes=known["classes"], crop=known["crop"],
+        data=metadata.get("data"), levels=metadata.get("levels") or [],
         truncated=metadata.get("truncated"),
         search=search, figures=search.get("figures", []), rows=rows, conclusion=search.get("conclusion"),
     )  # fmt: skip
 
 
 def download(repo: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """The folder of a bundle on the hub, such as "user/name", in the local cache: weights and bundle.json, no code.
+    """The folder of a bundle on the hub, such as "user/name", in the local cache: weights, bundle.json, card, no code.
 
     Raises InputError if it cannot be had.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=WEIGHTS))
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=DOWNLOADED))
     except Exception as error:  # its errors of names, networks, permissions and disks have no common class
         line = next(iter(str(error).splitlines()), "")
         raise InputError(

@@ -55,7 +55,8 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
     state = stage_weights(theirs, stage, not is_true(table, "use_new_attention_order"), str(file))
     if broken := next((name for name, value in state.items() if not value.isfinite().all()), None):
         raise InputError(f"{file} holds numbers that are not finite in {adm_name(broken)}")
-    imported = {"averaged": True, "steps": None, "images": None, "imported": {"file": file.name, "sha256": sha256}}
+    source = {"file": file.name, "sha256": sha256, "flags": given_flags(table)}
+    imported = {"averaged": True, "steps": None, "images": None, "imported": source}
     checkpoint = {
         "stage": kind, "hyper_parameters": dict(stage.hparams), "state_dict": state, "imported": imported,
         "global_step": 0, "epoch": 0, "pytorch-lightning_version": L.__version__,

@@ -114,7 +114,7 @@ def test_a_saved_cascade_is_the_same_and_is_read_from_the_hub(tmp_path, folder, 
     def snapshot(repo, revision, cache_dir, allow_patterns):
         if repo != "user/name":
             raise OSError("no such repository")
-        assert (revision, allow_patterns) == ("v1", ["bundle.json", "*.safetensors"])
+        assert (revision, allow_patterns) == ("v1", ["bundle.json", "*.safetensors", "README.md"])
         return str(tmp_path / "uploaded")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)

@@ -84,6 +84,7 @@ def test_the_choice_is_the_least_on_generated_input_and_is_stored_and_used(found
     about = read_bundle_metadata(root / "bundle")
     assert (about["levels"], about["truncated"], about["name"]) == (results["levels"], results["truncated"], "tiny")
     stored = about["search"]
+    assert (stored["levels"], stored["truncated"]) == (results["levels"], results["truncated"])
     assert (stored["n"], stored["seeds"], stored["detector"]["name"]) == (N, [3], "fashion-cnn-64") and stored["date"]
     cascade = CascadeModule(root / "bundle", seed=3)  # told no level
     assert cascade.levels == results["levels"] and cascade.truncated == results["truncated"]

@@ -155,6 +155,9 @@ def test_two_imports_are_a_cascade(tmp_path, capsys):
     assert "base16 (imported) -> sr32 (imported)" in capsys.readouterr().out
     (base, upsampler), about = read_bundle(tmp_path / "bundle")
     assert [stage.trained["imported"]["file"] for stage in (base, upsampler)] == ["base.pt", "upsampler.pt"]
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert all(stage.trained["imported"]["sha256"] in card for stage in (base, upsampler))
+    assert "--large_size 32" in card and "--class_cond True" in card
     assert about["levels"] == [0] and upsampler.augmentation.takes_level is False
     sample = ["sample", f"--bundle={tmp_path / 'bundle'}", f"--out={tmp_path / 'samples'}", "--classes=[417]"]
     main([*sample, "--count=2", "--block_size=2", "--sampling_steps=[2,2]"])

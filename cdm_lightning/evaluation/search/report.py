@@ -118,6 +118,7 @@ def store_in_bundle(bundle: Path, results: dict[str, Any]) -> None:
     """Write the chosen levels, and how they were found, into bundle.json atomically; its weights stay the same."""
     chosen = results["chosen"]
     found = {
+        "levels": results["levels"], "truncated": results["truncated"],
         "n": results["n"], "seeds": results["seeds"], "detector": results["detector"], "date": results["made"]["date"],
         "references": results["references"], "figures": chosen["figures"], "kind": chosen["kind"],
         "sampler": chosen["sampler"], "steps": chosen["steps"], "conclusion": results["conclusion"],
