@@ -64,9 +64,8 @@ class CascadeModule(L.LightningModule):
             stages, stored = read_bundle(bundle)
         else:
             stages = [load_stage(path) for path in checkpoints or []]
-        self.assemble(
-            stages, levels or stored.get("levels"), stored.get("truncated", False) if truncated is None else truncated
-        )
+        levels = stored.get("levels") if levels is None else levels
+        self.assemble(stages, levels, stored.get("truncated", False) if truncated is None else truncated)
         if bundle is not None:
             self.take_origin(stored)  # bundle.json may hold class names that the stages lack
             self.about = {name: stored[name] for name in KEPT if name in stored}
@@ -74,7 +73,7 @@ class CascadeModule(L.LightningModule):
                 at = {"levels": stored.get("levels"), "truncated": stored.get("truncated", False)}
                 self.about["search"] = {**at, **search}
             self.card = own_card(bundle_file(bundle).parent)
-        self.seed = seed
+        self.seed = whole_number("seed", seed)
         self.set_sampler(sampler, sampling_steps)
 
     stages: Any  # a ModuleList of DiffusionStage, base first
@@ -132,22 +131,22 @@ class CascadeModule(L.LightningModule):
     def set_levels(self, levels: Sequence[int], truncated: bool) -> None:
         """Set s of each super-resolution stage and the mode; refuses a level that a stage was not trained for."""
         upsamplers = list(self.stages)[1:]
-        if not isinstance(levels, Sequence):
-            raise InputError(f"levels {levels!r} is no list: one level for each super-resolution stage is expected")
+        levels = whole_numbers("levels", levels)
         if len(levels) != len(upsamplers):
             raise InputError(
-                f"levels {list(levels)} has {len(levels)} entries for {len(upsamplers)} super-resolution stages"
+                f"levels {levels} has {len(levels)} entries for {len(upsamplers)} super-resolution stages"
                 f": one for each, such as {[*levels, *[0] * len(upsamplers)][: len(upsamplers)]}"
             )
         for stage, level in zip(upsamplers, levels, strict=True):
             check_level(stage, level)
-        self.levels, self.truncated = list(levels), truncated
+        self.levels, self.truncated = levels, truncated
 
     def set_sampler(self, sampler: Sampler | None, sampling_steps: Sequence[int] | None) -> None:
         """Override the sampler and the number of steps of the stages; None keeps them. Refuses steps without a grid."""
+        sampling_steps = None if sampling_steps is None else whole_numbers("sampling_steps", sampling_steps)
         if sampling_steps is not None and len(sampling_steps) != len(self.stages):
             raise InputError(
-                f"sampling_steps {list(sampling_steps)} has {len(sampling_steps)} entries for {len(self.stages)} stages"
+                f"sampling_steps {sampling_steps} has {len(sampling_steps)} entries for {len(self.stages)} stages"
                 f": one for each, such as {[*sampling_steps, *[10] * len(self.stages)][: len(self.stages)]}"
             )
         stops = self.stops()
@@ -160,11 +159,12 @@ class CascadeModule(L.LightningModule):
 
     def set_batch_sizes(self, batch_sizes: Sequence[int] | None) -> None:
         """Set how many images each stage's network takes per call; None for the whole batch."""
+        batch_sizes = None if batch_sizes is None else whole_numbers("batch_sizes", batch_sizes)
         if batch_sizes is not None and (len(batch_sizes) != len(self.stages) or min(batch_sizes) < 1):
             raise InputError(
-                f"batch_sizes {list(batch_sizes)} must have {len(self.stages)} entries, one a stage, of at least 1"
+                f"batch_sizes {batch_sizes} must have {len(self.stages)} entries, one a stage, of at least 1"
             )
-        self.batch_sizes = None if batch_sizes is None else list(batch_sizes)
+        self.batch_sizes = batch_sizes
 
     def compile_networks(self, mode: CompileMode) -> None:
         """Compile every stage's network with torch.compile; the first call then takes minutes."""
@@ -207,8 +207,7 @@ class CascadeModule(L.LightningModule):
         with the images of every stage. sampling_steps: network calls of each stage; None for the stages' own.
         batch_size: images per network call. Raises InputError for what the cascade cannot do.
         """
-        if batch_size < 1 or not isinstance(seed, int | None):
-            raise InputError(f"batch_size {batch_size!r} or seed {seed!r} is no whole number, of images from 1 on")
+        batch_size = whole_number("batch_size", batch_size, 1)
         label = self.labels(classes, count).to(self.device)
         index = torch.arange(len(label), device=self.device)
         bar = partial(tqdm, disable=not progress, unit="call", leave=False)
@@ -226,11 +225,9 @@ class CascadeModule(L.LightningModule):
         if (classes is None) == (count is None):
             raise InputError("give one of classes, a class for each image, and count")
         if classes is None:
-            if not isinstance(count, int) or count < 1:
-                raise InputError(f"count {count!r} is no number of images from 1 on")
-            return torch.arange(count) % (self.num_classes or 1)
-        classes = classes.tolist() if hasattr(classes, "tolist") else classes  # a tensor or an array
-        words = classes if isinstance(classes, list | tuple) else [classes]
+            return torch.arange(whole_number("count", count, 1)) % (self.num_classes or 1)
+        classes = plain(classes)
+        words = [classes] if isinstance(classes, str) or not isinstance(classes, Sequence) else [*map(plain, classes)]
         if not words:
             raise InputError("classes [] names no class")
         label = torch.tensor([class_number(str(word), self.origin["classes"]) for word in words], dtype=torch.int64)
@@ -250,7 +247,7 @@ class CascadeModule(L.LightningModule):
         try:
             self.set_levels(self.levels if levels is None else levels, truncated)
             self.set_sampler(None, sampling_steps)
-            self.seed = self.seed if seed is None else seed
+            self.seed = self.seed if seed is None else whole_number("seed", seed)
             yield
         finally:
             self.levels, self.truncated, self.seed, steps = before
@@ -356,10 +353,30 @@ def advancing(stages: Sequence[DiffusionStage], bar: Callable[..., Any], batches
                 hook.remove()
 
 
+def plain(value: Any) -> Any:
+    """An array or a tensor, of numpy or torch, as Python's lists and numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """An int, from one of Python, numpy or torch. Raises InputError for anything else, truth values too."""
+    number = plain(value)
+    if not isinstance(number, int) or isinstance(number, bool) or (least is not None and number < least):
+        raise InputError(f"{name} {number!r:.80} is no whole number" + ("" if least is None else f" from {least} on"))
+    return number
+
+
+def whole_numbers(name: str, values: Any) -> list[int]:
+    """The ints of a sequence, an array or a tensor. Raises InputError for anything else."""
+    numbers = plain(values)
+    if isinstance(numbers, str) or not isinstance(numbers, Sequence):
+        raise InputError(f"{name} {numbers!r:.80} is no list of whole numbers")
+    numbers = [*map(plain, numbers)]
+    return [whole_number(f"{name} {numbers!r:.80}:", number) for number in numbers]
+
+
 def check_level(stage: SuperResolutionStage, level: int) -> None:
-    """Refuse a level s that is no time step, or that the stage was not trained for."""
-    if not isinstance(level, int):
-        raise InputError(f"level {level!r} of stage {stage.name} is no time step: a whole number is expected")
+    """Refuse a level s that the stage was not trained for."""
     if not isinstance(stage.augmentation, GaussianAugmentation):
         if level:
             raise InputError(

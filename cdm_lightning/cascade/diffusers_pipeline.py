@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 
-from cdm_lightning.cascade.cascade import CascadeModule, advancing
+from cdm_lightning.cascade.cascade import CascadeModule, advancing, plain
 from cdm_lightning.diffusion import Diffusion, Predict
 from cdm_lightning.diffusion.process import schedule_settings
 from cdm_lightning.foundation.errors import InputError
@@ -40,7 +40,8 @@ class CascadePipeline(DiffusionPipeline):
     """Draws images of a cascade, stage after stage, non-truncated.
 
     scheduler: None for each stage's own sampler. A scheduler of diffusers with one network call a step takes the place
-    of all of them; each stage gives it its own noise schedule and kind of prediction.
+    of all of them; each stage gives it its own noise schedule and kind of prediction, and one that does not take them
+    is refused.
     """
 
     cascade: Any  # the parts that register_modules sets
@@ -75,12 +76,14 @@ class CascadePipeline(DiffusionPipeline):
         """
         cascade = self.cascade.module
         label = cascade.labels(class_labels, num_images).to(self._execution_device)
-        steps = num_inference_steps
-        steps = [steps] * len(cascade.stages) if isinstance(steps, int) else steps
+        steps = plain(num_inference_steps)
+        steps = steps if steps is None or isinstance(steps, Sequence) else [steps] * len(cascade.stages)
         if generator is None:
             drawn = default_generators(len(label), label.device)
         else:
-            drawn = [generator] * len(label) if isinstance(generator, torch.Generator) else list(generator)
+            drawn = [generator] * len(label) if isinstance(generator, torch.Generator) else generator
+        if not isinstance(drawn, Sequence) or [isinstance(g, torch.Generator) for g in drawn] != [True] * len(label):
+            raise InputError(f"generator must be a torch.Generator, or a list of {len(label)}, one for each image")
         image = None
         with cascade.changed(levels, False, steps), advancing(cascade.stages, self.progress_bar):
             for stage, level in zip(cascade.stages, [0, *cascade.levels], strict=True):
@@ -99,17 +102,13 @@ class CascadePipeline(DiffusionPipeline):
         """x_0 from x_T = noise, float32 (B, C, H, W), by the stage's own sampler or by the pipeline's scheduler."""
         if self.scheduler is None:
             return diffusion.sample(predict, noise, 0, generator)
-        settings = schedule_settings(diffusion.schedule, diffusion.timesteps)
-        settings["prediction_type"] = diffusion.prediction
-        if isinstance(self.scheduler, DDPMScheduler):  # the others have no use for a learned variance
-            settings["variance_type"] = "learned_range" if diffusion.variance == "learned" else diffusion.variance
-        if getattr(self.scheduler, "order", 1) != 1 or not hasattr(self.scheduler, "init_noise_sigma"):
-            raise InputError(
-                f"{type(self.scheduler).__name__} is no scheduler of one network call a step for denoising diffusion: "
-                "such are DDIM, DDPM, Euler, PNDM, UniPC, DEIS and DPM-Solver++"
-            )
-        scheduler = type(self.scheduler).from_config(self.scheduler.config, **settings)
-        scheduler.set_timesteps(diffusion.sampling_steps or diffusion.timesteps, device=noise.device)
+        scheduler = following(self.scheduler, diffusion)
+        try:
+            scheduler.set_timesteps(diffusion.sampling_steps or diffusion.timesteps, device=noise.device)
+        except ValueError as error:
+            raise InputError(f"{type(scheduler).__name__}: {' '.join(str(error).split())}") from error
+        if scheduler.timesteps[0] < scheduler.timesteps[-1]:
+            raise InputError(f"{type(scheduler).__name__} goes from images to noise, and draws no images")
         takes = inspect.signature(scheduler.step).parameters
         options = {"generator": generator} if "generator" in takes else {}
         x = noise * scheduler.init_noise_sigma
@@ -124,3 +123,38 @@ class CascadePipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Save the cascade as a bundle, which this pipeline is loaded from."""
         self.cascade.module.save_pretrained(save_directory)
+
+
+def following(scheduler: Any, diffusion: Diffusion) -> Any:
+    """A scheduler of the same class and options, on the noise schedule and with the prediction of a stage.
+
+    Raises InputError for one that does not take them, or that needs more than the output of one network call a step.
+    """
+    options = getattr(scheduler, "config", {})
+    if (
+        getattr(scheduler, "order", 1) != 1
+        or not {"beta_schedule", "trained_betas", "prediction_type"} <= set(options)
+        or needs(scheduler.step) != {"model_output", "timestep", "sample"}
+    ):
+        raise InputError(
+            f"{type(scheduler).__name__} is no scheduler of one network call a step that takes a noise schedule and a "
+            "kind of prediction: such are DDIM, DDPM, Euler, PNDM, UniPC, DEIS and DPM-Solver++"
+        )
+    settings = schedule_settings(diffusion.schedule, diffusion.timesteps)
+    settings["prediction_type"] = diffusion.prediction
+    # Other options that replace the noise schedule or the network's clock.
+    settings |= {"trained_betas": None, "rescale_betas_zero_snr": False, "use_flow_sigmas": False}
+    settings["timestep_type"] = "discrete"
+    if isinstance(scheduler, DDPMScheduler):  # the others have no use for a learned variance
+        settings["variance_type"] = "learned_range" if diffusion.variance == "learned" else diffusion.variance
+    made = type(scheduler).from_config(options, **settings)
+    own = diffusion.table("abar", made.alphas_cumprod.device)[1:].float()
+    if not torch.allclose(made.alphas_cumprod, own, atol=1e-5):
+        raise InputError(f"{type(scheduler).__name__} changes the noise schedule that it is given, so it is not taken")
+    return made
+
+
+def needs(call: Any) -> set[str]:
+    """The names of the arguments that a call cannot do without."""
+    parameters = inspect.signature(call).parameters.values()
+    return {each.name for each in parameters if each.default is each.empty and each.kind != each.VAR_KEYWORD}

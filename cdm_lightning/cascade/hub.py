@@ -103,9 +103,16 @@ def download(repo: str, revision: str | None = None, cache_dir: str | Path | Non
 
 
 def upload(folder: Path, repo: str, private: bool = False, token: str | None = None) -> str:
-    """Create the repository on the hub if need be, and upload the bundle `folder`; gives its address."""
+    """Create the repository on the hub if need be, and upload the bundle `folder`; gives its address.
+
+    Raises InputError if it cannot be done.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    api.create_repo(repo, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a cascade"))
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a cascade"))
+    except Exception as error:  # as above
+        line = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{repo} could not be uploaded to the hub: {type(error).__name__}: {line}") from error

@@ -38,7 +38,7 @@ def bundle(
         stages.append(load_stage(newest or path / "checkpoints" / "last.ckpt"))
     check_stages(stages)
     cascade = CascadeModule.from_stages(stages)
-    cascade.set_levels(levels or cascade.levels, truncated)
+    cascade.set_levels(cascade.levels if levels is None else levels, truncated)
     classes = next((c for stage in stages if (c := stage.trained.get("classes"))), None)
     dtype = torch.float16 if half else torch.float32
     about = {"levels": cascade.levels, "truncated": truncated, "classes": classes}

@@ -5,11 +5,22 @@ import pytest
 import torch
 from commands import ROOT
 from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMInverseScheduler,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    RePaintScheduler,
+    ScoreSdeVeScheduler,
 )
 from refusals import sentence_of_error
 from small_models import smallest_stages
@@ -84,6 +95,55 @@ def test_what_a_call_cannot_do_is_refused(folder):
         sentence_of_error(lambda levels=levels: cascade(classes=[1], levels=levels), "level")
     sentence_of_error(lambda: CascadeModule.from_pretrained(folder, sampler="ddmp"), "sampler 'ddmp' is none of")
     assert cascade.levels == [7] and CascadeModule.from_pretrained(folder / "bundle.json").levels == [7]
+
+
+def test_whole_numbers_are_taken_from_anything_that_holds_them_and_nothing_else(folder):
+    cascade = CascadeModule.from_pretrained(folder)
+    steps, refused = [2, 2], [True, 1.5, "1", torch.tensor(1.5), np.array(True), [1], torch.zeros(99, 99)]
+    expected = cascade(classes=[0, 1, 2], levels=[5], seed=4, sampling_steps=steps, output_type="pt")
+    for classes in (range(3), [torch.tensor(n) for n in range(3)], tuple(np.arange(3))):
+        drawn = cascade(
+            classes=classes, levels=torch.tensor([5]), seed=np.int64(4), batch_size=torch.tensor(64),
+            sampling_steps=np.array(steps), output_type="pt",
+        )  # fmt: skip
+        assert torch.equal(drawn, expected)
+    assert len(cascade(count=np.int64(2), levels=[np.int32(5)], sampling_steps=(2, 2))) == 2
+    for wrong in [*refused, None]:
+        sentence_of_error(lambda wrong=wrong: cascade(classes=[1], batch_size=wrong), "batch_size", "whole number")
+    for wrong in refused:
+        for arguments in ({"seed": wrong}, {"levels": [wrong]}, {"sampling_steps": [wrong, 1]}):
+            name = next(iter(arguments))
+            sentence_of_error(lambda arguments=arguments: cascade(classes=[1], **arguments), name, "no whole number")
+        sentence_of_error(lambda wrong=wrong: cascade(count=wrong), "count", "no whole number")
+        sentence_of_error(lambda wrong=wrong: cascade.set_batch_sizes([wrong, 1]), "batch_sizes", "no whole number")
+    for wrong in (5, "33", {1: 2}):
+        sentence_of_error(lambda wrong=wrong: cascade(classes=[1], sampling_steps=wrong), "sampling_steps", "no list")
+    sentence_of_error(lambda: CascadeModule.from_pretrained(folder, levels=[]), "levels [] has 0 entries")
+    sentence_of_error(lambda: CascadeModule.from_pretrained(folder, seed=True), "seed True is no whole number")
+
+
+def test_the_pipeline_refuses_other_generators_and_steps(folder):
+    pipe, one = pipeline(folder), torch.Generator()
+    for wrong in ([], [one], [one] * 3, [1, 2], 5):
+        sentence_of_error(lambda wrong=wrong: pipe(class_labels=[1, 2], generator=wrong), "generator", "list of 2")
+    for wrong in (2.5, True, "33", [2.5, 1], [1]):
+        sentence_of_error(lambda wrong=wrong: pipe(class_labels=[1], num_inference_steps=wrong), "steps")
+    for steps in (np.int64(2), torch.tensor(2), (2, 2)):
+        assert len(pipe(class_labels=range(2), num_inference_steps=steps, generator=(one, one)).images) == 2
+
+
+def test_an_upload_that_fails_is_one_sentence(folder, monkeypatch):
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo, **options):
+            raise OSError("Token is required, but no token found.\nLog in.")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    sentence_of_error(
+        lambda: CascadeModule.from_pretrained(folder).push_to_hub("user/name"), "user/name", "no token found"
+    )
 
 
 def test_a_stage_samples_without_generators():
@@ -182,6 +242,44 @@ def test_a_scheduler_of_diffusers_takes_the_place_of_the_samplers():
     )
     sentence_of_error(lambda: pipe(class_labels=[99]), "class 99 lies outside 0 ... 9")
     assert float((other - ddim).abs().mean()) < 0.05 < float((other - ddim.flip(0)).abs().mean())
+
+
+def test_schedulers_that_cannot_follow_a_stage_are_refused(folder):
+    """By what they take: no list of names would hold those of the next release."""
+    pipe = pipeline(folder)
+    for kind in (
+        EDMEulerScheduler, IPNDMScheduler, RePaintScheduler, ScoreSdeVeScheduler, CMStochasticIterativeScheduler,
+        FlowMatchEulerDiscreteScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
+    ):  # fmt: skip
+        pipe.scheduler = kind()
+        sentence_of_error(lambda: pipe(class_labels=[1]), f"{kind.__name__} is no scheduler of one network call a step")
+    for scheduler, steps, part in (
+        (CogVideoXDDIMScheduler(), 4, "changes the noise schedule"),
+        (DDIMInverseScheduler(), 4, "goes from images to noise"),
+        (LCMScheduler(original_inference_steps=2), 4, "original"),
+    ):
+        pipe.scheduler = scheduler
+        sentence_of_error(lambda steps=steps: pipe(class_labels=[1], num_inference_steps=steps), part)
+
+
+def test_a_scheduler_forgets_its_own_noise_schedule_and_pndm_converges():
+    """On the base of the shipped cascade: near the stage's own sampler, whatever the scheduler was made with."""
+    pipe = pipeline(SHIPPED)
+    stage = pipe.cascade.module.stages[0]
+    stage.diffusion.sampling_steps = 25
+    predict, draws = stage.predictor(torch.tensor([0, 7])), [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    noise = stage.noise(draws)
+    with torch.no_grad():
+        own = pipe.draw(stage.diffusion, predict, noise, draws)
+        for scheduler in (
+            DDIMScheduler(trained_betas=[0.02] * 1000, rescale_betas_zero_snr=True),
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            PNDMScheduler(),
+        ):
+            pipe.scheduler = scheduler
+            drawn = pipe.draw(stage.diffusion, predict, noise, draws).clamp(-1, 1)
+            assert float((drawn - own).square().mean().sqrt()) < 0.05
 
 
 def test_a_model_card_tells_what_the_bundle_knows_and_keeps_what_a_person_wrote(folder):
