@@ -81,8 +81,8 @@ class CascadePipeline(DiffusionPipeline):
         if generator is None:
             drawn = default_generators(len(label), label.device)
         else:
-            drawn = [generator] * len(label) if isinstance(generator, torch.Generator) else generator
-        if not isinstance(drawn, Sequence) or [isinstance(g, torch.Generator) for g in drawn] != [True] * len(label):
+            drawn = list(generator) if isinstance(generator, Sequence) else [generator] * len(label)
+        if [isinstance(g, torch.Generator) for g in drawn] != [True] * len(label):
             raise InputError(f"generator must be a torch.Generator, or a list of {len(label)}, one for each image")
         image = None
         with cascade.changed(levels, False, steps), advancing(cascade.stages, self.progress_bar):
