@@ -15,7 +15,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def inspect(path: str, check: bool = False, picture: str | None = None) -> None:
-    """Say what a folder or file of cdm is: counts, classes, sizes, how it was made, and whether it is whole.
+    """Say what a folder or file is: shards, samples, a bundle, a checkpoint or a card; and whether it is whole.
 
     Args:
         path: Shards (a root, a split or one resolution), samples, a bundle, a checkpoint or run, a reference card.

@@ -253,7 +253,8 @@ def test_a_process_that_reads_and_is_killed_ends_the_run_in_a_sentence(root, tmp
                f"--trainer.default_root_dir={tmp_path}/run", "--data.num_workers=2"]  # fmt: skip
     begun = time.monotonic()
     sentence = sentence_of_refusal(capsys, quick(*options))
-    assert "was ended from outside, as happens when memory runs out" in sentence and "signal: Killed" in sentence
+    assert "was ended from outside, as happens when memory runs out" in sentence
+    assert "signal: Killed" in sentence or "exited unexpectedly" in sentence  # torch says either
     assert time.monotonic() - begun < WATCHDOG
 
 

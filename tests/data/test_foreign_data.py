@@ -157,12 +157,15 @@ def test_members_that_could_reach_outside_are_refused_by_name(tmp_path, monkeypa
         Path("x.tar").write_bytes(data)
         sentence_of_error(lambda: list(read_shard(Path("x.tar"))), "x.tar holds", repr(member[0]), rule)
     Path("raw.tar").write_bytes(tar_of(member))
-    for read in (lambda: list_train_archive(Path("raw.tar")), lambda: list_val_archive(Path("raw.tar"), Path("d"))):
+    for read in (
+        lambda: list_train_archive(Path("raw.tar")),
+        lambda: list_val_archive(Path("raw.tar"), Path("d"), None),
+    ):
         sentence_of_error(read, "raw.tar holds", repr(member[0]), rule)
     Path("devkit.tar.gz").write_bytes(gzip.compress(tar_of(member)))
     Path("val.tar").write_bytes(tar_of(("ILSVRC2012_val_00000001.JPEG", b"x")))
     sentence_of_error(
-        lambda: list_val_archive(Path("val.tar"), Path("devkit.tar.gz")), "devkit.tar.gz holds", repr(member[0])
+        lambda: list_val_archive(Path("val.tar"), Path("devkit.tar.gz"), None), "devkit.tar.gz holds", repr(member[0])
     )
     assert {p.name for p in tmp_path.iterdir()} == {"x.tar", "raw.tar", "devkit.tar.gz", "val.tar"}
 
