@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cdm_lightning.data.shards import Folder
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.terminal import folding_table, printable, table_console
 
@@ -23,7 +24,7 @@ class Findings:
     rows: list[Sequence[str]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)
+    pictures: list[Folder] = field(default_factory=list)
     unfinished: bool = False
 
     def note(self, **facts: Any) -> None:

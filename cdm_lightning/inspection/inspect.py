@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+from cdm_lightning.foundation.addresses import is_address
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.terminal import printable
 from cdm_lightning.inspection.findings import Findings
@@ -18,13 +19,14 @@ def inspect(path: str, check: bool = False, picture: str | None = None) -> None:
     """Say what a folder or file is: shards, samples, a bundle, a checkpoint or a card; and whether it is whole.
 
     Args:
-        path: Shards (a root, a split or one resolution), samples, a bundle, a checkpoint or run, a reference card.
+        path: Shards (a root, a split or one resolution), samples, a bundle, a checkpoint or run, a reference card. An
+            address, such as https://host/imagenet, may be of shards.
         check: Read everything: every hash, every image, every number. Damage ends with exit code 2.
         picture: The PNG to draw the first images of shards or samples into; null for none.
     """
     if picture is not None and Path(picture).suffix != ".png":
         raise InputError(f"picture {picture} is the name of no .png file")
-    found = look_at(Path(path), check)
+    found = look_at_address(path, check) if is_address(path) else look_at(Path(path), check)
     if picture is not None and not found.pictures:
         raise InputError(f"{printable(path)} is {printable(found.kind)}: a picture is drawn of finished images only")
     if found.unfinished:
@@ -45,6 +47,22 @@ def inspect(path: str, check: bool = False, picture: str | None = None) -> None:
         from cdm_lightning.inspection.stored_images import draw_first
 
         print(printable(draw_first(found.pictures, Path(picture))))
+
+
+def look_at_address(address: str, check: bool) -> Findings:
+    """What folders of shards at an address hold. With `check` they are fetched into the cache."""
+    from cdm_lightning.data.shards import RemoteFolder, shards_root
+    from cdm_lightning.inspection.stored_images import inspect_images, remote_folders
+
+    root = shards_root(address)
+    assert isinstance(root, RemoteFolder)
+    folders = remote_folders(root)
+    if not folders:
+        raise InputError(
+            f"{printable(address)} holds no shards that can be found: manifest.json is looked for there, and in "
+            "<split>/<resolution> below; of what lies at an address, only shards can be inspected"
+        )
+    return inspect_images(root, folders, check)
 
 
 def look_at(path: Path, check: bool) -> Findings:

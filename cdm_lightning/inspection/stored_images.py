@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from cdm_lightning.data.preparation.tasks import PROGRESS
-from cdm_lightning.data.shards import Manifest, Shard, open_images, read_manifest
+from cdm_lightning.data.shards import Folder, Manifest, RemoteFolder, Shard, open_images, read_manifest
+from cdm_lightning.data.shards.cache import MAX_RESOLUTION, local_file
+from cdm_lightning.foundation.addresses import NoSuchFile
 from cdm_lightning.foundation.class_names import NO_CLASSES
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table
@@ -19,6 +22,7 @@ from cdm_lightning.inspection.findings import Findings, about_classes, settings,
 
 AT_ONCE = 64  # images decoded together
 PICTURES, COLUMNS = 40, 10
+SPLITS = ("train", "val")
 
 
 def shard_folders(path: Path) -> list[Path]:
@@ -28,6 +32,20 @@ def shard_folders(path: Path) -> list[Path]:
     if not found and (path / "manifest.json").is_file() and sample_plan(path) is None:
         found = [path]  # a folder of one resolution under another name
     return sorted(found, key=lambda folder: (folder.parent.name, int(folder.name) if folder.name.isdecimal() else 0))
+
+
+def remote_folders(root: RemoteFolder) -> list[Folder]:
+    """The folders of shards at an address, which cannot be listed: itself, or a split, or a root with train and val."""
+    sizes = [str(1 << number) for number in range(MAX_RESOLUTION.bit_length())]
+    places = [root, *(root / size for size in sizes), *(root / split / size for split in SPLITS for size in sizes)]
+    found: list[Folder] = []
+    for place in places:
+        with suppress(NoSuchFile):
+            assert place.manifest
+            found.append(place)
+            if place is root:
+                break
+    return found
 
 
 def sample_plan(path: Path) -> tuple[int, int] | None:
@@ -47,12 +65,12 @@ def holds_shards(folder: Path) -> bool:
     return any(folder.glob("*.tar")) or any(folder.glob("*.tar.gz"))
 
 
-def inspect_images(path: Path, folders: Sequence[Path], check: bool) -> Findings:
+def inspect_images(path: Folder, folders: Sequence[Folder], check: bool) -> Findings:
     """What folders of shards hold. check: read every shard, and decode every image."""
     found = Findings("shards of images", ("split", "resolution", "images", "per class", "shards", "stored as", "size"))
-    manifests: dict[Path, Manifest] = {}
+    manifests: dict[Folder, Manifest] = {}
     for folder in folders:
-        if not (folder / "manifest.json").is_file():
+        if isinstance(folder, Path) and not (folder / "manifest.json").is_file():
             tars = sum(1 for _ in folder.glob("*.tar*"))
             found.unfinished = True
             found.rows.append((folder.parent.name, folder.name, "unfinished", "", str(tars), "", ""))
@@ -73,9 +91,10 @@ def inspect_images(path: Path, folders: Sequence[Path], check: bool) -> Findings
             crop=manifest.crop if manifest.crop != "none" else None,
             filter=manifest.filter if manifest.filter != "none" else None, seed=manifest.seed,
             left_out=f"{manifest.skipped} unreadable images" if manifest.skipped else None,
-            made_by=how_made(manifest), written=written(folder / "manifest.json"),
+            made_by=how_made(manifest), written=written(folder / "manifest.json") if isinstance(folder, Path) else None,
         )  # fmt: skip
-    note_progress(found, path, folders)
+    if isinstance(path, Path):
+        note_progress(found, path, [folder for folder in folders if isinstance(folder, Path)])
     return found
 
 
@@ -131,13 +150,13 @@ def note_progress(found: Findings, path: Path, folders: Sequence[Path]) -> None:
         found.facts["unfinished"] = "a folder holds shards and no manifest.json, which is written last"
 
 
-def damage_in(folder: Path, manifest: Manifest) -> list[str]:
+def damage_in(folder: Folder, manifest: Manifest) -> list[str]:
     """A sentence for each shard that is not the manifest's, and each image that cannot be decoded."""
     damage: list[str] = []
     counts = np.zeros(len(manifest.classes), np.int64)
-    for shard in ProgressBar(manifest.shards, f"{folder.parent.name}/{folder.name}", unit="shard"):
+    for shard in ProgressBar(manifest.shards, f"{manifest.split}/{folder.name}", unit="shard"):
         before = len(damage)
-        if manifest.packed and (other := other_file(folder / shard.name, shard)):  # opening one reads its head alone
+        if manifest.packed and (other := other_file(folder, shard)):  # opening one reads its head alone
             damage.append(other)
             continue
         try:
@@ -160,17 +179,20 @@ def damage_in(folder: Path, manifest: Manifest) -> list[str]:
     return damage
 
 
-def other_file(path: Path, shard: Shard) -> str:
+def other_file(folder: Folder, shard: Shard) -> str:
     """A sentence if a shard is missing or has another SHA-256 than its manifest's; else ""."""
+    path = folder / shard.name
     try:
-        with path.open("rb") as file:
+        with local_file(folder, shard) as local, local.open("rb") as file:
             same = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
     except OSError as error:
         return f"{path} cannot be read: {error.strerror or error}"
+    except InputError as error:
+        return str(error)
     return "" if same else f"{path} is not the file its manifest lists: its SHA-256 is another"
 
 
-def draw_first(folders: Sequence[Path], picture: Path) -> str:
+def draw_first(folders: Sequence[Folder], picture: Path) -> str:
     """Save the first images of the folder of the highest resolution as one PNG. Gives a line about it."""
     from cdm_lightning.evaluation.report.stored_samples import read_pictures
 

@@ -22,6 +22,8 @@ ARMS = {  # names of searches -> of arms; behind the whole base, and behind an e
     "base16": "Gaussian, amortised",
     "truncated": "Gaussian, amortised, truncated",
     "tuned": "no augmentation, then amortised for a tenth of the steps",
+    "tuned_half": "no augmentation, then amortised for half of the steps",
+    "from_160": "Gaussian, amortised, after 160 of its 2,000 steps",
     "to_2000": "Gaussian, amortised up to s = 2000",
     "at_1001": "Gaussian, s = 1001 alone",
     "at_2001": "Gaussian, s = 2001 alone",

@@ -12,6 +12,7 @@ from commands import ROOT
 from folders import make_folder, repacked
 from PIL import Image
 from refusals import sentence_of_refusal
+from servers import serving
 from small_models import smallest_stages
 from small_training import smallest_stage, train
 
@@ -71,6 +72,22 @@ def test_shards_are_told_from_their_root_split_and_resolution(shards, capsys):
     for path in (shards / "train", shards / "train/8", shards / "train/8/manifest.json"):
         out = said(capsys, path, "--check", "true")
         assert "│ 30 " in out and "│ val" not in out and "yes, everything was read" in out
+
+
+def test_shards_at_an_address(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CDM_CACHE", str(tmp_path / "cache"))
+    with serving(shards) as server:
+        for place in ("", "/train", "/train/8"):
+            out = said(capsys, server.address + place)
+            assert "│ train │ 8x8, grey  │ 30     │ 3" in out and ("│ val" in out) == (not place)
+        assert not any(path.endswith(".tar") for path in server.asked)
+        picture = str(tmp_path / "first.png")
+        assert "yes, everything was read" in said(capsys, server.address, "--check", "true", "--picture", picture)
+        assert Image.open(picture).size == (10 * 66 - 2, 3 * 66 - 2)
+        assert "holds no shards" in damaged(capsys, f"{server.address}/other")
+        flip(shards / "val/8/000.tar")
+        shutil.rmtree(tmp_path / "cache")
+        assert "val/8/000.tar was changed on the server" in damaged(capsys, server.address)
 
 
 def test_a_picture_of_the_first_images(shards, tmp_path, capsys):

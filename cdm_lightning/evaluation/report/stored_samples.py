@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cdm_lightning.data.shards import Manifest, open_images, read_manifest
+from cdm_lightning.data.shards import Folder, Manifest, open_images, read_manifest
 from cdm_lightning.foundation.class_names import NO_CLASSES
 from cdm_lightning.foundation.images import downscale, encode_png
 
@@ -15,7 +15,7 @@ MOST_CLASSES, MOST_UNLABELLED = 20, 8  # rows of pictures on a page, with and wi
 SHEET_IMAGES, SHEET_COLUMNS = 40, 10
 
 
-def read_pictures(folder: Path, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:
+def read_pictures(folder: Folder, places: Sequence[int], resolution: int | None = None) -> list[torch.Tensor]:
     """Images of a folder of shards, uint8 (C, R, R), by stored position; downscaled to `resolution` if given."""
     manifest = read_manifest(folder)
     opened = open_images(folder, manifest, manifest.shards, places)
