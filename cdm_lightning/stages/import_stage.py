@@ -65,6 +65,8 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
     size = sum(value.numel() for value in state.values())
     classes = f"{stage.num_classes} classes" if stage.num_classes else "no classes"
     print(f"{file}: SHA-256 {sha256}")
+    if flags is not None:
+        print("heads and the order of qkv are those of the flags: a file does not show them, and wrong ones draw noise")
     print(f"{out}: {kind} {stage.name}, {size / 1e6:.1f} M parameters, {classes}, flags {' '.join(given_flags(table))}")
 
 

@@ -150,6 +150,7 @@ def test_two_imports_are_a_cascade(tmp_path, capsys):
         imported(tmp_path, random_state(flags[name]), flags[name], name)
     printed = capsys.readouterr().out
     assert "SHA-256" in printed and "SuperResolutionStage sr32" in printed and "1000 classes" in printed
+    assert "a file does not show them" in printed
     checkpoints = ",".join(str(tmp_path / f"{name}.ckpt") for name in parts)
     main(["bundle", f"--checkpoints=[{checkpoints}]", f"--out={tmp_path / 'bundle'}"])
     assert "base16 (imported) -> sr32 (imported)" in capsys.readouterr().out
