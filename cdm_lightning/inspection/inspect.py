@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cdm_lightning.foundation.addresses import is_address
 from cdm_lightning.foundation.errors import InputError
@@ -12,6 +13,7 @@ from cdm_lightning.inspection.findings import Findings
 
 KNOWN = "shards, samples, a bundle, a checkpoint, a run or a reference card"
 LOOKED_AT = 1000  # entries of an unknown folder
+CHECKED_GB = 2.0  # that are kept of what is fetched to be checked
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -50,7 +52,7 @@ def inspect(path: str, check: bool = False, picture: str | None = None) -> None:
 
 
 def look_at_address(address: str, check: bool) -> Findings:
-    """What folders of shards at an address hold. With `check` they are fetched into the cache."""
+    """What folders of shards at an address hold. With `check` all is fetched anew, whatever the cache holds."""
     from cdm_lightning.data.shards import RemoteFolder, shards_root
     from cdm_lightning.inspection.stored_images import inspect_images, remote_folders
 
@@ -62,7 +64,14 @@ def look_at_address(address: str, check: bool) -> Findings:
             f"{printable(address)} holds no shards that can be found: manifest.json is looked for there, and in "
             "<split>/<resolution> below; of what lies at an address, only shards can be inspected"
         )
-    return inspect_images(root, folders, check)
+    if not check:
+        return inspect_images(root, folders, check)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as fresh:
+        anew = shards_root(address, Path(fresh), cache_gb=CHECKED_GB)
+        assert isinstance(anew, RemoteFolder)
+        found = inspect_images(anew, remote_folders(anew), check)
+    found.pictures = folders
+    return found
 
 
 def look_at(path: Path, check: bool) -> Findings:

@@ -82,12 +82,16 @@ def inspect_images(path: Folder, folders: Sequence[Folder], check: bool) -> Find
                 found.damage += damage_in(folder, manifest)
             else:
                 found.try_to(read_manifest, folder)
+    classes = {manifest.split: manifest.classes for manifest in manifests.values()}
+    for split, names in classes.items() if len(set(map(tuple, classes.values()))) > 1 else list(classes.items())[:1]:
+        name = "classes" if list(classes.values()).count(names) == len(classes) else f"classes of {split}"
+        found.facts[name] = about_classes(names if names != NO_CLASSES else None)
     for folder, manifest in list(manifests.items())[-1:]:
         drawn = manifest.extra.get("samples")
         if isinstance(drawn, dict):
             found.kind = "samples of a cascade"
         found.note(
-            classes=about_classes(manifest.classes if manifest.classes != NO_CLASSES else None), source=manifest.source,
+            source=manifest.source,
             crop=manifest.crop if manifest.crop != "none" else None,
             filter=manifest.filter if manifest.filter != "none" else None, seed=manifest.seed,
             left_out=f"{manifest.skipped} unreadable images" if manifest.skipped else None,

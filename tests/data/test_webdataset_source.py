@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from functools import partial
@@ -22,6 +24,7 @@ from raw_sources import WNIDS, encoded, jpeg, picture, stored, tar_bytes, train_
 from refusals import sentence_of_error, sentence_of_refusal
 
 from cdm_lightning.__main__ import main
+from cdm_lightning.data.preparation.class_labels import ClassLabels
 from cdm_lightning.data.preparation.folders import prepare_folder
 from cdm_lightning.data.preparation.webdataset import prepare_webdataset
 from cdm_lightning.data.shards import read_manifest
@@ -213,15 +216,37 @@ def test_a_label_without_names_is_the_number_of_its_class(tmp_path, capsys):
     assert labels_of(tmp_path / "out/val/8") == [2, 9]
 
 
-def test_names_of_classes_go_before_numbers_and_are_made_distinct(tmp_path):
-    (tmp_path / "names.txt").write_text("crane\n2\ncrane\n")
-    files = {"a.txt": b"crane (2)\n", "a.png": png(), "b.txt": b"2", "b.png": png(), "c.TXT": b"0", "c.PNG": png()}
+def test_labels_are_names_of_classes_or_numbers_and_names_are_made_distinct(tmp_path):
+    (tmp_path / "names.txt").write_text("crane\n7\ncrane\n")
+    files = {"a.txt": b"crane (2)\n", "a.png": png(), "b.txt": b"7", "b.png": png(), "c.TXT": b"0", "c.PNG": png()}
     (tmp_path / "t.tar").write_bytes(tar_bytes(files))
     prepare_webdataset(
         str(tmp_path), tmp_path / "out", label="txt", image="png", classes=tmp_path / "names.txt", **QUICK
     )
-    assert read_manifest(tmp_path / "out/train/8").classes == ["crane", "2", "crane (2)"]
+    assert read_manifest(tmp_path / "out/train/8").classes == ["crane", "7", "crane (2)"]
     assert labels_of(tmp_path / "out/train/8") == [0, 1, 2]
+
+
+def test_names_that_are_numbers_are_never_guessed():
+    ratings = ClassLabels(["1", "2", "30"])
+    assert ratings.class_of(0, "a.json") == "1" and ratings.class_of(1, "a.json") == "2"  # whole numbers are indices
+    assert ratings.class_of("30", "a.cls") == "30" and ratings.class_of("0", "a.cls") == "1"
+    sentence_of_error(lambda: ratings.class_of("1", "a.cls"), "a.cls", "the label 1", "class 0", "another")
+    assert ClassLabels(["1", "2"], numbers=True).class_of("1", "a.cls") == "2"  # a column of integers
+    for label in ("9" * 5000, 10**30):
+        sentence_of_error(lambda label=label: ClassLabels().class_of(label, "a.cls"), "a.cls", "can be numbered")
+
+
+def test_the_first_of_two_labels_stands_as_the_first_of_two_pictures_does(tmp_path, capsys):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for label in (b"1", b"0"):
+            for name, data in (("a.png", png()), ("a.cls", label)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    prepare_webdataset(str(tmp_path / "t.tar"), tmp_path / "out", **QUICK)
+    assert labels_of(tmp_path / "out/train/8") == [1]
+    assert "second file of a name: 2 (t.tar/a.cls, t.tar/a.png)" in capsys.readouterr().out
 
 
 def test_what_cannot_be_taken_is_left_out_by_kind(tmp_path, capsys):

@@ -11,33 +11,41 @@ from cdm_lightning.foundation.class_names import suggestion
 from cdm_lightning.foundation.errors import InputError
 
 MAX_CLASSES = 1_000_000
+MAX_DIGITS = 20  # of a number that is read
 
 
 class ClassLabels:
     """What a label of a source stands for. names: of the classes in label order, where they are known.
 
-    Without names a label is the number of a class or, where `free`, its name.
+    Without names a label is the number of a class or, where `free`, its name. numbers: labels are numbers alone.
     """
 
-    def __init__(self, names: Sequence[str] | None = None, free: bool = False) -> None:
-        self.names, self.free = names, free
-        self.known = None if names is None else set(names)
+    def __init__(self, names: Sequence[str] | None = None, free: bool = False, numbers: bool = False) -> None:
+        self.names, self.free, self.numbers = names, free, numbers
+        self.known = {name: number for number, name in enumerate(names or [])}
 
     def class_of(self, label: Any, image: str) -> str:
-        """The name of the class, which is its number where classes have none. Names go before numbers.
+        """The name of the class, which is its number where classes have none.
 
-        Raises InputError for what is no class. image: whose label it is.
+        Raises InputError for what is no class, and for a text that is the name of one class and the number of another.
+        image: whose label it is.
         """
-        text = str(label).strip()
-        if self.known is not None and text in self.known:
+        text = label.strip() if isinstance(label, str) else str(label)
+        digits = isinstance(label, (str, int)) and not isinstance(label, bool) and text.isascii() and text.isdecimal()
+        number = int(text) if digits and len(text) <= MAX_DIGITS else MAX_CLASSES
+        if text in self.known and isinstance(label, str) and not self.numbers:
+            if number != self.known[text] and number < len(self.known):
+                raise InputError(
+                    f"{image} has the label {text}, which is the name of class {self.known[text]} and the number of "
+                    "another: a source with such names must state its labels as whole numbers, in JSON or parquet"
+                )
             return text
-        if isinstance(label, (str, int)) and not isinstance(label, bool) and text.isascii() and text.isdecimal():
-            number = int(text)
+        if digits:
             if number >= (MAX_CLASSES if self.names is None else len(self.names)):
                 raise InputError(
-                    f"{image} has the label {text}, which lies outside 0 ... {len(self.names) - 1} of the class names"
+                    f"{image} has the label {text[:40]}, which lies outside 0 ... {len(self.known) - 1} of the classes"
                     if self.names is not None
-                    else f"{image} has the label {text}: {MAX_CLASSES:,} classes at most can be numbered"
+                    else f"{image} has the label {text[:40]}: {MAX_CLASSES:,} classes at most can be numbered"
                 )
             return str(number) if self.names is None else self.names[number]
         shown = text if len(text) <= 40 else f"{text[:40]} ..."

@@ -66,7 +66,8 @@ def list_parquet(
     def index(path: Path, part: Part, listing: Listing) -> None:
         with tarfile.open(path) as tar:
             described = json.load(tar.extractfile(DESCRIPTION))  # type: ignore[arg-type]  # the first member
-        own = ClassLabels(described["names"] if names is None else names, described["text"])
+        text = described["text"]
+        own = ClassLabels(described["names"] if names is None else names, text, numbers=not text)
         first = labels[0] if labels else own
         if (own.names, own.free) != (first.names, first.free):
             raise InputError(f"{path} has other classes than {parts[0].where}: give files of one data set")

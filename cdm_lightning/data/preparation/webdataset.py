@@ -103,7 +103,7 @@ def index_tar(
                 continue
             endings.add(ending := ending.lower())
             sample = samples.setdefault(key, {})
-            if ending in sample:
+            if (FIELD_OF_CLASS if ending == label else ending) in sample:
                 listing.left_out["second file of a name"].append(name)
             elif ending in images:
                 sample[ending] = RawImage(name, str(path), member.offset_data, member.size)
