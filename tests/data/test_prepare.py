@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import raw_sources
 import torch
 from commands import ROOT
 from folders import hashes
@@ -85,7 +86,9 @@ def adm_reference(image: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "width,height", [(500, 375), (333, 257), (64, 64), (130, 128), (129, 127), (20, 15), (31, 90), (257, 1001)]
 )
-def test_adm_crop(width: int, height: int) -> None:
+def test_adm_crop(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same picture whatever ran before: near a half, Pillow's fixed-point sums round some pictures the other way.
+    monkeypatch.setattr(raw_sources, "RNG", np.random.default_rng(0))
     image = picture(width, height)
     ours, reference = cut_square(image, 64, "adm"), adm_reference(np.asarray(image).astype(float), 64)
     assert ours.shape == (64, 64, 3) and ours.dtype == np.uint8
