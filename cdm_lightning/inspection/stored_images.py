@@ -83,9 +83,10 @@ def inspect_images(path: Folder, folders: Sequence[Folder], check: bool) -> Find
             else:
                 found.try_to(read_manifest, folder)
     classes = {manifest.split: manifest.classes for manifest in manifests.values()}
-    for split, names in classes.items() if len(set(map(tuple, classes.values()))) > 1 else list(classes.items())[:1]:
-        name = "classes" if list(classes.values()).count(names) == len(classes) else f"classes of {split}"
-        found.facts[name] = about_classes(names if names != NO_CLASSES else None)
+    alike = len(set(map(tuple, classes.values()))) == 1
+    for split, names in classes.items():
+        about = about_classes(names if names != NO_CLASSES else None)
+        found.note(**{"classes" if alike else f"classes of {split}": about})
     for folder, manifest in list(manifests.items())[-1:]:
         drawn = manifest.extra.get("samples")
         if isinstance(drawn, dict):

@@ -74,6 +74,13 @@ def test_shards_are_told_from_their_root_split_and_resolution(shards, capsys):
         assert "│ 30 " in out and "│ val" not in out and "yes, everything was read" in out
 
 
+def test_splits_of_other_classes_are_told_apart(shards, capsys):
+    manifest = read_manifest(shards / "val/8")
+    write_manifest(shards / "val/8", Manifest(**{**vars(manifest), "classes": [f"kind {n}" for n in range(10)]}))
+    out = said(capsys, shards)
+    assert "classes of train  10: class 0" in out and "classes of val    10: kind 0" in out
+
+
 def test_shards_at_an_address(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CDM_CACHE", str(tmp_path / "cache"))
     with serving(shards) as server:

@@ -146,6 +146,7 @@ def sorted_by_table(images: list[RawImage], table: LabelTable) -> Listing:
             f"{printable(lines[0][0])}, and the first picture is {printable(images[0].name)}"
         )
     numbers = all(label.isdecimal() for label in labels.values())
+    # Numbers by their length, then by their digits: as numbers of any size.
     listing.classes = sorted(set(labels.values()), key=lambda label: (len(label.lstrip("0")) if numbers else 0, label))
     listing.images = {label: [] for label in listing.classes}
     for number, image in enumerate(images):

@@ -67,7 +67,7 @@ def prepare_lsun(source: Path, out: Path, split: Split = "train", **options: Any
 def list_lsun(source: Path, split: Split) -> Listing:
     """Images of a database, or of those of a split in one folder; the classes are their names."""
     try:
-        import lmdb  # noqa: F401
+        import lmdb  # noqa: F401, only to see that it is there
     except ModuleNotFoundError as error:
         raise InputError('cdm prepare lsun needs the package lmdb: pip install "cdm_lightning[lsun]"') from error
     databases, listing = find_databases(source, split)

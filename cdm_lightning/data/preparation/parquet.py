@@ -47,7 +47,7 @@ def prepare_parquet(
             names that the file itself states, as the hub's do; else the numbers, or the sorted names.
     """
     try:
-        import pyarrow.parquet  # noqa: F401
+        import pyarrow.parquet  # noqa: F401, only to see that it is there
     except ImportError as error:
         raise InputError(f'{source} needs pyarrow, which is missing: pip install "cdm_lightning[parquet]"') from error
     names = None if classes is None else read_class_names(classes)
@@ -64,6 +64,7 @@ def list_parquet(
     labels: list[ClassLabels] = []
 
     def index(path: Path, part: Part, listing: Listing) -> None:
+        """Add the images of a staged tar, whose first member says what its labels are."""
         with tarfile.open(path) as tar:
             described = json.load(tar.extractfile(DESCRIPTION))  # type: ignore[arg-type]  # the first member
         text = described["text"]

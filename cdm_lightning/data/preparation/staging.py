@@ -14,6 +14,7 @@ import lzma
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,12 +74,8 @@ def expand(pattern: str, suffixes: Sequence[str], allow_commands: bool = False) 
             found += at_address(place, suffixes)
         else:
             found += on_disk(place.removeprefix("file://"), suffixes)
-    if (
-        twice := next((place for place in found if found.count(place) > 1), None)
-        if len(set(found)) < len(found)
-        else ""
-    ):
-        raise InputError(f"source {pattern} names {twice} twice: each of its images would be taken twice")
+    if twice := [place for place, count in Counter(found).items() if count > 1]:
+        raise InputError(f"source {pattern} names {twice[0]} twice: each of its images would be taken twice")
     return [Part(place, name) for place, name in zip(found, names_of(found), strict=True)]
 
 
