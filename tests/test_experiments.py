@@ -167,14 +167,16 @@ def study(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-@pytest.mark.parametrize("data", ["fashion", "cifar"])
+@pytest.mark.parametrize("data", ["fashion", "cifar", "cifar_wide"])
 def test_every_command_of_the_study_is_understood(data, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    listed = study(data, "1", "--list")
+    plan = ["--plan", "experiments/study/wide/study.yaml"] if data == "cifar_wide" else []
+    listed = study(data, "1", "--list", *plan)
     assert listed.returncode == 0, listed.stderr
     lines = [shlex.split(line.replace("{best of base16}", "2001")) for line in listed.stdout.splitlines()]
     ours = [words[1:] for words in lines if words[0] == "cdm"]
-    assert {words[0] for words in ours} == {"fit", "bundle", "reference", "search", "sample", "evaluate", "cas"}
+    scored = set() if plan else {"cas"}
+    assert {words[0] for words in ours} == {"fit", "bundle", "reference", "search", "sample", "evaluate", *scored}
     kinds = {(words[0], *(word.partition("=")[0] for word in words[1:])): words for words in ours}
     for words in kinds.values():  # one of each kind
         with pytest.raises(SystemExit) as stop:
@@ -208,7 +210,7 @@ def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
         commands = [[sys.executable, "-c", f"{note}; {write}; {fail}", letter]]
         return runner["Task"](commands, list(needs), {"it": found.parent} if found else {})
 
-    def run(**changed):
+    def run(jobs=1, **changed):
         (tmp_path / "ran").write_text("")
         found = [tmp_path / f"{name}.results" / "results.json" for name in "xy"]
         for path in found:
@@ -218,7 +220,7 @@ def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
             "y": task("y", "c", found=found[1]), **changed,
         }  # fmt: skip
         study = runner["Study"](tasks, tmp_path / "run", tmp_path / "results.json")
-        return study.measure(["x", "y"]), (tmp_path / "ran").read_text()
+        return study.measure(["x", "y"], jobs), (tmp_path / "ran").read_text()
 
     broken.touch()
     assert run() == (["b"], "abcy")

@@ -1,7 +1,8 @@
 """Run the study: `python experiments/study DATA SEED`, such as `python experiments/study fashion 0`.
 
-study.yaml lists what is trained and measured for one data set and one training seed. Every task is a few commands,
-printed as they start; their output is in runs/study/DATA/SEED/logs. They take one core, and other seeds may run beside.
+study.yaml lists what is trained and measured for one data set and one training seed; --plan names another such list,
+such as wide/study.yaml, which is for a GPU. Every task is a few commands, printed as they start; their output is in
+runs/study/DATA/SEED/logs. A task takes one core, --jobs sets how many run at a time, and other seeds may run beside.
 A measurement leaves its figures in experiments/study/results/DATA-SEED.json. It is not repeated, nor is a training that
 no missing measurement needs. Other finished tasks are kept in runs/study, and a stopped command resumes: the same call
 continues a stopped study.
@@ -19,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import yaml
 from cdm_lightning.foundation.files import write_atomically
 
 HERE = Path("experiments/study")  # the commands are for the project's root
-CDM = str(Path(sys.executable).with_name("cdm"))
+CDM = "cdm"  # run as a module, so that the checkout need not be installed
 SAMPLED = {"n": 2000, "repeats": 3, "truncated": False, "precision": "bf16-mixed", "block_size": 200}
 
 
@@ -44,6 +46,7 @@ class Task:
 def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
     """All tasks of one data set and one training seed, by name."""
     about, run = plan["data"][data], Path("runs/study") / data / str(seed)
+    sampled = {**SAMPLED, **plan.get("sampled", {})}
     detector, shared = about["detector"], {"shards": about["root"], "detector": about["detector"]}
     train = f".venv/bin/python data/detector.py {about['root']} {detector} --width 32 --epochs 8"
     tasks = {"detector": Task([["sh", "-c", f"test -e {detector} || {train}"]] if "/" in detector else [], [])}
@@ -64,6 +67,7 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
 
     for name, options in plan["trainings"].items():
         recipes = [Path("experiments/defaults.yaml"), *(HERE / f"{r}.yaml" for r in ("defaults", options["recipe"]))]
+        recipes += [plan["recipe"]] if "recipe" in plan else []
         given = {
             "data.root": about["root"], "model.image_channels": about["channels"], "seed_everything": seed,
             "trainer.default_root_dir": run / name, **without(options, "recipe", "after"),
@@ -74,10 +78,10 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
     for name, options in plan["searches"].items():
         bundle, out = run / "bundles" / name, run / "searches" / name
         make, needs = bundled(run, options["stages"], bundle)
-        given = {"bundle": bundle, "out": out, **shared, **SAMPLED, **without(options, "stages", "base")}
+        given = {"bundle": bundle, "out": out, **shared, **sampled, **without(options, "stages", "base")}
         commands, found = [make, [CDM, "search", *flags(given)]], {"search": out}
         if options.get("base"):  # the low-resolution samples by themselves
-            folders = [out / "low_res" / f"{needs[0]}-seed{number}" for number in range(SAMPLED["repeats"])]
+            folders = [out / "low_res" / f"{needs[0]}-seed{number}" for number in range(sampled["repeats"])]
             found["base"] = run / "evaluations" / f"low_res-{name}"
             commands.append(evaluated(folders, "reference16", found["base"]))
             needs = [*needs, "reference16"]
@@ -87,7 +91,8 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
         make, needs = bundled(run, options["stages"], bundle)
         needs += [f"search {found}" for found in re.findall(r"{best of (\S+)}", options.get("levels", ""))]
         folders = {number: run / "samples" / f"{name}-{number}" for number in options["seeds"]}
-        given = {"bundle": bundle, "precision": "bf16-mixed", **without(options, "stages", "seeds", "score")}
+        shown = {name: sampled[name] for name in ("precision", "block_size") if name in plan.get("sampled", {})}
+        given = {"bundle": bundle, "precision": "bf16-mixed", **shown, **without(options, "stages", "seeds", "score")}
         draw = [[CDM, "sample", *flags({**given, "seed": s, "out": folder})] for s, folder in folders.items()]
         tasks[f"samples {name}"] = Task([make, *draw], needs)
         for card in ["reference", *(["inception"] if "inception" in cards and options.get("score") else [])]:
@@ -125,6 +130,12 @@ class Study:
     def __init__(self, tasks: dict[str, Task], run: Path, results: Path) -> None:
         self.tasks, self.run, self.results = tasks, run, results
         self.found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def stop(self) -> None:
+        """End the commands that run, and wait for them; a training saves itself first."""
+        for process in self.processes:
+            process.terminate()
 
     def finished(self, name: str) -> bool:
         """Whether a task needs no run: its figures, or its mark, have its signature."""
@@ -157,18 +168,27 @@ class Study:
             visit(name)
         return order
 
-    def measure(self, measurements: list[str]) -> list[str]:
-        """Run what the measurements need; returns the tasks that failed. What needs them is left out."""
-        failed: list[str] = []
-        for name in self.wanted(measurements):
-            try:
-                if all(map(self.finished, self.tasks[name].needs)):
-                    self.execute(name)
-                    self.finish(name)
-            except (RuntimeError, OSError, ValueError, KeyError) as error:
-                print(error, file=sys.stderr, flush=True)
-                failed.append(name)
-        return failed
+    def measure(self, measurements: list[str], jobs: int = 1) -> list[str]:
+        """Run what the measurements need, `jobs` tasks at a time; returns the tasks that failed. What needs them is
+        left out."""
+        left, failed = self.wanted(measurements), []
+        running: dict[Future[None], str] = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            while True:
+                ready = [name for name in left if all(map(self.finished, self.tasks[name].needs))]
+                for name in ready[: jobs - len(running)]:
+                    left.remove(name)
+                    running[pool.submit(self.execute, name)] = name
+                if not running:
+                    return failed
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(done)
+                    try:
+                        done.result()
+                        self.finish(name)
+                    except (RuntimeError, OSError, ValueError, KeyError) as error:
+                        print(error, file=sys.stderr, flush=True)
+                        failed.append(name)
 
     def execute(self, name: str) -> None:
         """Run a task's commands with one thread. Raises RuntimeError if a command fails.
@@ -186,7 +206,11 @@ class Study:
             for command in self.tasks[name].commands:
                 command = [re.sub(r"{best of (\S+)}", lambda m: str(self.best_level(m[1])), part) for part in command]
                 print(f"{name}: {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
-                if code := subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
+                if command[0] == CDM:
+                    command = [sys.executable, "-m", "cdm_lightning", *command[1:]]
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+                self.processes.append(process)
+                if code := process.wait():
                     raise RuntimeError(f"{name} ended with code {code}: {log} says why")
 
     def best_level(self, search: str) -> int:
@@ -232,12 +256,16 @@ def figures(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    plan = yaml.safe_load((HERE / "study.yaml").read_text())
-    parser.add_argument("data", choices=plan["data"])
+    parser.add_argument("data")
     parser.add_argument("seed", type=int)
+    parser.add_argument("--plan", type=Path, default=HERE / "study.yaml", help="the list of trainings and measurements")
+    parser.add_argument("--jobs", type=int, default=1, help="how many tasks run at a time")
     parser.add_argument("--only", default="", help="a regular expression: measure only what it matches")
     parser.add_argument("--list", action="store_true", help="print the commands of all tasks, and run nothing")
     arguments = parser.parse_args()
+    plan = yaml.safe_load(arguments.plan.read_text())
+    if arguments.data not in plan["data"]:
+        parser.error(f"{arguments.data} is none of the data of {arguments.plan}: {', '.join(plan['data'])}")
     tasks = tasks_of(plan, arguments.data, arguments.seed)
     run = Path("runs/study") / arguments.data / str(arguments.seed)
     study = Study(tasks, run, HERE / "results" / f"{arguments.data}-{arguments.seed}.json")
@@ -253,8 +281,13 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             sys.exit(f"{run} is locked: another process runs this study")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # this ends the command that runs, too
-        failed = study.measure(measurements)
+
+        def stop(*_: Any) -> None:
+            study.stop()
+            sys.exit(128 + signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, stop)
+        failed = study.measure(measurements, arguments.jobs)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; what needs them was not begun")
 
