@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from cdm_lightning.network.layers import ModulatedNorm, conv_of_upsampled, point
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile; the second uses CUDA graphs
+
+SHAPES = 1000  # of layers and batches that are compiled before torch gives up; its default is 8
 
 
 def sinusoidal_embedding(t: torch.Tensor, channels: int) -> torch.Tensor:
@@ -253,6 +255,21 @@ class UNet(nn.Module):
         for block in self.up:
             h = block(h, skips.pop(), embedding=embedding)
         return self.conv_out(self.norm_out(h))
+
+    def compile(self, mode: CompileMode = "default", **options: Any) -> None:
+        """Compile the network with torch.compile; the first calls take a while.
+
+        Mode "default" compiles each residual block and attention layer by itself, and those of one shape once, which
+        takes far less time than the whole network and runs as fast. CUDA graphs need the network as a whole.
+        """
+        if mode == "reduce-overhead":
+            super().compile(mode=mode, **options)
+            return
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, SHAPES)
+        for layer in self.modules():
+            if isinstance(layer, ResidualBlock | SelfAttention):
+                layer.compile(mode=mode, dynamic=False, **options)
 
     def condition(self, label: torch.Tensor | None, level: torch.Tensor | None) -> torch.Tensor | None:
         """The embedding of label and level, which does not depend on t: (B, 4 channels), or None without either."""
