@@ -11,7 +11,8 @@ QUICK = [
     "--data.batch_size=2", "--data.num_workers=0",
     "--model.channels=8", "--model.norm_groups=4", "--model.num_res_blocks=1", "--model.num_heads=2",
 ]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": PYTHONPATH}
 
 
 def configs(path: Path) -> list[str]:

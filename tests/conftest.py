@@ -56,3 +56,15 @@ def few_real(tmp_path_factory):
         counts = np.bincount([label for _, _, label in samples], minlength=10).tolist()
         write_manifest(folder, replace(read_manifest(source), shards=shards, counts=counts))
     return root
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """`pytest -m gpu` ends with a line per test: outcome, seconds, and the numbers that it measured."""
+    if "gpu" not in config.option.markexpr.split():
+        return
+    terminalreporter.section("measured")
+    for outcome in ("passed", "failed", "skipped", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            numbers = " ".join(f"{name}={value}" for name, value in getattr(report, "user_properties", []))
+            seconds = f"{getattr(report, 'duration', 0):.1f}s"  # a module that cannot be imported has none
+            terminalreporter.line(f"{outcome} {seconds} {report.nodeid.split('/')[-1]} {numbers}".rstrip())

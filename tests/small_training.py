@@ -30,11 +30,14 @@ class Pause(Callback):
 def smallest_stage(kind=BaseStage, **options):
     """A base stage of 8x8 to train."""
     torch.manual_seed(0)
-    stage = kind(resolution=8, seed=3, **{**SMALLEST, "sampling_steps": 4, **options})
+    stage = kind(seed=3, **{**SMALLEST, "resolution": 8, "sampling_steps": 4, **options})
     return randomise_weights(stage).train().requires_grad_(True)
 
 
-def train(stage, root, folder, steps, processes=1, parts=1, every=3, resume=None, callbacks=(), saves=2, **options):
+def train(
+    stage, root, folder, steps, processes=1, parts=1, every=3, resume=None, callbacks=(), saves=2, accelerator="cpu",
+    **options,
+):  # fmt: skip
     """Train in batches of 8; a checkpoint every 2 steps, a row every 3."""
     saver = ModelCheckpoint(
         folder / "checkpoints", every_n_train_steps=saves, save_last=True, enable_version_counter=False
@@ -42,7 +45,8 @@ def train(stage, root, folder, steps, processes=1, parts=1, every=3, resume=None
     # DDP takes a static graph and accumulation each, and not both: the first backward pass must be one that it reduces
     many = {"strategy": DDPStrategy(start_method=START, static_graph=parts == 1, process_group_backend="gloo")}
     trainer = Trainer(
-        default_root_dir=folder, max_steps=steps, accelerator="cpu", devices=processes, accumulate_grad_batches=parts,
+        default_root_dir=folder, max_steps=steps, accelerator=accelerator, devices=processes,
+        accumulate_grad_batches=parts,
         log_every_n_steps=every, logger=CSVLogger(folder, name="logs"), use_distributed_sampler=False,
         callbacks=[EMA(0.9), FiniteSteps(2), *callbacks, saver], enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0, gradient_clip_val=1.0, **(many if processes > 1 else {}), **options,

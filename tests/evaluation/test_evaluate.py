@@ -11,6 +11,7 @@ import torch
 from evaluations import CNN, CPU, N, prepare_evaluation
 from small_models import smallest_stages
 
+from cdm_lightning import __version__
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.data.shards import read_manifest, shards_digest, write_images
@@ -22,6 +23,7 @@ from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references.cards import ReferenceCard, read_card, write_card
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.evaluation.report.memorisation import neighbour_rows
+from cdm_lightning.evaluation.report.results import PACKAGES, provenance
 from cdm_lightning.evaluation.report.stored_samples import resolution_folders, stage_rows
 from cdm_lightning.foundation.images import to_uint8
 from cdm_lightning.sampling.sample import sample
@@ -198,3 +200,8 @@ def test_a_planted_training_image_is_found(toy, planted, tmp_path):
     assert is_copy and torch.equal(image, real) and torch.equal(neighbours[0], real)
     assert distances[0] == pytest.approx(found["least"], abs=1e-3) and distances == sorted(distances)
     assert not any(row[3] for row in rows[1:]) and [r[2][0] for r in rows] == sorted(r[2][0] for r in rows)
+
+
+def test_figures_say_the_version_where_the_package_is_not_installed(monkeypatch):
+    monkeypatch.setattr("cdm_lightning.evaluation.report.results.version", {name: "1" for name in PACKAGES}.__getitem__)
+    assert f"cdm_lightning {__version__}, torch 1" in provenance()["versions"]

@@ -105,6 +105,7 @@ def test_noise_without_generators_is_the_global_one():
     assert torch.equal(drawn, torch.randn(5, 2, 1, 4, 4))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose calls for one step and many differ")
 def test_noise_drawn_ahead_on_a_gpu_is_keyed_by_the_image_alone():
     device = torch.device("cuda")

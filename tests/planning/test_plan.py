@@ -128,6 +128,7 @@ def test_memory_on_paper_is_that_of_a_real_step(monkeypatch):
         assert 0.85 * memory.total < highest < 1.15 * most.total
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_memory_on_paper_is_that_of_a_real_step_on_a_gpu(precision):

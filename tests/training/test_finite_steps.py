@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
+from commands import PYTHONPATH, ROOT
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from small_training import logged_rows, smallest_stage, train
@@ -199,7 +199,7 @@ def test_both_processes_of_a_command_stop_with_one_sentence(tmp_path):
     bad = ",".join(str(place) for place in range(5, 400, 4))  # of process 1 alone, from the second step on
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "BAD_PLACES": bad,
-        "PYTHONPATH": f"{Path(__file__).parent}:{ROOT / 'tests'}:{ROOT}",
+        "PYTHONPATH": f"{Path(__file__).parent}:{PYTHONPATH}",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "cdm_lightning", *arguments], capture_output=True, text=True, timeout=900,

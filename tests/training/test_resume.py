@@ -54,7 +54,7 @@ def start(run, *more, **options):
     with (run / "output.txt").open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "cdm_lightning", *arguments], stdout=output, stderr=output, start_new_session=True,
-            env={**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, cwd=ROOT,
+            env=ENVIRONMENT, cwd=ROOT,
         )  # fmt: skip
 
 
@@ -453,6 +453,7 @@ def test_a_run_keeps_its_id(tmp_path):
     assert run_id(tmp_path) == run_id(tmp_path) != run_id(tmp_path / "other")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision with a loss scaler needs a GPU")
 def test_the_loss_scaler_goes_on_too(tmp_path):
     options = {"trainer.accelerator": "gpu", "trainer.devices": 1, "trainer.precision": "16-mixed"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,7 +63,8 @@ class SmallCNN(Detector):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Features, float32 (B, 64), of uint8 (B, C, H, W)."""
-        return self.features(self.prepare(image))
+        with exact_convolutions():
+            return self.features(self.prepare(image))
 
     def classify(self, image: torch.Tensor) -> torch.Tensor:
         """Logits of the classes, float32 (B, num_classes), of uint8 (B, C, H, W)."""
@@ -84,6 +87,11 @@ class SmallCNN(Detector):
     def features(self, prepared: torch.Tensor) -> torch.Tensor:
         """Features, float32 (B, 64), of prepared images (B, C, 32, 32)."""
         return self.penultimate(self.convolutions(prepared))
+
+
+def exact_convolutions() -> Any:
+    """Within this context, a GPU convolves in full float32, without TF32: figures agree with those of a CPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def convolution(channels: int, out: int) -> list[nn.Module]:

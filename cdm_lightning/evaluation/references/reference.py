@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import PositiveInt
 
+from cdm_lightning import __version__
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
 from cdm_lightning.evaluation.detectors import Detector, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
@@ -136,7 +137,7 @@ def summarize(
     made = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "stored_resolution": manifest.resolution,
-        "versions": {name: version(name) for name in ("cdm_lightning", *packages)},
+        "versions": {"cdm_lightning": __version__, **{name: version(name) for name in packages}},
     }
     return ReferenceCard(
         source=manifest.source or None, split=manifest.split, resolution=resolution, channels=manifest.channels,

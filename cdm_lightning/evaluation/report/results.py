@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cdm_lightning import __version__
 from cdm_lightning.data.shards import Manifest, shards_digest
 from cdm_lightning.evaluation.metrics.measurements import Figure
 from cdm_lightning.evaluation.report.page import Block, Command, Folded, Section, Table
@@ -38,7 +39,7 @@ def provenance() -> dict[str, str]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["cdm", *sys.argv[1:]]),
         "device": device,
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("cdm_lightning", *PACKAGES)),
+        "versions": ", ".join([f"cdm_lightning {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     }
 
 
