@@ -21,7 +21,7 @@ from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.class_names import check_same_classes, class_number
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import output_images, quantize, to_float, to_uint8
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.network import CompileMode
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.augmentation import GaussianAugmentation
@@ -268,15 +268,15 @@ class CascadeModule(L.LightningModule):
         stops = self.stops()  # where the reverse process of each stage ends: at s, or at 0
         images = []
         if image is None:
-            image = self.draw(0, label, self.generators(index, 0), stops[0])  # z_s ~ p(z_s|c)
+            image = self.draw(0, label, self.streams(index, 0), stops[0])  # z_s ~ p(z_s|c)
             images.append(image)
         for number, (stage, level, stop_at) in enumerate(zip(upsamplers, self.levels, stops[1:], strict=True), 1):
             if not images and stage.low_resolution != image.shape[-1]:
                 continue  # this stage comes before the image that was given
-            generator = self.generators(index, number)
+            streams = self.streams(index, number)
             is_noisy = self.truncated and images and level > 0  # the previous stage stopped at z_s
-            low_res = image if is_noisy else stage.augment(image, level, generator)  # z_s ~ q(z_s|z_0)
-            image = self.draw(number, label, generator, stop_at, low_res, level)  # x ~ p(x|z_s, c)
+            low_res = image if is_noisy else stage.augment(image, level, streams)  # z_s ~ q(z_s|z_0)
+            image = self.draw(number, label, streams, stop_at, low_res, level)  # x ~ p(x|z_s, c)
             images.append(image)
         return images
 
@@ -288,7 +288,7 @@ class CascadeModule(L.LightningModule):
         self,
         number: int,
         label: torch.Tensor,
-        generator: list[torch.Generator],
+        streams: KeyedStreams,
         stop_at: int,
         low_res: torch.Tensor | None = None,
         level: int = 0,
@@ -302,13 +302,13 @@ class CascadeModule(L.LightningModule):
         drawn = []
         for part in (slice(first, first + size) for first in range(0, len(label), size)):
             conditioning = (label[part],) if low_res is None else (label[part], low_res[part], level)
-            drawn.append(self.stages[number].sample(*conditioning, stop_at, generator[part]))
+            drawn.append(self.stages[number].sample(*conditioning, stop_at, streams[part]))
         image = torch.cat(drawn)
         return image if stop_at else quantize(image)
 
-    def generators(self, index: torch.Tensor, number: int) -> list[torch.Generator]:
-        """One generator per image for the random draws of one stage, seeded by (seed, stage, index)."""
-        return generators(index.tolist(), self.device, self.seed, "sample", number)
+    def streams(self, index: torch.Tensor, number: int) -> KeyedStreams:
+        """The streams of the images for the random draws of one stage, keyed by (seed, stage, index)."""
+        return KeyedStreams(index, self.device, self.seed, "sample", number)
 
     def check_labels(self, label: torch.Tensor) -> None:
         """Refuse class numbers outside 0 ... num_classes - 1."""

@@ -18,7 +18,7 @@ from cdm_lightning.diffusion import Diffusion, Predict
 from cdm_lightning.diffusion.process import schedule_settings
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import output_images, quantize
-from cdm_lightning.foundation.randomness import default_generators
+from cdm_lightning.foundation.randomness import TorchStreams
 
 
 class CascadeModel(ModelMixin):
@@ -78,30 +78,26 @@ class CascadePipeline(DiffusionPipeline):
         label = cascade.labels(class_labels, num_images).to(self._execution_device)
         steps = plain(num_inference_steps)
         steps = steps if steps is None or isinstance(steps, Sequence) else [steps] * len(cascade.stages)
-        if generator is None:
-            drawn = default_generators(len(label), label.device)
-        else:
-            drawn = list(generator) if isinstance(generator, Sequence) else [generator] * len(label)
-        if [isinstance(g, torch.Generator) for g in drawn] != [True] * len(label):
+        if generator is not None:
+            generator = list(generator) if isinstance(generator, Sequence) else [generator] * len(label)
+        if generator is not None and [isinstance(g, torch.Generator) for g in generator] != [True] * len(label):
             raise InputError(f"generator must be a torch.Generator, or a list of {len(label)}, one for each image")
-        image = None
+        streams, image = TorchStreams(len(label), label.device, generator), None
         with cascade.changed(levels, False, steps), advancing(cascade.stages, self.progress_bar):
             for stage, level in zip(cascade.stages, [0, *cascade.levels], strict=True):
-                low_res = None if image is None else stage.augment(image, level, drawn)
+                low_res = None if image is None else stage.augment(image, level, streams)
                 strength = torch.full((len(label),), float(level), device=label.device)
                 bound = (label,) if low_res is None else (label, low_res, strength)
                 predict = (stage.predictor if low_res is None else stage.conditioned_predictor)(*bound)
-                image = quantize(self.draw(stage.diffusion, predict, stage.noise(drawn), drawn))
+                image = quantize(self.draw(stage.diffusion, predict, stage.noise(streams), streams))
         assert image is not None
         images = output_images(image, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def draw(
-        self, diffusion: Diffusion, predict: Predict, noise: torch.Tensor, generator: list[torch.Generator]
-    ) -> torch.Tensor:
+    def draw(self, diffusion: Diffusion, predict: Predict, noise: torch.Tensor, streams: TorchStreams) -> torch.Tensor:
         """x_0 from x_T = noise, float32 (B, C, H, W), by the stage's own sampler or by the pipeline's scheduler."""
         if self.scheduler is None:
-            return diffusion.sample(predict, noise, 0, generator)
+            return diffusion.sample(predict, noise, 0, streams)
         scheduler = following(self.scheduler, diffusion)
         try:
             scheduler.set_timesteps(diffusion.sampling_steps or diffusion.timesteps, device=noise.device)
@@ -110,7 +106,7 @@ class CascadePipeline(DiffusionPipeline):
         if scheduler.timesteps[0] < scheduler.timesteps[-1]:
             raise InputError(f"{type(scheduler).__name__} goes from images to noise, and draws no images")
         takes = inspect.signature(scheduler.step).parameters
-        options = {"generator": generator} if "generator" in takes else {}
+        options = {"generator": streams.generators} if "generator" in takes else {}
         x = noise * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t)

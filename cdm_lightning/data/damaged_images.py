@@ -37,6 +37,8 @@ def decode_damage(index: torch.Tensor, images: int) -> tuple[torch.Tensor, torch
     stand-in image, which takes the place of the first.
     """
     intact = index[index >= 0]
+    if len(intact) == len(index):
+        return index, torch.zeros(2, dtype=torch.int64)  # as it is, in memory that a GPU copies without a wait
     if len(intact) == images:
         return intact, torch.tensor([len(index) - images, 0])
     return ~index[:1], torch.tensor([len(index), 1])
@@ -52,8 +54,8 @@ class Damage(L.Callback):
     summed_at = 0  # global_step of the last sum: one sum per optimizer step, also with accumulated batches
 
     def log(self, module: L.LightningModule, group: str, counts: torch.Tensor) -> None:
-        skipped, stand_ins = counts.tolist()
-        module.log_dict({f"{group}/skipped_images": float(skipped), f"{group}/stand_ins": float(stand_ins)})
+        skipped, stand_ins = counts.float()  # tensors of the host: Lightning would copy numbers to the device
+        module.log_dict({f"{group}/skipped_images": skipped, f"{group}/stand_ins": stand_ins})
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         self.summed_at = trainer.global_step

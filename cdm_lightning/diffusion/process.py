@@ -7,15 +7,14 @@ is t - 1, and is used in this file only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import repeat
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 
 from cdm_lightning.diffusion.samplers import ancestral_step, check_ddim_grid, make_scheduler
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.randomness import randn_ahead
+from cdm_lightning.foundation.randomness import Streams, TorchStreams
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> (B, C or 2C, H, W)
 Schedule = Literal["cosine", "linear"]
@@ -186,26 +185,30 @@ class Diffusion:
         predict: Predict,
         noise: torch.Tensor,
         stop_at: int = 0,
-        generator: Sequence[torch.Generator] | None = None,
+        streams: Streams | None = None,
     ) -> torch.Tensor:
         """Run the reverse process from x_T = noise down to x_s, s = stop_at; 0 gives the image.
 
-        noise: float32 (B, C, H, W). generator: one per image, for the noise of the ddpm sampler. Calls predict(x_t, t)
-        once per step, with t of shape (B,). Raises InputError where `sampling_grid` does.
+        noise: float32 (B, C, H, W). streams: one per image, for the noise of the ddpm sampler; None for torch's default
+        generator. Calls predict(x_t, t) once per step, with t of shape (B,). Raises InputError where `sampling_grid`
+        does.
         """
         scheduler, indices = self.sampling_grid(stop_at)
         clock = Diffusion(self.timesteps, self.sampling_schedule or self.schedule, "fixed_small")
         abar = clock.table("abar").tolist()
         x = noise.contiguous(memory_format=torch.channels_last)  # the layout of the network's activations
-        z = randn_ahead(x.shape, len(indices), x.device, generator) if self.sampler == "ddpm" else repeat(None)
-        for index, after, z_t in zip(indices, [*indices[1:], stop_at - 1], z, strict=False):
+        streams = TorchStreams(len(x), x.device) if streams is None else streams
+        if len(streams) != len(x):
+            raise ValueError(f"{len(streams)} streams for {len(x)} images")
+        for index, after in zip(indices, [*indices[1:], stop_at - 1], strict=True):
             t = torch.tensor(float(index + 1), dtype=torch.float64)
             if clock.schedule != self.schedule:
                 t = self.time_from_alpha_bar(clock.alpha_bar(t))
             output = predict(x, torch.full((len(x),), float(t), device=x.device)).to(x.dtype)
-            if z_t is not None:
+            if self.sampler == "ddpm":
+                z = streams.randn(x.shape[1:])
                 settings = (self.prediction, self.variance, self.clip)
-                x = ancestral_step(output, x, z_t, abar[index + 1], abar[after + 1], *settings)
+                x = ancestral_step(output, x, z, abar[index + 1], abar[after + 1], *settings)
                 continue
             output = output[:, : x.shape[1]]  # only the ancestral sampler uses a learned variance
             # By default, DDIM would combine the clipped x_0 with the epsilon of the unclipped one.

@@ -1,7 +1,6 @@
 """The samplers of the reverse process: diffusers' DDIM and DPM-Solver++, and a DDPM ancestral step written here.
 
-This ancestral step takes its noise as an argument, so that the noise of many steps can be drawn in one call. The step
-of diffusers draws its own.
+This ancestral step takes its noise as an argument, from the images' own streams. The step of diffusers draws its own.
 """
 
 from __future__ import annotations

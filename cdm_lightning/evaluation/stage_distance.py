@@ -26,7 +26,7 @@ from cdm_lightning.evaluation.samples import check_manifest
 from cdm_lightning.foundation.class_names import NO_CLASSES
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_float, to_uint8
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 
 
@@ -183,12 +183,12 @@ class StageDistance(L.Callback):
             part = slice(first, first + self.batch_size)
             index, device = self.index[part], stage.device
             label = (index % (stage.num_classes or 1)).to(device)
-            generator = generators(index.tolist(), device, stage.seed, "sample", self.number)
+            streams = KeyedStreams(index, device, stage.seed, "sample", self.number)
             if low_res is None:
-                image = stage.sample(label, 0, generator)
+                image = stage.sample(label, 0, streams)
             else:
-                z = stage.augment(to_float(low_res[part].to(device)), self.level, generator)
-                image = stage.sample(label, z, self.level, 0, generator)
+                z = stage.augment(to_float(low_res[part].to(device)), self.level, streams)
+                image = stage.sample(label, z, self.level, 0, streams)
             features.append(features_of(self.detector, to_uint8(image)).cpu())
         return torch.cat(features)
 

@@ -14,22 +14,20 @@ import torch.nn.functional as F
 
 from cdm_lightning.diffusion import Diffusion, Schedule
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.randomness import rand, randn
+from cdm_lightning.foundation.randomness import Streams
 
 
 class Augmentation(Protocol):
     """Corrupts clean low-resolution images (B, C, h, w) in [-1, 1] with one strength per image, (B,).
 
-    `draw` returns random strengths for training, float32 (B,), one from each generator.
+    `draw` returns random strengths for training, float32 (B,), one from each stream.
     """
 
     takes_level: bool  # whether the network is conditioned on the strength
 
-    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor: ...
+    def draw(self, streams: Streams) -> torch.Tensor: ...
 
-    def __call__(
-        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
-    ) -> torch.Tensor: ...
+    def __call__(self, low_res: torch.Tensor, strength: torch.Tensor, streams: Streams) -> torch.Tensor: ...
 
 
 class NoAugmentation:
@@ -37,12 +35,10 @@ class NoAugmentation:
 
     takes_level = False
 
-    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
-        return torch.zeros(len(generator), device=generator[0].device)
+    def draw(self, streams: Streams) -> torch.Tensor:
+        return torch.zeros(len(streams), device=streams.device)
 
-    def __call__(
-        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
-    ) -> torch.Tensor:
+    def __call__(self, low_res: torch.Tensor, strength: torch.Tensor, streams: Streams) -> torch.Tensor:
         return low_res
 
 
@@ -67,14 +63,12 @@ class GaussianAugmentation:
             )
         self.diffusion = Diffusion(timesteps, schedule)
 
-    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+    def draw(self, streams: Streams) -> torch.Tensor:
         """s ~ U{min_level, ..., max_level}, float32 (B,)."""
-        return self.min_level + (rand(generator) * (self.max_level + 1 - self.min_level)).floor().float()
+        return self.min_level + (streams.rand() * (self.max_level + 1 - self.min_level)).floor().float()
 
-    def __call__(
-        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
-    ) -> torch.Tensor:
-        return self.diffusion.diffuse(low_res, strength, randn(low_res.shape[1:], generator))
+    def __call__(self, low_res: torch.Tensor, strength: torch.Tensor, streams: Streams) -> torch.Tensor:
+        return self.diffusion.diffuse(low_res, strength, streams.randn(low_res.shape[1:]))
 
 
 class BlurAugmentation:
@@ -92,15 +86,13 @@ class BlurAugmentation:
             raise InputError(f"blur_probability {probability} lies outside 0 ... 1")
         self.sigma, self.probability = tuple(sigma), probability
 
-    def draw(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+    def draw(self, streams: Streams) -> torch.Tensor:
         """Sigma in pixels, or 0 for no blur, float32 (B,)."""
         lowest, highest = self.sigma
-        blurred = rand(generator) < self.probability
-        return (blurred * (lowest + (highest - lowest) * rand(generator))).float()
+        blurred = streams.rand() < self.probability
+        return (blurred * (lowest + (highest - lowest) * streams.rand())).float()
 
-    def __call__(
-        self, low_res: torch.Tensor, strength: torch.Tensor, generator: Sequence[torch.Generator]
-    ) -> torch.Tensor:
+    def __call__(self, low_res: torch.Tensor, strength: torch.Tensor, streams: Streams) -> torch.Tensor:
         side = torch.exp(-0.5 / strength.square()).view(-1, 1, 1, 1)  # exp(-inf) = 0: sigma 0 changes no bit
         centre = 1 / (1 + 2 * side)
         side = side * centre

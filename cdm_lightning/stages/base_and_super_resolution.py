@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from cdm_lightning.diffusion import Predict, Schedule
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import check_power_of_two, downscale, to_float, to_uint8
-from cdm_lightning.foundation.randomness import default_generators
+from cdm_lightning.foundation.randomness import Streams, TorchStreams
 from cdm_lightning.stages.augmentation import Augmentation, BlurAugmentation, GaussianAugmentation, NoAugmentation
 from cdm_lightning.stages.diffusion_stage import Batch, DiffusionStage
 
@@ -19,16 +18,16 @@ from cdm_lightning.stages.diffusion_stage import Batch, DiffusionStage
 class BaseStage(DiffusionStage):
     """p(z_0|c): the class-conditional model at the lowest resolution."""
 
-    def sample(self, label: torch.Tensor, stop_at: int = 0, generator: Sequence[torch.Generator] = ()) -> torch.Tensor:
+    def sample(self, label: torch.Tensor, stop_at: int = 0, streams: Streams | None = None) -> torch.Tensor:
         """z_s at s = stop_at, the image at s = 0: float32 (B, C, H, W). label: int64 (B,).
 
-        generator: one per image, () for torch's own.
+        streams: one per image, None for torch's default generator.
         """
-        generator = generator or default_generators(len(label), self.device)
-        return self.diffusion.sample(self.predictor(label), self.noise(generator), stop_at, generator)
+        streams = TorchStreams(len(label), self.device) if streams is None else streams
+        return self.diffusion.sample(self.predictor(label), self.noise(streams), stop_at, streams)
 
-    def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
-        return self.sample(batch[1], 0, generator)
+    def sample_like(self, batch: Batch, streams: Streams) -> torch.Tensor:
+        return self.sample(batch[1], 0, streams)
 
 
 class SuperResolutionStage(DiffusionStage):
@@ -76,26 +75,24 @@ class SuperResolutionStage(DiffusionStage):
         self.low_resolution, self.upsampling = low_resolution, upsampling
 
     def training_predictor(
-        self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
+        self, image: torch.Tensor, label: torch.Tensor, streams: Streams
     ) -> tuple[Predict, dict[str, torch.Tensor]]:
         """The network given z_s ~ q(z_s|z_0), and {"s": s as a share of its range, (0, 1], (B,)} or {}."""
-        strength = self.augmentation.draw(generator)  # (B,)
-        low_res = self.augment(self.low_res_of(image), strength, generator)  # (B, C, h, w)
+        strength = self.augmentation.draw(streams)  # (B,)
+        low_res = self.augment(self.low_res_of(image), strength, streams)  # (B, C, h, w)
         predict = self.conditioned_predictor(label, low_res, strength)
         if not isinstance(self.augmentation, GaussianAugmentation):
             return predict, {}
         lowest, highest = self.augmentation.min_level, self.augmentation.max_level
         return predict, {"s": (strength + 1 - lowest) / (highest + 1 - lowest)}
 
-    def augment(
-        self, low_res: torch.Tensor, strength: torch.Tensor | float, generator: Sequence[torch.Generator]
-    ) -> torch.Tensor:
+    def augment(self, low_res: torch.Tensor, strength: torch.Tensor | float, streams: Streams) -> torch.Tensor:
         """The augmented low-resolution images, still at low resolution. Training and sampling share this.
 
         strength: one per image, (B,), or one number for all.
         """
         strength = torch.as_tensor(strength, dtype=torch.float32, device=low_res.device).expand(len(low_res))
-        return self.augmentation(low_res, strength, generator)
+        return self.augmentation(low_res, strength, streams)
 
     def conditioned_predictor(self, label: torch.Tensor, low_res: torch.Tensor, strength: torch.Tensor) -> Predict:
         """The network conditioned on label, low_res and its strength.
@@ -112,27 +109,25 @@ class SuperResolutionStage(DiffusionStage):
         low_res: torch.Tensor,
         level: int,
         stop_at: int = 0,
-        generator: Sequence[torch.Generator] = (),
+        streams: Streams | None = None,
     ) -> torch.Tensor:
         """x_s at s = stop_at, the image at s = 0: float32 (B, C, H, W).
 
-        low_res: (B, C, h, w), already augmented to `level`. generator: one per image, () for torch's own.
+        low_res: (B, C, h, w), already augmented to `level`. streams: one per image, None for torch's default generator.
         """
-        generator = generator or default_generators(len(label), self.device)
+        streams = TorchStreams(len(label), self.device) if streams is None else streams
         strength = torch.full((len(label),), float(level), device=low_res.device)
         predict = self.conditioned_predictor(label, low_res, strength)
-        return self.diffusion.sample(predict, self.noise(generator), stop_at, generator)
+        return self.diffusion.sample(predict, self.noise(streams), stop_at, streams)
 
-    def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
-        return self.sample_at_least_level(batch[1], self.low_res_of(batch[0]), generator)
+    def sample_like(self, batch: Batch, streams: Streams) -> torch.Tensor:
+        return self.sample_at_least_level(batch[1], self.low_res_of(batch[0]), streams)
 
-    def sample_at_least_level(
-        self, label: torch.Tensor, low_res: torch.Tensor, generator: Sequence[torch.Generator]
-    ) -> torch.Tensor:
+    def sample_at_least_level(self, label: torch.Tensor, low_res: torch.Tensor, streams: Streams) -> torch.Tensor:
         """As `sample`, from clean low_res, at `least_level`."""
         if self.least_level:  # at 0, it would draw noise for nothing
-            low_res = self.augment(low_res, self.least_level, generator)
-        return self.sample(label, low_res, self.least_level, 0, generator)
+            low_res = self.augment(low_res, self.least_level, streams)
+        return self.sample(label, low_res, self.least_level, 0, streams)
 
     @property
     def least_level(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from cdm_lightning.diffusion import Diffusion, Predict, Prediction, Sampler, Schedule, Variance
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import to_uint8
-from cdm_lightning.foundation.randomness import generators, key, rand, randn
+from cdm_lightning.foundation.randomness import KeyedStreams, Streams, key
 from cdm_lightning.network import CompileMode, UNet
 from cdm_lightning.stages.augmentation import Augmentation, NoAugmentation
 from cdm_lightning.stages.training_log import Meter, TrainingLog, quarters
@@ -157,10 +157,10 @@ class DiffusionStage(L.LightningModule):
         """
         image, label, index = batch
         self.check_batch(image)
-        generator = generators(index.tolist(), image.device, self.seed, purpose)
-        t = self.diffusion.time_from_uniform(rand(generator))
-        predict, shares = self.training_predictor(image, label, generator)  # draws s and z_s ~ q(z_s|z_0)
-        eps = randn(image.shape[1:], generator)
+        streams = KeyedStreams(index, image.device, self.seed, purpose)
+        t = self.diffusion.time_from_uniform(streams.rand())
+        predict, shares = self.training_predictor(image, label, streams)  # draws s and z_s ~ q(z_s|z_0)
+        eps = streams.randn(image.shape[1:])
         losses = self.diffusion.loss(predict, image, t, eps)
         if by_quarters:
             for name, share in {"t": t / self.diffusion.timesteps, **shares}.items():
@@ -168,7 +168,7 @@ class DiffusionStage(L.LightningModule):
         return losses
 
     def training_predictor(
-        self, image: torch.Tensor, label: torch.Tensor, generator: Sequence[torch.Generator]
+        self, image: torch.Tensor, label: torch.Tensor, streams: Streams
     ) -> tuple[Predict, dict[str, torch.Tensor]]:
         """The network with its conditioning bound, and {"s": s as a share of its range, (0, 1], (B,)} or {}."""
         return self.predictor(label), {}
@@ -205,9 +205,9 @@ class DiffusionStage(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """uint8 (B, C, R, R): samples of the batch's classes, super-resolved from the real low-resolution images."""
-        return to_uint8(self.sample_like(batch, generators(batch[2].tolist(), self.device, self.seed, "predict")))
+        return to_uint8(self.sample_like(batch, KeyedStreams(batch[2], self.device, self.seed, "predict")))
 
-    def sample_like(self, batch: Batch, generator: Sequence[torch.Generator]) -> torch.Tensor:
+    def sample_like(self, batch: Batch, streams: Streams) -> torch.Tensor:
         """Samples with the conditioning of a batch: its labels, and its low-resolution images in super-resolution."""
         raise TypeError(f"{type(self).__name__} does not say how it samples")
 
@@ -254,9 +254,9 @@ class DiffusionStage(L.LightningModule):
                 for group in state["param_groups"]:
                     group["fused"] = uses_fused_adam(self)
 
-    def noise(self, generator: Sequence[torch.Generator]) -> torch.Tensor:
+    def noise(self, streams: Streams) -> torch.Tensor:
         """x_T, standard normal, float32 (B, C, R, R)."""
-        return randn((self.image_channels, self.resolution, self.resolution), generator)
+        return streams.randn((self.image_channels, self.resolution, self.resolution))
 
 
 def kind_of(stage: DiffusionStage) -> str:

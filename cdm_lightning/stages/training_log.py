@@ -88,7 +88,8 @@ class TrainingLog(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         if (loss := self.write(trainer, pl_module)) is not None:
-            pl_module.log("train/loss", loss, prog_bar=True, logger=False)
+            # A tensor of the host: from a number Lightning makes one on the device, and reads it at every later step.
+            pl_module.log("train/loss", torch.tensor(loss), prog_bar=True, logger=False)
 
     def write(self, trainer: L.Trainer, pl_module: Any) -> float | None:
         """Write the row if one is due, and return its loss. All processes must call this at the same step."""

@@ -26,29 +26,39 @@ class EMA(WeightAveraging):
         if not 0 <= decay < 1:
             raise InputError(f"decay {decay} of the averaged weights lies outside 0 <= decay < 1")
         self.decay, self.skipped = decay, 0
-        super().__init__(use_buffers=False, multi_avg_fn=self.average)
+        self.updates = 0  # n; also in the averages' buffer n_averaged, which is on the device and would have to be read
+        super().__init__(use_buffers=False)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.updates = 0  # the averages of this run are new
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None:
+            self.updates = int(self._average_model.n_averaged)
 
     def decay_after(self, updates: int) -> float:
         """d of the next update, after `updates` earlier ones."""
         return min(self.decay, (1 + updates) / (10 + updates))
 
-    def average(self, averaged: Any, current: Any, updates: torch.Tensor | int) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - self.decay_after(int(updates)))
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to update: after every optimizer step that FiniteSteps did not skip. step_idx: its index, from 0."""
-        return step_idx is not None and step_idx + 1 != self.skipped
+    @torch.no_grad()
+    def update(self, pl_module: L.LightningModule) -> None:
+        """Average once: the first time the weights as they are. Unlike torch's own update, this reads no tensor."""
+        averages: Any = self._average_model
+        new = 1 - self.decay_after(self.updates) if self.updates else 1.0
+        torch._foreach_lerp_([*averages.module.parameters()], [*pl_module.parameters()], new)
+        averages.n_averaged += 1
+        self.updates += 1
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Average after the step unless FiniteSteps skipped it, and log the decay in force."""
+        """Average after every optimizer step that FiniteSteps did not skip, and log the decay in force."""
         finite = next((callback for callback in trainer.callbacks if isinstance(callback, FiniteSteps)), None)  # type: ignore[attr-defined]  # untyped there
         self.skipped = finite.last if finite else 0
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # untyped there
-        if every and trainer.global_step % every == 0:  # not at every step: this waits for the device
-            assert self._average_model is not None
-            updates = int(self._average_model.n_averaged)
-            pl_module.meter.latest["ema_decay"] = self.decay_after(max(0, updates - 1))
+        if trainer.global_step > self._latest_update_step and trainer.global_step != self.skipped:
+            self.update(pl_module)
+            self._latest_update_step = trainer.global_step
+        pl_module.meter.latest["ema_decay"] = self.decay_after(max(0, self.updates - 1))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the raw weights in the module, for last.ckpt; Lightning would overwrite them with the averages."""

@@ -34,8 +34,8 @@ class FiniteSteps(Callback):
 
     The processes need no communication. A non-finite loss gets a non-finite gradient, and this survives accumulation
     and DDP's sum over processes. After that sum all processes have the same gradients, and therefore the same norm.
-    Reading the norm waits for the device once per optimizer step. The gradient scaler of 16-mixed skips such steps
-    itself and lowers its scale; they are counted too.
+    Reading the norm waits for the device, the only time in an ordinary optimizer step. The gradient scaler of 16-mixed
+    skips such steps itself and lowers its scale; they are counted too.
 
     Every process needs the complete gradients: this works with DDP, not with sharded strategies.
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale, save_grid, to_uint8
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.stages import BaseStage, DiffusionStage, SuperResolutionStage
 
 
@@ -82,16 +82,16 @@ class SampleGrid(Callback):
         image, label, _ = (part[: self.rows] for part in batch)
         columns = self.columns
         if isinstance(stage, SuperResolutionStage):
-            generator = generators(range(len(image) * columns), image.device, stage.seed, "grid")
+            streams = KeyedStreams(range(len(image) * columns), image.device, stage.seed, "grid")
             low_res = stage.low_res_of(image)
             repeated = (label.repeat_interleave(columns), low_res.repeat_interleave(columns, 0))
-            samples = stage.sample_at_least_level(*repeated, generator)
+            samples = stage.sample_at_least_level(*repeated, streams)
             inputs_and_truth = zip(low_res, image, strict=True)
         else:
             label = torch.arange(min(self.rows, stage.num_classes or self.rows), device=image.device)
-            generator = generators(range(len(label) * columns), image.device, stage.seed, "grid")
+            streams = KeyedStreams(range(len(label) * columns), image.device, stage.seed, "grid")
             assert isinstance(stage, BaseStage)
-            samples = stage.sample(label.repeat_interleave(columns), 0, generator)
+            samples = stage.sample(label.repeat_interleave(columns), 0, streams)
             inputs_and_truth = None
         rows = [list(row) for row in to_uint8(samples).split(columns)]
         if inputs_and_truth is not None:

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from network import Contestant, Size, diffusers, fill_zero_layers, stopwatch
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
 
 BUNDLE = Path(__file__).parents[2] / "data/fashion-cascade"
@@ -50,8 +50,8 @@ def sampler(stage: BaseStage | SuperResolutionStage, batch: int, device: torch.d
     label = torch.arange(batch, device=device) % (stage.num_classes or 1)
     if isinstance(stage, SuperResolutionStage):
         small = torch.zeros(batch, stage.image_channels, stage.low_resolution, stage.low_resolution, device=device)
-        return lambda: stage.sample(label, small, 0, 0, generators(range(batch), device, "bench"))
-    return lambda: stage.sample(label, 0, generators(range(batch), device, "bench"))
+        return lambda: stage.sample(label, small, 0, 0, KeyedStreams(range(batch), device, "bench"))
+    return lambda: stage.sample(label, 0, KeyedStreams(range(batch), device, "bench"))
 
 
 def loop(stage: Any, batch: int, device: torch.device, rounds: int) -> dict[str, float]:

@@ -40,8 +40,8 @@ def test_the_chosen_s_reaches_corruption_and_embedding_alike(stages):
     seen = record_calls(stages[1])
     cascade.set_levels([501, 0], False)
     z_0 = cascade.sample(LABEL, INDEX)[0]
-    generator = cascade.generators(INDEX, 1)
-    z_s = stages[1].augmentation(z_0, torch.full((3,), 501.0), generator)
+    streams = cascade.streams(INDEX, 1)
+    z_s = stages[1].augmentation(z_0, torch.full((3,), 501.0), streams)
     expected = torch.nn.functional.interpolate(z_s, (16, 16), mode="bilinear")
     assert torch.equal(seen[0].low_res, expected) and seen[0].level.tolist() == [501.0] * 3
     seen.clear()
@@ -144,7 +144,7 @@ def test_truncated_sampling_adds_noise_to_the_clean_images_that_it_goes_on_from(
     for truncated in (True, False):
         cascade.set_levels([1001, 0], truncated)
         cascade.sample(LABEL, INDEX, z)
-    noisy = stages[1].augment(z, 1001, cascade.generators(INDEX, 1))
+    noisy = stages[1].augment(z, 1001, cascade.streams(INDEX, 1))
     expected = torch.nn.functional.interpolate(noisy, (16, 16), mode="bilinear")
     assert not torch.equal(noisy, z) and len(calls) == 8
     assert all(torch.equal(call.low_res, expected) for call in calls)

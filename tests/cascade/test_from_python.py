@@ -30,6 +30,7 @@ from cdm_lightning.__main__ import main
 from cdm_lightning.cascade import hub
 from cdm_lightning.data.shards import read_shard
 from cdm_lightning.foundation.images import decode_png, quantize, to_uint8
+from cdm_lightning.foundation.randomness import TorchStreams
 
 SHIPPED = ROOT / "data" / "fashion-cascade"
 
@@ -203,9 +204,9 @@ def test_diffusers_draws_the_same_images_from_the_same_noise(folder, monkeypatch
         return [torch.Generator().manual_seed(seed) for seed in (11, 12)]
 
     base, sr = cascade.stages
-    generator = draws()
-    low_res = quantize(base.sample(label, 0, generator))
-    expected = to_uint8(sr.sample(label, sr.augment(low_res, 5, generator), 5, 0, generator))
+    streams = TorchStreams(2, "cpu", draws())
+    low_res = quantize(base.sample(label, 0, streams))
+    expected = to_uint8(sr.sample(label, sr.augment(low_res, 5, streams), 5, 0, streams))
     images = pipe(class_labels=["kind 3", 8], levels=[5], generator=draws()).images
     assert np.array_equal(np.stack([np.array(image) for image in images]), expected.permute(0, 2, 3, 1).numpy())
     assert len(pipe(class_labels=[1]).images) == 1  # by torch's own generator
@@ -229,11 +230,11 @@ def test_a_scheduler_of_diffusers_takes_the_place_of_the_samplers():
 
     ddim = images(DDIMScheduler(timestep_spacing="trailing"))
     other = images(EulerDiscreteScheduler())
-    generator = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    streams = TorchStreams(3, "cpu", [torch.Generator().manual_seed(seed) for seed in range(3)])
     label, image = torch.tensor([0, 7, 9]), None
     for stage in cascade.stages:
-        given = (label,) if image is None else (label, stage.augment(image, 0, generator), 0)
-        image = quantize(stage.sample(*given, 0, generator))
+        given = (label,) if image is None else (label, stage.augment(image, 0, streams), 0)
+        image = quantize(stage.sample(*given, 0, streams))
     torch.testing.assert_close(ddim, (image + 1) / 2, rtol=0, atol=0.05)
     assert float((ddim - (image + 1) / 2).abs().mean()) < 0.01  # ours clips more
     images(DPMSolverMultistepScheduler())
@@ -267,10 +268,11 @@ def test_a_scheduler_forgets_its_own_noise_schedule_and_pndm_converges():
     pipe = pipeline(SHIPPED)
     stage = pipe.cascade.module.stages[0]
     stage.diffusion.sampling_steps = 25
-    predict, draws = stage.predictor(torch.tensor([0, 7])), [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    noise = stage.noise(draws)
+    draws = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    predict, streams = stage.predictor(torch.tensor([0, 7])), TorchStreams(2, "cpu", draws)
+    noise = stage.noise(streams)
     with torch.no_grad():
-        own = pipe.draw(stage.diffusion, predict, noise, draws)
+        own = pipe.draw(stage.diffusion, predict, noise, streams)
         for scheduler in (
             DDIMScheduler(trained_betas=[0.02] * 1000, rescale_betas_zero_snr=True),
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
@@ -278,7 +280,7 @@ def test_a_scheduler_forgets_its_own_noise_schedule_and_pndm_converges():
             PNDMScheduler(),
         ):
             pipe.scheduler = scheduler
-            drawn = pipe.draw(stage.diffusion, predict, noise, draws).clamp(-1, 1)
+            drawn = pipe.draw(stage.diffusion, predict, noise, streams).clamp(-1, 1)
             assert float((drawn - own).square().mean().sqrt()) < 0.05
 
 

@@ -13,7 +13,7 @@ from cdm_lightning.diffusion import Diffusion
 from cdm_lightning.diffusion.process import discretized_gaussian_log_likelihood, schedule_settings
 from cdm_lightning.diffusion.samplers import ancestral_step
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 
 MEAN, STD = 0.3, 0.2  # of the data, pixel by pixel
 
@@ -66,9 +66,8 @@ def with_optimal_variance(diffusion: Diffusion, stop_at: int = 0):
 
 
 def run(diffusion: Diffusion, stop_at: int = 0, seed: int = 0, predict=None) -> torch.Tensor:
-    generator = generators([seed], "cpu", "test")
-    noise = torch.randn(1, 1, 256, 256, generator=generator[0])
-    return diffusion.sample(predict or optimal_eps(diffusion), noise, stop_at, generator)
+    streams = KeyedStreams([seed], "cpu", "test")
+    return diffusion.sample(predict or optimal_eps(diffusion), streams.randn((1, 256, 256)), stop_at, streams)
 
 
 def assert_law(x: torch.Tensor, mean: float, std: float, sigmas: float = 5, slack: float = 0.0) -> None:
@@ -430,9 +429,8 @@ def test_the_ancestral_step_is_that_of_diffusers(variance, prediction, clip):
     for index, after in pairwise([*grid, 99, 0, -1]):
         x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
         output = torch.randn(2, 6 if variance == "learned" else 3, 8, 8, dtype=torch.float64)
-        generator = generators([1, 2], "cpu", index)
-        expected = peer.step(output, index, x, generator=generator).prev_sample
-        z = torch.stack([torch.randn(3, 8, 8, generator=g, dtype=x.dtype) for g in generators([1, 2], "cpu", index)])
+        expected = peer.step(output, index, x, generator=torch.Generator().manual_seed(index)).prev_sample
+        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(index), dtype=x.dtype)
         found = ancestral_step(output, x, z, float(abar[index + 1]), float(abar[after + 1]), prediction, variance, clip)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -455,16 +453,16 @@ def test_a_network_in_bfloat16_is_taken_at_its_word(variance):
 
     def drawn(given):
         following = iter(given)
-        return diffusion.sample(lambda x, t: next(following), torch.zeros(2, 3, 8, 8), 0, generators([1, 2], "cpu"))
+        return diffusion.sample(lambda x, t: next(following), torch.zeros(2, 3, 8, 8), 0, KeyedStreams([1, 2], "cpu"))
 
     half, whole = drawn(outputs), drawn([output.float() for output in outputs])
     assert half.dtype == torch.float32 and torch.equal(half, whole)
 
 
-def test_every_image_has_a_generator_of_its_own():
-    with pytest.raises(ValueError, match="shorter"):
+def test_every_image_has_a_stream_of_its_own():
+    with pytest.raises(ValueError, match="1 streams for 2 images"):
         run_of = Diffusion(1000, "cosine", "fixed_small", sampling_steps=5)
-        run_of.sample(optimal_eps(run_of), torch.zeros(2, 1, 4, 4), 0, generators([1], "cpu"))
+        run_of.sample(optimal_eps(run_of), torch.zeros(2, 1, 4, 4), 0, KeyedStreams([1], "cpu"))
 
 
 def test_clipping_keeps_the_predicted_image_in_range():

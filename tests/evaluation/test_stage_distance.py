@@ -25,7 +25,7 @@ from cdm_lightning.evaluation.real_images import read_images
 from cdm_lightning.evaluation.references.cards import read_card
 from cdm_lightning.evaluation.references.reference import reference
 from cdm_lightning.foundation.images import to_float, to_uint8
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.sampling.sample import sample
 from cdm_lightning.stages.loading import load_stage
 from cdm_lightning.training import EMA, Checkpoint, LossCurve
@@ -108,7 +108,7 @@ def real_figure(toy, level):
     stage, detector, features = toy.upsampler, load_detector(CNN), []
     stage.diffusion.sampler, stage.diffusion.sampling_steps = "dpm++", 3
     for i in range(FEW["n"]):
-        z, g = low_res[classes == i % 10][i // 10, None], generators([i], "cpu", 3, "sample", 1)
+        z, g = low_res[classes == i % 10][i // 10, None], KeyedStreams([i], "cpu", 3, "sample", 1)
         image = stage.sample(torch.tensor([i % 10]), stage.augment(to_float(z), level, g), level, 0, g)
         features.append(detector(to_uint8(image)))
     stage.diffusion.sampler, stage.diffusion.sampling_steps = "ddpm", 5

@@ -80,7 +80,7 @@ def test_the_target_of_one_stage_is_the_input_of_the_next_to_the_bit():
     assert torch.equal(low[0], downscale(high[0], 16)) and torch.equal(low[1], high[1])
     stage = SuperResolutionStage(resolution=32, low_resolution=16, augmentation="none", **SMALL)
     seen = []
-    stage.augment = lambda low_res, strength, generator: seen.append(low_res) or low_res
+    stage.augment = lambda low_res, strength, streams: seen.append(low_res) or low_res
     stage.losses((to_float(high[0]), high[1], high[2]), "train")
     assert torch.equal(seen[0], to_float(low[0]))
 

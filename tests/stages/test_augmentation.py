@@ -8,13 +8,13 @@ from small_models import batch_of, record_calls, smallest_stages
 
 from cdm_lightning.diffusion import Diffusion
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.stages.augmentation import BlurAugmentation, GaussianAugmentation, NoAugmentation
 from cdm_lightning.training import SampleGrid
 
 
 def keyed(count, seed=0):
-    return generators(range(count), "cpu", seed, "test")
+    return KeyedStreams(range(count), "cpu", seed, "test")
 
 
 def test_strength_zero_is_the_identity_to_the_bit():
@@ -64,7 +64,7 @@ def test_noise_follows_the_low_resolution_clock():
 
 def test_it_is_the_low_resolution_models_q():
     z, s = torch.rand(4, 1, 8, 8), torch.tensor([1.0, 10.0, 500.0, 1000.0])
-    noise = torch.stack([torch.randn(1, 8, 8, generator=g) for g in keyed(4)])
+    noise = keyed(4).randn((1, 8, 8))
     expected = Diffusion(1000, "linear").diffuse(z, s, noise)
     assert torch.equal(GaussianAugmentation(1000, "linear")(z, s, keyed(4)), expected)
 
@@ -102,10 +102,10 @@ def test_a_stage_with_a_least_level_is_sampled_there_from_noisy_input():
         stage = smallest_stages(min_level=least, max_level=15)[1]
         calls = record_calls(stage)
         batch = batch_of(stage)
-        stage.sample_like(batch, generators(batch[2].tolist(), "cpu", 0, "predict"))
-        generator = generators(batch[2].tolist(), "cpu", 0, "predict")
+        stage.sample_like(batch, KeyedStreams(batch[2], "cpu", 0, "predict"))
+        streams = KeyedStreams(batch[2], "cpu", 0, "predict")
         clean = stage.low_res_of(batch[0])
-        given = stage.augment(clean, least, generator) if least else clean
+        given = stage.augment(clean, least, streams) if least else clean
         expected = torch.nn.functional.interpolate(given, (16, 16), mode="bilinear")
         assert all(torch.equal(call.low_res, expected) and set(call.level.tolist()) == {least} for call in calls)
         calls.clear()

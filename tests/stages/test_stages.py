@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import downscale, to_float, to_uint8
-from cdm_lightning.foundation.randomness import generators, rand, randn
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.network import UNet
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
 from cdm_lightning.stages.loading import load_stage
@@ -24,11 +24,11 @@ def test_conditioning_is_the_same_bits_in_training_and_in_sampling(stages):
         x, t, _, seen, level = calls[0]
         assert torch.equal(calls[0].label, label)
         # sampling draws its own strength; given the one that training drew, the network gets the same bits
-        generator = generators(index.tolist(), "cpu", stage.seed, "train")
-        rand(generator)  # t
-        strength = stage.augmentation.draw(generator)
+        streams = KeyedStreams(index, "cpu", stage.seed, "train")
+        streams.rand()  # t
+        strength = stage.augmentation.draw(streams)
         low_res = to_float(downscale(to_uint8(image), stage.low_resolution))
-        augmented = stage.augment(low_res, strength, generator)
+        augmented = stage.augment(low_res, strength, streams)
         stage.conditioned_predictor(label, augmented, strength)(x, t)
         assert torch.equal(calls[1].low_res, seen)
         takes = stage.augmentation.takes_level
@@ -39,7 +39,7 @@ def test_sampling_feeds_the_network_its_level_and_its_low_resolution_image(stage
     stage = stages[1]
     calls = record_calls(stage)
     low_res = torch.rand(2, 1, 8, 8) * 2 - 1
-    stage.sample(torch.tensor([1, 2]), low_res, 501, 0, generators([0, 1], "cpu", "x"))
+    stage.sample(torch.tensor([1, 2]), low_res, 501, 0, KeyedStreams([0, 1], "cpu", "x"))
     assert len(calls) == 4
     expected = torch.nn.functional.interpolate(low_res, (16, 16), mode="bilinear")
     for call in calls:
@@ -65,9 +65,9 @@ def test_examples_are_drawn_per_image_and_from_their_index_alone(stages):
 def test_the_loss_is_the_mean_over_what_the_diffusion_says(stages):
     stage = stages[0]
     image, label, index = batch_of(stage)
-    generator = generators(index.tolist(), "cpu", stage.seed, "val")
-    t = stage.diffusion.time_from_uniform(rand(generator))
-    eps = randn(image.shape[1:], generator)
+    streams = KeyedStreams(index, "cpu", stage.seed, "val")
+    t = stage.diffusion.time_from_uniform(streams.rand())
+    eps = streams.randn(image.shape[1:])
     output = stage.unet(stage.diffusion.diffuse(image, t, eps), t, label)
     by_hand = (output[:, :1] - eps).square().flatten(1).mean(1)
     torch.testing.assert_close(stage.losses((image, label, index), "val")["simple"], by_hand)

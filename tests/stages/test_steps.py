@@ -7,7 +7,7 @@ from small_models import batch_of, smallest_stages
 from torch.utils.data import DataLoader
 
 from cdm_lightning.foundation.images import to_uint8
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.stages import BaseStage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,7 +30,7 @@ def test_prediction_draws_one_image_for_each_of_a_batch():
     for stage in smallest_stages():
         batch = batch_of(stage, 3, first=5)
         images = stage.predict_step(batch, 0)
-        drawn = stage.sample_like(batch, generators([5, 6, 7], "cpu", 0, "predict"))
+        drawn = stage.sample_like(batch, KeyedStreams([5, 6, 7], "cpu", 0, "predict"))
         assert images.dtype == torch.uint8 and torch.equal(images, to_uint8(drawn))
 
 

@@ -1,6 +1,7 @@
 """A checkpoint that `cdm fit` of version 0.1.0 wrote after four steps is read, and training goes on from it.
 
-Kept beside it are the weights, and their averages, that the same version had after two more steps.
+Kept beside it are the weights, and their averages, that the same version had after two more steps: those of today, if
+the random numbers are those of then.
 """
 
 import shutil
@@ -9,9 +10,11 @@ from pathlib import Path
 import torch
 import yaml
 from commands import ROOT
+from earlier_noise import EarlierStreams
 from safetensors.torch import load_file
 
 from cdm_lightning.__main__ import main
+from cdm_lightning.stages import diffusion_stage
 from cdm_lightning.stages.loading import load_stage
 
 RUN = Path(__file__).parent / "run_of_0.1.0"
@@ -42,6 +45,7 @@ def test_a_stage_of_an_earlier_version_is_read():
 def test_a_training_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
     """With the callbacks of today, which the checkpoint knows by their names of then."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(diffusion_stage, "KeyedStreams", EarlierStreams)
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(RUN / "step4.ckpt", tmp_path / "checkpoints" / "last.ckpt")
     saver = {"class_path": "cdm_lightning.training.Checkpoint", "init_args": {"every_n_train_steps": 2}}

@@ -19,7 +19,7 @@ from cdm_lightning.data import ShardDataModule
 from cdm_lightning.evaluation.cas.protocol import Architecture, Crop, LearningRate, Plan
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-from cdm_lightning.foundation.randomness import generators
+from cdm_lightning.foundation.randomness import KeyedStreams
 from cdm_lightning.stages.loading import newest_checkpoint
 from cdm_lightning.training import Checkpoint
 from cdm_lightning.training.progress import Progress
@@ -125,8 +125,8 @@ def random_box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def resized_crop(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """A random box of each image, enlarged bilinearly to the size of the image. u: see `random_box`."""
     centre, half = random_box(u)
-    theta = torch.cat([torch.diag_embed(half), centre[..., None]], -1)  # (B, 2, 3)
-    grid = F.affine_grid(theta, list(image.shape), align_corners=False).to(image.dtype)
+    theta = torch.cat([torch.diag_embed(half), centre[..., None]], -1).to(image.dtype)  # (B, 2, 3)
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -135,7 +135,7 @@ class Classifier(L.LightningModule):
 
     Its accuracy on real images after training on generated ones is the classification accuracy score (Ravuri and
     Vinyals 2019). Logs test/cas_top1 and test/cas_top5, and stores the accuracy of each class in `per_class`,
-    (num_classes,). Crops and flips are seeded by (seed, index) and drawn on the CPU, so that devices do not differ.
+    (num_classes,). Crops and flips are keyed by (seed, index), and are the same on every device.
 
     Args:
         resolution: Width and height of the images.
@@ -196,8 +196,7 @@ class Classifier(L.LightningModule):
 
     def augment(self, image: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) cropped and mirrored, each image by draws of its own place in the run."""
-        draws = [torch.rand(2 * TRIES + 3, generator=g) for g in generators(index.tolist(), "cpu", self.seed, "crop")]
-        u = torch.stack(draws).to(image.device)
+        u = KeyedStreams(index, image.device, self.seed, "crop").rand((2 * TRIES + 3,))
         if self.crop == "pad":
             image = pad_and_crop(image, u[:, :2])
         elif self.crop == "resized":
