@@ -22,6 +22,7 @@ from torch import multiprocessing
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.data import ShardDataModule
+from cdm_lightning.data.damaged_images import decode_damage, encode_damage
 from cdm_lightning.data.shards import read_manifest, write_manifest
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation.errors import InputError
@@ -350,3 +351,12 @@ def test_a_process_that_is_stuck_ends_with_the_others(tmp_path, monkeypatch, eve
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     err, ended = watched([sys.executable, str(tmp_path / "run.py"), event])
     assert ended == code and ("cdm: error: it is bad" in err) == (event == "refuse") and "Traceback" not in err
+
+
+def test_an_intact_batch_is_handed_over_as_it_is():
+    """In memory that a GPU copies without a wait."""
+    index = encode_damage([5, 6], [False, False])
+    places, counts = decode_damage(index, 2)
+    assert places is index and counts.tolist() == [0, 0]
+    places, counts = decode_damage(encode_damage([5, 6, 7], [False, True, False]), 2)
+    assert places.tolist() == [5, 7] and counts.tolist() == [1, 0]

@@ -67,7 +67,7 @@ def fit(toy, folder, steps, distance, resume=None, name="best", kept=1):
     best = ModelCheckpoint(folder / "checkpoints", name, FD, save_top_k=kept, enable_version_counter=False)
     callbacks = EMA(0.9), distance, Checkpoint(every_n_train_steps=3), best, LossCurve(), RunSummary()
     trainer = trainer_of(folder, *callbacks, max_steps=steps, logger=CSVLogger(folder, name="logs"))
-    stage = smallest_stage(lr=1.0)
+    stage = smallest_stage(lr=0.3)
     trainer.fit(stage, data_of(toy), ckpt_path=resume, weights_only=True)
     assert (stage.diffusion.sampler, stage.diffusion.sampling_steps) == ("ddpm", 4)
     return best
