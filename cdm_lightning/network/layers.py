@@ -9,6 +9,7 @@ is fastest for convolutions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,11 +40,11 @@ class ModulatedNorm(nn.GroupNorm):
     def forward(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]  # takes parts
         if torch.compiler.is_compiling():
             return self.compilable(*x, modulation=modulation)
-        # On a GPU the many operations of the fused form cost more to launch than they save.
-        if x[0].device.type != "cpu" or sum(part.numel() for part in x) < FUSED_MIN_SIZE:
+        function = fused_norm(x)
+        if function is None:
             return self.plain(*x, modulation=modulation)
         settings = (self.num_groups, self.eps, self.activation)
-        return _ModulatedNorm.apply(settings, self.weight, self.bias, modulation, *x)
+        return function.apply(settings, self.weight, self.bias, modulation, *x)
 
     def plain(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:
         """The same function as a sequence of torch operations."""
@@ -68,6 +69,17 @@ class ModulatedNorm(nn.GroupNorm):
         a = (variance + self.eps).rsqrt() * gamma
         h = h * a[:, :, None, None] + (beta - centre * a)[:, :, None, None]
         return (F.silu(h) if self.activation else h).to(parts.dtype)
+
+
+def fused_norm(x: Sequence[torch.Tensor]) -> type[torch.autograd.Function] | None:
+    """The form of the norm that is fastest for the parts x, or None for the plain one."""
+    if x[0].device.type == "cpu":
+        return _ModulatedNorm if sum(part.numel() for part in x) >= FUSED_MIN_SIZE else None
+    if x[0].is_cuda and x[0].dtype != torch.float64 and find_spec("triton") is not None:
+        from cdm_lightning.network.norm_kernels import KernelNorm  # later: it needs Triton, which a CPU's torch lacks
+
+        return KernelNorm
+    return None
 
 
 class _ModulatedNorm(torch.autograd.Function):
