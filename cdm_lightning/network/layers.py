@@ -28,7 +28,8 @@ class ModulatedNorm(nn.GroupNorm):
     """act((1 + scale) norm(x) + shift): norm is group norm over `groups` groups, act is SiLU or the identity.
 
     x: (B, C, H, W), or several tensors that stand for their concatenation along the channels, which is not stored.
-    modulation: (B, 2C), scale and shift of each image, or None. The fused form computes in float32 or float64.
+    modulation: (B, 2C), scale and shift of each image, or None. added: a bias (C,) that `convolution` left, which is
+    added to x first, or None. The fused form computes in float32 or float64.
     """
 
     def __init__(self, channels: int, groups: int, activation: bool = True) -> None:
@@ -37,14 +38,17 @@ class ModulatedNorm(nn.GroupNorm):
         super().__init__(groups, channels)
         self.activation = activation
 
-    def forward(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]  # takes parts
+    def forward(  # type: ignore[override]  # takes parts
+        self, *x: torch.Tensor, modulation: torch.Tensor | None = None, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return self.compilable(*x, modulation=modulation)
-        function = fused_norm(x)
-        if function is None:
+        settings, weights = (self.num_groups, self.eps, self.activation), (self.weight, self.bias, modulation)
+        if (kernels := gpu_kernels(x[0])) is not None:
+            return kernels.KernelNorm.apply(settings, *weights, added, *x)
+        if x[0].device.type != "cpu" or sum(part.numel() for part in x) < FUSED_MIN_SIZE:
             return self.plain(*x, modulation=modulation)
-        settings = (self.num_groups, self.eps, self.activation)
-        return function.apply(settings, self.weight, self.bias, modulation, *x)
+        return _ModulatedNorm.apply(settings, *weights, *x)
 
     def plain(self, *x: torch.Tensor, modulation: torch.Tensor | None = None) -> torch.Tensor:
         """The same function as a sequence of torch operations."""
@@ -71,15 +75,13 @@ class ModulatedNorm(nn.GroupNorm):
         return (F.silu(h) if self.activation else h).to(parts.dtype)
 
 
-def fused_norm(x: Sequence[torch.Tensor]) -> type[torch.autograd.Function] | None:
-    """The form of the norm that is fastest for the parts x, or None for the plain one."""
-    if x[0].device.type == "cpu":
-        return _ModulatedNorm if sum(part.numel() for part in x) >= FUSED_MIN_SIZE else None
-    if x[0].is_cuda and x[0].dtype != torch.float64 and find_spec("triton") is not None:
-        from cdm_lightning.network.norm_kernels import KernelNorm  # later: it needs Triton, which a CPU's torch lacks
+def gpu_kernels(x: torch.Tensor) -> Any:
+    """The module of kernels where they can compute on x: on a GPU with Triton, and not while a compiler fuses."""
+    if not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling() or find_spec("triton") is None:
+        return None
+    from cdm_lightning.network import norm_kernels  # later: it needs Triton, which torch for CPUs lacks
 
-        return KernelNorm
-    return None
+    return norm_kernels
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -195,16 +197,45 @@ def _affine(parts: Sequence[torch.Tensor], a: torch.Tensor, b: torch.Tensor, out
     return out
 
 
+def upsample(x: torch.Tensor) -> torch.Tensor:
+    """Every pixel as 2x2: (B, C, H, W) to (B, C, 2H, 2W), in the type of x; autocast would widen it to float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 def conv_of_upsampled(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-    """conv(upsample(x)) with nearest upsampling by 2 and a 3x3 convolution: (B, C, H, W) to (B, C', 2H, 2W).
+    """conv(upsample(x)) on a CPU, with nearest upsampling by 2 and a 3x3 convolution: (B, C, H, W) to (B, C', 2H, 2W).
 
     The nine weights fall on four pixels of x. Summed there, they form a 4x4 transposed convolution of stride 2, which
-    takes 4/9 of the arithmetic. Only used on a CPU; below 8x8 the plain form is faster.
+    takes 4/9 of the arithmetic. Below 8x8 the plain form is faster.
     """
-    if x.device.type != "cpu" or min(x.shape[2:]) < 8:
-        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    if min(x.shape[2:]) < 8:
+        return conv(upsample(x))
     sums = 4 * F.avg_pool2d(F.pad(conv.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1)
     return F.conv_transpose2d(x, sums.transpose(0, 1), conv.bias, stride=2, padding=1)
+
+
+def convolution(
+    x: torch.Tensor, conv: nn.Conv2d, weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """conv(x) and None; or on a GPU conv(x) without its bias, and the bias, for `ModulatedNorm` or `add` to add.
+
+    As an operation of its own, a bias and its gradient would pass over memory three more times. weight: in place of the
+    convolution's own.
+    """
+    weight = conv.weight if weight is None else weight
+    if gpu_kernels(x) is None:
+        return F.conv2d(x, weight, conv.bias, padding=conv.padding), None
+    return F.conv2d(x, weight, padding=conv.padding), conv.bias
+
+
+def add(h: torch.Tensor, bias: torch.Tensor | None, *addends: torch.Tensor) -> torch.Tensor:
+    """h plus the addends and, where `convolution` left one, a bias (C,). Without a bias it writes to h."""
+    if bias is None:
+        for addend in addends:
+            h = h.add_(addend)
+        return h
+    return gpu_kernels(h).KernelAdd.apply(bias, h, *addends)
 
 
 def pointwise(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.network.layers import ModulatedNorm, conv_of_upsampled, pointwise
+from cdm_lightning.network.layers import ModulatedNorm, add, conv_of_upsampled, convolution, pointwise, upsample
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile; the second uses CUDA graphs
@@ -68,24 +68,36 @@ class ResidualBlock(nn.Module):
         self.scale_factor = scale_factor
 
     def forward(self, *x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        h = self.norm1(*x)  # (B, channels_in, H, W)
-        h = conv_of_upsampled(h, self.conv1) if self.scale_factor > 1 else self.conv1(self.resample(h))
-        h = self.norm2(h, modulation=self.modulation(embedding))  # (B, channels, H', W')
-        return self.conv2(self.dropout(h)).add_(self.shortcut(*x))  # in place: backward does not need the output
+        h, bias = self.norm1(*x), None  # (B, channels_in, H, W)
+        if self.scale_factor > 1 and h.device.type == "cpu":
+            h = conv_of_upsampled(h, self.conv1)
+        else:
+            h, bias = convolution(self.resample(h), self.conv1)
+        h = self.norm2(h, modulation=self.modulation(embedding), added=bias)  # (B, channels, H', W')
+        h, bias = convolution(self.dropout(h), self.conv2)
+        skip_bias, *terms = self.shortcut(*x)
+        return add(h, bias if skip_bias is None else bias + skip_bias, *terms)
 
     def resample(self, x: torch.Tensor) -> torch.Tensor:
         """x at `scale_factor` times its size: 2x2 means, or nearest neighbour."""
         if self.scale_factor < 1:
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.scale_factor > 1 else x
+        return upsample(x) if self.scale_factor > 1 else x
 
-    def shortcut(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        """The skip branch: x or its 1x1 convolution; for two tensors, the 1x1 convolution of their concatenation."""
+    def shortcut(self, x: torch.Tensor, other: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+        """A bias that is still to be added, or None, and the terms of the skip branch.
+
+        They are x, or its 1x1 convolution; for two tensors, those of the 1x1 convolution of their concatenation.
+        """
         if other is None:
-            return self.skip(self.resample(x))
+            if not isinstance(self.skip, nn.Conv2d):
+                return [None, self.resample(x)]
+            term, bias = convolution(self.resample(x), self.skip)
+            return [bias, term]
         assert isinstance(self.skip, nn.Conv2d)  # a concatenation has more channels than the output
         weight_x, weight_other = self.skip.weight.split([x.shape[1], other.shape[1]], dim=1)
-        return F.conv2d(x, weight_x, self.skip.bias).add_(F.conv2d(other, weight_other))
+        term, bias = convolution(x, self.skip, weight_x)
+        return [bias, term, F.conv2d(other, weight_other)]
 
 
 class SelfAttention(nn.Module):
