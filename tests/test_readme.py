@@ -15,6 +15,7 @@ import tarfile
 from pathlib import Path
 from pkgutil import resolve_name
 
+import lmdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +27,7 @@ from adm_files import reduced as reduced_flags
 from commands import QUICK, ROOT
 from PIL import Image
 from scipy.io import savemat
+from servers import serving
 from torch.distributed.run import get_args_parser
 
 from cdm_lightning.__main__ import main
@@ -126,7 +128,7 @@ def fake_archives(folder: Path) -> None:
 
 
 def fake_sources(folder: Path) -> None:
-    """The hub's ImageNet with an image or two a tar, and a parquet file."""
+    """The hub's ImageNet with an image or two a tar, a parquet file, databases of LSUN, and pictures with tables."""
     random = np.random.default_rng(0)
     for split, digits, count in (("train", 4, 1024), ("validation", 2, 64)):
         for number in range(count):
@@ -138,6 +140,27 @@ def fake_sources(folder: Path) -> None:
     (folder / "photos").mkdir()
     table = pa.table({"image": [{"bytes": jpeg(random, 8), "path": "a.jpg"}] * 2, "label": [0, 1]})
     pq.write_table(table, folder / "photos" / "train-00000-of-00001.parquet")
+    for split in ("train", "val"):
+        path = folder / f"lsun/bedroom_{split}_lmdb"
+        path.mkdir(parents=True)
+        with lmdb.open(str(path)) as database, database.begin(write=True) as transaction:
+            for number in range(4):
+                transaction.put(b"%040x" % number, jpeg(random, 16))
+    for place, ending in (("pictures", "jpg"), ("tiny-imagenet-200/val/images", "JPEG")):
+        (folder / place).mkdir(parents=True)
+        for number in range(3):
+            (folder / place / f"val_{number}.{ending}").write_bytes(jpeg(random, 8))
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number in range(3):
+            add(tar, f"ILSVRC2012_val_{number + 1:08d}.JPEG", jpeg(random, 8))
+    for table, header, line in (
+        ("pictures/labels.csv", "image,label", "val_{n}.jpg,{kind}"),
+        ("list.tsv", "id\tspecies\tpath", "{n}\t{kind}\tpictures/val_{n}.jpg"),
+        ("tiny-imagenet-200/val/val_annotations.txt", "", "val_{n}.JPEG\tn0000000{n}\t0\t32\t44\t62"),
+        ("LOC_val_solution.csv", "ImageId,PredictionString", "ILSVRC2012_val_{number:08d},n0000000{n} 85 1 499 272 "),
+    ):
+        rows = [line.format(n=n, number=n + 1, kind=kind) for n, kind in enumerate(("cat", "dog", "cat"))]
+        (folder / table).write_text("\n".join([header, *rows]))
 
 
 def fake_published_files(folder: Path) -> None:
@@ -208,10 +231,20 @@ def test_every_command_of_the_page_runs(page, folder, few_real, capsys):
                 continue  # each of them is a step of its own in continuous integration
             command = dry_run(command)
         assert Path(command[0]).name == "cdm", command
-        main(reduced(command, few_real))
+        words = reduced(command, few_real)
+        if "https://host/imagenet" in words:
+            with serving(folder / "data" / "imagenet-hub") as server:
+                main([*words, f"--data.root={server.address}", f"--data.cache={folder / 'cache'}"])
+        else:
+            main(words)
     left = {
         "README.md": ["dress.png", "runs/tour/search/report.html"],
-        "docs/data.md": ["data/imagenet-hub/val/32/manifest.json", "data/photos/train/32/manifest.json"],
+        "docs/data.md": [
+            "data/imagenet-hub/val/32/manifest.json",
+            "data/photos/train/32/manifest.json",
+            "data/species/train/64/manifest.json",
+            "data/tiny/val/64/manifest.json",
+        ],
         "docs/imagenet.md": ["runs/imagenet/samples/samples.png"],
         "docs/measuring.md": ["runs/measure/samples.npz", "runs/measure/cas/results.json", f"{SR32}/best.ckpt"],
         "docs/sweeps.md": ["runs/sweeps/level/results.json"],

@@ -17,6 +17,7 @@ PAUSES = (0.5, 1, 2, 4)  # seconds between two tries
 SILENCE = 60  # seconds without a byte after which a try over http has failed
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # protocol -> extra of this package
 FINAL = (400, 401, 403, 404, 405, 410, 451)  # answers of a server that another try would get again
+CHAIN = re.compile(r"(^|::)(simplecache|filecache|blockcache|cached|zip|tar|libarchive)(:/.*?)?::[\w+.-]+:/", re.ASCII)
 Result = TypeVar("Result")
 kept = threading.local()  # the file systems of each thread
 
@@ -35,7 +36,12 @@ def is_address(text: str | Path) -> bool:
 
 
 def address_of(text: str | Path) -> str | None:
-    """The address that a text is, or None for a path. A Path has swallowed a slash of it, which is put back."""
+    """The address that a text is, or None for a path. A Path has swallowed a slash of it, which is put back.
+
+    Raises InputError for a chain of fsspec, such as simplecache::s3://..., since "::" parts the patterns of a source.
+    """
+    if CHAIN.search(str(text)):
+        raise InputError(f"{text} is a chain of addresses, as fsspec knows them: give the plain address of the files")
     pattern = r"([a-zA-Z][\w+.-]+):/+(.*)" if isinstance(text, Path) else r"([a-zA-Z][\w+.-]+)://(.*)"
     found = re.fullmatch(pattern, str(text), re.ASCII)
     return f"{found[1].lower()}://{found[2]}" if found else None

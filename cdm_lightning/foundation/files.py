@@ -16,7 +16,9 @@ from cdm_lightning.foundation.errors import InputError
 def read_table(path: Path, *names: str) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if the file is damaged, or if one of `names` is missing."""
     try:
-        table = json.loads(Path(path).read_text())
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no plain file")
+        table = json.loads(path.read_text())
         if not isinstance(table, dict):
             raise ValueError("it holds no table")
         if missing := [name for name in names if name not in table]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +25,7 @@ def inspect(path: str, check: bool = False, picture: str | None = None) -> None:
     Args:
         path: Shards (a root, a split or one resolution), samples, a bundle, a checkpoint or run, a reference card. An
             address, such as https://host/imagenet, may be of shards.
-        check: Read everything: every hash, every image, every number. Damage ends with exit code 2.
+        check: Read everything: every hash, image and number. What is damaged or unfinished ends with exit code 2.
         picture: The PNG to draw the first images of shards or samples into; null for none.
     """
     if picture is not None and Path(picture).suffix != ".png":
@@ -49,6 +51,8 @@ def inspect(path: str, check: bool = False, picture: str | None = None) -> None:
         from cdm_lightning.inspection.stored_images import draw_first
 
         print(printable(draw_first(found.pictures, Path(picture))))
+    if check and found.unfinished:
+        raise InputError(f"{printable(path)} is unfinished, though nothing of it is damaged")
 
 
 def look_at_address(address: str, check: bool) -> Findings:
@@ -79,7 +83,7 @@ def look_at(path: Path, check: bool) -> Findings:
     if path.is_dir():
         return look_at_folder(path, check)
     if not path.is_file():
-        raise InputError(f"{printable(str(path))} does not exist: {KNOWN} can be inspected")
+        raise InputError(f"{printable(str(path))} {no_file(path)}: {KNOWN} can be inspected")
     if path.name == "bundle.json":
         from cdm_lightning.inspection.networks import inspect_bundle
 
@@ -105,13 +109,25 @@ def look_at(path: Path, check: bool) -> Findings:
     raise InputError(f"{printable(str(path))} is not {KNOWN}{looks_like([path])}")
 
 
+def no_file(path: Path) -> str:
+    """What a path is that leads to no plain file and no folder."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is a link to nothing" if path.is_symlink() else "does not exist"
+    except OSError as error:
+        return f"cannot be opened, {(error.strerror or str(error)).lower()}"
+    return "is a pipe" if stat.S_ISFIFO(mode) else "is a socket" if stat.S_ISSOCK(mode) else "is a device"
+
+
 def look_at_folder(path: Path, check: bool) -> Findings:
     """What a folder is, by the files that only one kind has."""
     if (path / "bundle.json").is_file():
         from cdm_lightning.inspection.networks import inspect_bundle
 
         return inspect_bundle(path, check)
-    if checkpoints := sorted([*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")]):
+    found = sorted([*path.glob("checkpoints/*.ckpt"), *path.glob("*.ckpt")])
+    if checkpoints := [file for file in found if file.is_file() or not file.exists()]:  # a pipe would be waited for
         from cdm_lightning.inspection.networks import inspect_run
 
         return inspect_run(path, checkpoints, check)
@@ -134,7 +150,12 @@ def looks_like(entries: list[Path]) -> str:
         return "; it looks like an LMDB, as LSUN's are, of which `cdm prepare lsun` makes shards"
     if ".parquet" in kinds:
         return "; it looks like a data set in parquet, of which `cdm prepare parquet` makes shards"
-    if ".tar" in kinds:
+    tars = [entry for entry in entries if entry.name.endswith((".tar", ".tar.gz")) and entry.is_file()]
+    if tars and ((home := tars[0].absolute().parent).name.isdecimal() or (home / "manifest.json").is_file()):
+        return f"; it looks like one of the shards in {printable(str(home))}, which can be inspected"
+    if tars and is_packed(tars[0]):
+        return "; it looks like shards without the manifest.json that lay beside them"
+    if tars:
         return "; it looks like tars of images, of which `cdm prepare webdataset` makes shards"
     if kinds & {".pt", ".pth"}:
         return "; it holds weights of another project, and ADM's networks become checkpoints by `cdm import`"
@@ -144,5 +165,15 @@ def looks_like(entries: list[Path]) -> str:
     if any(file.suffix.lower() in PICTURES for file in inside):
         return "; it looks like a folder of class folders, of which `cdm prepare folder` makes shards"
     if kinds & set(PICTURES):
-        return "; it looks like pictures without class folders: put each class in one for `cdm prepare folder`"
+        return (
+            "; it looks like pictures without class folders: `cdm prepare folder` makes shards of them with a table of "
+            "their classes, --labels FILE, or once each class has a folder"
+        )
     return "" if entries else "; it is empty"
+
+
+def is_packed(tar: Path) -> bool:
+    """Whether a tar begins as a packed shard does."""
+    with suppress(OSError), open(tar, "rb") as file:
+        return file.read(100).rstrip(b"\0").endswith(b".labels.npy")
+    return False

@@ -37,14 +37,17 @@ def training(server, root, *options):
 
 
 def test_a_run_on_an_address_is_that_on_the_disk(server, tmp_path, capsys):
-    """Also of its saved configuration, which holds the address as it was given."""
-    weights = []
-    for root, name in ((server.address, "remote"), (server.folder, "disk")):
-        folder = f"--trainer.default_root_dir={tmp_path / name}"
-        main(training(server, root, "--trainer.max_steps=3", folder, "--model.image_channels=data"))
-        weights.append(torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    assert f"{server.address}/train/8: 12 images of 8x8 in 10 classes" in capsys.readouterr().out
+    """Also where it goes on from one on the other."""
+    roots = {"remote": server.address, "disk": server.folder}
+    for steps, order in ((2, ("remote", "disk")), (3, ("disk", "remote"))):
+        weights = []
+        for name, other in zip(roots, order, strict=True):
+            folder = f"--trainer.default_root_dir={tmp_path / name}"
+            main(training(server, roots[other], f"--trainer.max_steps={steps}", folder, "--model.image_channels=data"))
+            weights.append(torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+        assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    said = capsys.readouterr().out
+    assert f"{server.address}/train/8: 12 images of 8x8 in 10 classes" in said and said.count("resuming") == 2
     assert len(list((tmp_path / "cache/shards").glob("?" * 64))) == 4
 
 

@@ -46,6 +46,7 @@ TABLES = {
     "by number": (lines("{i},{label},p{i}.png"), {"image_column": "3", "label_column": "2"}),
     "one by name": ("image,b,c\n" + lines("p{i}.png,x,{label}"), {"label_column": "c"}),
     "Kaggle": ("ImageId,PredictionString\n" + lines("p{i},{label} 85 1 499 272 {label} 1 2 3 4 "), {}),
+    "line breaks in a cell": ("image,note,label\n" + lines('p{i}.png,"two\r\nlines, or\rthree",{label}'), {}),
     "two words": (lines("p{i}.png,{label}").replace("emu", "sea lion"), {}),
 }
 
@@ -115,9 +116,9 @@ def test_what_has_no_line_and_lines_without_a_picture_are_counted(
 
 
 def test_classes_that_are_numbers_are_in_their_order_and_val_may_lack_some(flat: Path) -> None:
-    assert prepared(flat, "p0,10\np1,9\np2,2\np3,10\n").classes == ["2", "9", "10"]
-    manifest = prepared(flat, "p0,10\np1,2\n", split="val")
-    assert (manifest.classes, manifest.counts) == (["2", "9", "10"], [1, 0, 1])
+    assert prepared(flat, "p0,10\np1,9\np2,003\np3,10\n").classes == ["003", "9", "10"]
+    manifest = prepared(flat, "p0,10\np1,003\n", split="val")
+    assert (manifest.classes, manifest.counts) == (["003", "9", "10"], [1, 0, 1])
 
 
 REFUSED = {
@@ -135,6 +136,8 @@ REFUSED = {
     "short line": ("p0.png,cat\np1.png\n", {}, "has 1 columns in line 2, and 2 are needed"),
     "no class": ("p0.png,cat\np1.png,\n", {}, "has no class in line 2"),
     "odd class": ("p0.png,c\x1bat\n", {}, "names a class 'c\\x1bat' in line 1: it must be printable"),
+    "line break": ('p0.png,dog\np1.png,"cat\np2.png"\n', {}, "names a class 'cat\\np2.png' in line 3: it must be"),
+    "one number": ("p0.png,9\np1.png,10\np2.png,009\n", {}, "labels 009 and 9 are one number"),
     "others": ("q0.png,cat\n", {}, "names none of the 4 pictures: it begins with q0.png, and the first picture is p"),
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ from refusals import sentence_of_error
 
 from cdm_lightning.data.preparation.folders import prepare_folder
 from cdm_lightning.data.preparation.imagenet import prepare_imagenet
+from cdm_lightning.data.preparation.lsun import prepare_lsun
 from cdm_lightning.data.preparation.raw_images import RawImage, cut_square
 from cdm_lightning.data.shards import Manifest, read_manifest
 from cdm_lightning.data.stream import ShardStream
@@ -236,6 +237,25 @@ def test_tables_of_labels_and_wrong_levels_are_refused(tmp_path: Path) -> None:
     for split in ("Train", "val"):
         shutil.copytree(flat, tmp_path / "whole" / split / "cat")
     refused(tmp_path / "whole", "whole holds Train, val: give one split as the source")
+    (tmp_path / "whole/Train").rename(tmp_path / "whole/training_set")
+    refused(tmp_path / "whole", "whole holds training_set, val: give one split as the source")
+    (tmp_path / "around").mkdir()
+    (tmp_path / "whole").rename(tmp_path / "around/archive")
+    refused(tmp_path / "around", "around/archive holds training_set, val: give one split as the source")
+
+
+def test_a_single_class_of_several_folders_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be what is wanted, as of a set of faces in numbered folders, or a folder too high."""
+    write_tree(tmp_path / "pets/PetImages", {name: {"0.jpg": jpeg()} for name in ("Cat", "Dog")})
+    assert prepared(tmp_path / "pets").counts == [2]
+    assert (
+        "one class, PetImages, is made of the images in 2 folders, Cat, Dog: if those are classes, give --source "
+        f"{tmp_path}/pets/PetImages\n" in capsys.readouterr().out
+    )
+    write_tree(tmp_path / "more/lions", {"a": {"0.jpg": jpeg()}, "b": {"0.jpg": jpeg()}})
+    write_tree(tmp_path / "more", {"tigers": {"0.jpg": jpeg()}, "bullet_train": {"0.jpg": jpeg()}})
+    assert prepared(tmp_path / "more", out="more out").counts == [1, 2, 1]
+    assert "one class" not in capsys.readouterr().out
 
 
 def test_classes_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,3 +340,15 @@ def test_shards_do_not_go_among_the_class_folders(tmp_path: Path) -> None:
     (source / "__MACOSX").mkdir()
     sentence_of_error(lambda: prepared(source, out="raw"), "is the source itself")
     assert prepared(source).classes == ["class0"]
+
+
+def test_a_source_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    out = tmp_path / "out"
+    for call in (
+        lambda: prepare_folder(pipe, out),
+        lambda: prepare_folder(pipe, out, labels=tmp_path / "list.csv"),
+        lambda: prepare_lsun(pipe, out),
+        lambda: prepare_imagenet(pipe, out, "val"),
+    ):
+        sentence_of_error(call, "pipe is neither a file nor a folder")

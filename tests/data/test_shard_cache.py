@@ -292,6 +292,19 @@ def test_a_killed_process_lets_the_next_one_fetch(server, tmp_path):
     assert time.monotonic() - begun < 4 and not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_what_an_ended_process_left_unfinished_goes_with_the_next_fetch(server, tmp_path):
+    """Of a reader that ends while it fetches ahead, as after a shard that is refused; also where there is room."""
+    folder, manifest = remote(server, tmp_path / "cache")
+    left, held = (tmp_path / "cache" / f"{letter * 64}.partial" for letter in "ab")
+    left.parent.mkdir()
+    left.write_bytes(bytes(1000))
+    held.write_bytes(bytes(1000))
+    with held.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with local_file(folder, manifest.shards[0]):
+            assert held.exists() and not left.exists()
+
+
 def test_a_file_that_is_read_is_not_removed(server, tmp_path):
     folder, manifest = remote(server, tmp_path / "cache")
     with local_file(folder, manifest.shards[0]) as path:

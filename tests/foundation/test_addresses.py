@@ -8,6 +8,7 @@ import pytest
 from refusals import sentence_of_error
 from servers import serving
 
+from cdm_lightning.data.preparation.staging import expand
 from cdm_lightning.foundation import addresses
 from cdm_lightning.foundation.addresses import NoAnswer, NoSuchFile, address_of, is_address, open_address, read_address
 
@@ -92,3 +93,10 @@ def test_a_protocol_that_cannot_be_opened_is_one_sentence(monkeypatch):
     for protocol, cure in {"s3": '[s3]"', "gs": '[gs]"', "gcs": '[gs]"', "oss": "Install x to access y"}.items():
         what = cure if protocol == "oss" else f'pip install "cdm_lightning{cure}'
         sentence_of_error(lambda p=protocol: read_address(f"{p}://x"), f"{protocol}://x needs a package", what)
+
+
+def test_a_chain_of_addresses_is_refused():
+    for text in ("simplecache::s3://b/k", "zip://a.tar::https://h/b.zip", "/a.tar::filecache::https://h/{0..1}.tar"):
+        for read in (is_address, lambda text: is_address(Path(text)), lambda text: expand(text, [".tar"])):
+            sentence_of_error(lambda r=read, t=text: r(t), "is a chain of addresses", "give the plain address")
+    assert is_address("http://[::1]:80/zip") and not is_address("tar::zip") and not is_address("a.tar::https://b/zip")

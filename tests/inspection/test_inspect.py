@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 
@@ -149,7 +150,7 @@ def test_unfinished_preparation_says_how_far_it_is(tmp_path, capsys):
     for n in range(6):
         Image.new("RGB", (16, 16), (n, 0, 0)).save(source / f"{n}.png")
     assert "`cdm prepare folder`" in damaged(capsys, tmp_path / "raw")
-    assert "without class folders" in damaged(capsys, source)
+    assert "without class folders" in (sentence := damaged(capsys, source)) and "--labels FILE" in sentence
     prepare_folder(tmp_path / "raw", tmp_path / "out", resolutions=[8], images_per_shard=2, workers=1)
     assert "cdm prepare: resolutions [8]" in said(capsys, tmp_path / "out", "--check", "true")
     split = tmp_path / "out/train"
@@ -162,6 +163,7 @@ def test_unfinished_preparation_says_how_far_it_is(tmp_path, capsys):
     for path in (tmp_path / "out", split):
         out = said(capsys, path)
         assert "1 of 3 shards are made" in out and "whole             no, unfinished" in out
+    assert "out is unfinished, though nothing of it is damaged" in damaged(capsys, tmp_path / "out")
 
 
 def test_samples_whole_and_unfinished(made, tmp_path, capsys):
@@ -245,6 +247,31 @@ def test_unknown_things_are_one_sentence_that_says_what_they_look_like(tmp_path,
     assert "not of a stage" in damaged(capsys, tmp_path / "other.ckpt")
     (tmp_path / "foreign.safetensors").write_bytes(b"\xff" * 100)
     assert "not a whole safetensors" in damaged(capsys, tmp_path / "foreign.safetensors")
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path, what in (
+        (tmp_path / "pipe", "is a pipe"),
+        ("/dev/zero", "is a device"),
+        (tmp_path / "link", "is a link"),
+    ):
+        assert f"{path} {what}" in damaged(capsys, path)
+    for name in ("manifest.json", "checkpoints/last.ckpt"):
+        folder = tmp_path / f"with {name[:4]}"
+        (folder / name).parent.mkdir(parents=True)
+        os.mkfifo(folder / name)
+        assert "is not shards" in damaged(capsys, folder)
+
+
+def test_a_lone_shard_is_told_from_tars_of_images(shards, tmp_path, capsys):
+    assert f"one of the shards in {shards / 'train/8'}, which can" in damaged(capsys, shards / "train/8/000.tar")
+    write_packed(tmp_path / "lone/000.tar", np.zeros((1, 4, 4, 3), np.uint8), [0], ["0"])
+    for path in (tmp_path / "lone/000.tar", tmp_path / "lone"):
+        assert "shards without the manifest.json that lay beside them" in damaged(capsys, path)
+    shutil.copy(shards / "train/8/000.tar", tmp_path / "images.tar")
+    assert "`cdm prepare webdataset`" in damaged(capsys, tmp_path / "images.tar")
 
 
 def test_names_that_would_steer_a_terminal_are_escaped(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ MAX_DIGITS = 20  # of a number that is read
 class ClassLabels:
     """What a label of a source stands for. names: of the classes in label order, where they are known.
 
-    Without names a label is the number of a class or, where `free`, its name. numbers: labels are numbers alone.
+    Without names a label is the number of a class or, where `free`, its name, which may look like a number. numbers:
+    labels are numbers alone.
     """
 
     def __init__(self, names: Sequence[str] | None = None, free: bool = False, numbers: bool = False) -> None:
-        self.names, self.free, self.numbers = names, free, numbers
+        self.names, self.free, self.numbers = names, free and names is None, numbers
         self.known = {name: number for number, name in enumerate(names or [])}
 
     def class_of(self, label: Any, image: str) -> str:
@@ -31,7 +33,7 @@ class ClassLabels:
         image: whose label it is.
         """
         text = label.strip() if isinstance(label, str) else str(label)
-        digits = isinstance(label, (str, int)) and not isinstance(label, bool) and text.isascii() and text.isdecimal()
+        digits = isinstance(label, (str, int)) and not isinstance(label, bool) and is_number(text) and not self.free
         number = int(text) if digits and len(text) <= MAX_DIGITS else MAX_CLASSES
         if text in self.known and isinstance(label, str) and not self.numbers:
             if number != self.known[text] and number < len(self.known):
@@ -60,13 +62,33 @@ class ClassLabels:
         return text
 
     def in_order(self, found: Iterable[str]) -> list[str]:
-        """All classes in label order: those with names, else 0 ... the highest number, else the sorted names."""
+        """All classes in label order: those with names, else the names that were found, or 0 ... the highest number."""
         if self.names is not None:
             return list(self.names)
-        names = sorted(found)
-        if all(name.isascii() and name.isdecimal() for name in names):
-            return [str(number) for number in range(max(map(int, names), default=-1) + 1)]
+        if self.free:
+            return sorted_names(found)
+        return [str(number) for number in range(max(map(int, found), default=-1) + 1)]
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number, of any length."""
+    return text.isascii() and text.isdecimal()
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Names of classes in label order: by number where all are numbers, else by name.
+
+    Raises InputError for two that are one number, such as 9 and 009.
+    """
+    names = sorted(set(names))
+    if not all(map(is_number, names)):
         return names
+    plain = {name: name.lstrip("0") for name in names}
+    names.sort(key=lambda name: (len(plain[name]), plain[name]))  # as numbers of any size
+    for one, other in pairwise(names):
+        if plain[one] == plain[other]:
+            raise InputError(f"labels {one} and {other} are one number, and would be two classes: write them alike")
+    return names
 
 
 def read_class_names(path: Path) -> list[str]:

@@ -21,6 +21,7 @@ from cdm_lightning.foundation.progress_bar import ProgressBar
 from cdm_lightning.foundation.terminal import printable
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+OF_A_SPLIT = {"set", "data", "dataset", "images", "split"}  # words that stand beside those, as in training_set
 TABLES = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
 TABLE_CHARACTERS = 1 << 16  # of a table, among which names of images are looked for
 CLASSLESS = {"images", "image", "imgs", "img", "pictures", "photos", "jpg", "jpeg", "png"}  # folders of all classes
@@ -37,8 +38,8 @@ def prepare_folder(
     """Make shards from a folder of images with one subfolder per class, or from images and a table of their labels.
 
     If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers. A
-    class index is the rank of the class's name, or of its number where all are numbers. The validation split may lack
-    classes of the training split, if that one is prepared first.
+    class index is the rank of the class's name; the classes of a table that are all numbers are in their order. The
+    validation split may lack classes of the training split, if that one is prepared first.
 
     Args:
         source: folder with one subfolder per class, images inside or in folders below: JPEG, PNG, BMP, GIF, WebP, TIFF,
@@ -60,15 +61,39 @@ def list_folder(source: Path, table: LabelTable | None = None) -> Listing:
     if table is not None:
         return list_by_table(source, table)
     folders, listing = class_folders(source)
-    if {folder.name.lower() for folder in folders} <= SPLITS:
-        raise InputError(f"{source} holds {examples(f.name for f in folders)}: give one split as the source, not all")
+    check_no_splits(source, {folder.name for folder in folders})
     listing.merge(list_class_folders(folders))
+    if len(folders) == 1:
+        note_folders_below(source, listing.images[folders[0].name])
     if len(folders) == 1 and (naming := table_that_names(listing.images[folders[0].name], source)):
         raise InputError(
             f"{source} holds one folder, {folders[0].name}, and {printable(naming)}, a table that names its images: "
             f"give it by --labels {printable(str(source / naming))}"
         )
     return listing
+
+
+def check_no_splits(source: Path, folders: set[str]) -> None:
+    """Refuse folders that are all named as the splits of a data set."""
+    words = [set(re.findall(r"[^\W_]+", name.lower())) for name in folders]
+    if all(found & SPLITS and found <= SPLITS | OF_A_SPLIT for found in words):
+        raise InputError(f"{source} holds {examples(folders)}: give one split as the source, not all")
+
+
+def note_folders_below(source: Path, images: list[RawImage]) -> None:
+    """Say of a single class whose images all lie in several folders below that those may be the classes.
+
+    They need not be: large sets of one kind are dealt into numbered folders.
+    """
+    folders = {PurePosixPath(image.name).parent for image in images}
+    common = PurePosixPath(os.path.commonpath(folders)) if folders else PurePosixPath()
+    below = {part for folder in folders for part in folder.relative_to(common).parts[:1]}
+    if common not in folders and len(below) > 1:
+        check_no_splits(source / common, below)
+        print(
+            f"one class, {printable(common.parts[0])}, is made of the images in {len(below)} folders, "
+            f"{examples(below)}: if those are classes, give --source {printable(str(source / common))}"
+        )
 
 
 def list_by_table(source: Path, table: LabelTable) -> Listing:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from cdm_lightning.data.preparation.class_labels import sorted_names
 from cdm_lightning.data.preparation.listing import Listing
 from cdm_lightning.data.preparation.raw_images import RawImage
 from cdm_lightning.foundation.errors import InputError
@@ -61,14 +63,15 @@ class LabelTable:
         if (size := self.path.stat().st_size) > MAX_BYTES:
             raise InputError(f"{self.path} has {size:,} bytes: a table of labels may have {MAX_BYTES:,}")
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
-            first = next((line for line in text.splitlines() if line.strip()), "")
+            text = self.path.read_bytes().decode("utf-8-sig")
             if "\0" in text:
                 raise ValueError("it holds zero bytes")
-            separator = next((sign for sign in "\t,;" if sign in first), None)
-            rows = text.splitlines()
-            split = csv.reader(rows, delimiter=separator, strict=True) if separator else map(str.split, rows)
-            lines = [(number, [cell.strip() for cell in row]) for number, row in enumerate(split, 1)]
+            first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
+            if separator := next((sign for sign in "\t,;" if sign in first), None):
+                reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+                lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+            else:
+                lines = [(number, line.split()) for number, line in enumerate(io.StringIO(text, newline=None), 1)]
         except (ValueError, csv.Error) as error:
             raise InputError(f"{self.path} is no table of text in UTF-8: {error}") from error
         lines = [(number, cells) for number, cells in lines if any(cells)]
@@ -145,9 +148,7 @@ def sorted_by_table(images: list[RawImage], table: LabelTable) -> Listing:
             f"{table.path} names none of the {len(images):,} pictures: it begins with "
             f"{printable(lines[0][0])}, and the first picture is {printable(images[0].name)}"
         )
-    numbers = all(label.isdecimal() for label in labels.values())
-    # Numbers by their length, then by their digits: as numbers of any size.
-    listing.classes = sorted(set(labels.values()), key=lambda label: (len(label.lstrip("0")) if numbers else 0, label))
+    listing.classes = sorted_names(labels.values())
     listing.images = {label: [] for label in listing.classes}
     for number, image in enumerate(images):
         if number in labels:

@@ -1,59 +1,32 @@
-"""`cdm prepare lsun`: LSUN's LMDB databases of encoded images, read in random order by key and never unpacked."""
+"""`cdm prepare lsun`: LSUN's LMDB databases of encoded images, read in random order and never unpacked."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-import struct
 import zipfile
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from cdm_lightning.data.preparation.listing import Listing, Split, examples
+from cdm_lightning.data.preparation.lmdb_file import LmdbFile
 from cdm_lightning.data.preparation.prepare import prepare
-from cdm_lightning.data.preparation.raw_images import MAX_FILE_BYTES, RawImage
+from cdm_lightning.data.preparation.raw_images import RawImage
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.progress_bar import ProgressBar
 
 DATA = "data.mdb"
 NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val|test)_lmdb")
-META = struct.Struct("<16x II 16x I 92x QQ")  # magic, version, page size, last page, transaction: of a meta page
-MAGIC, VERSION = 0xBEEFC0DE, 1
-PAGE_SIZES = {1 << power for power in range(9, 17)}
-BEGINNINGS = (b"\xff\xd8\xff", b"RIFF")  # JPEG and WebP: Pillow would read the whole of a WebP to open it
-
-
-@dataclass(slots=True)
-class StoredImage(RawImage):
-    """An encoded image that is a value of an LMDB database. `name` is CLASS/KEY, `file` the database's folder."""
-
-    def read(self) -> bytes:
-        """The encoded bytes. Raises ValueError if they cannot be read, and OSError if the database cannot."""
-        import lmdb
-
-        if self.size > MAX_FILE_BYTES:
-            raise ValueError(f"{self.size:,} bytes are more than the {MAX_FILE_BYTES:,} that one image may have")
-        try:
-            with open_database(self.file).begin() as transaction:
-                value = transaction.get(os.fsencode(self.name.partition("/")[2]))
-        except InputError as error:
-            raise OSError(str(error)) from error
-        except lmdb.Error as error:
-            raise ValueError(f"LMDB says {error}") from error
-        if value is None:
-            raise OSError(f"it has lost the key of {self.name}")
-        return value
+BEGINNINGS = (b"\xff\xd8\xff", b"RIFF", b"\x89PNG")  # JPEG, WebP and PNG, which need not be opened
 
 
 def prepare_lsun(source: Path, out: Path, split: Split = "train", **options: Any) -> None:
     """Make shards from LSUN's databases as downloaded and unzipped, of one category or of several.
 
     If it is stopped or killed, the same command continues. The shards are the same bytes for any number of workers.
-    Several categories are classes, sorted by name; one is one class, which a model without classes ignores. Needs the
-    package lmdb.
+    Several categories are classes, sorted by name; one is one class, which a model without classes ignores.
 
     Args:
         source: folder of one database, such as bedroom_train_lmdb with its data.mdb, or a folder that holds several:
@@ -66,10 +39,6 @@ def prepare_lsun(source: Path, out: Path, split: Split = "train", **options: Any
 
 def list_lsun(source: Path, split: Split) -> Listing:
     """Images of a database, or of those of a split in one folder; the classes are their names."""
-    try:
-        import lmdb  # noqa: F401, only to see that it is there
-    except ModuleNotFoundError as error:
-        raise InputError('cdm prepare lsun needs the package lmdb: pip install "cdm_lightning[lsun]"') from error
     databases, listing = find_databases(source, split)
     for name, folder in databases.items():
         listing.merge(list_database(folder, name))
@@ -114,55 +83,26 @@ def checked_name(name: str, source: Path) -> str:
 
 def list_database(folder: Path, name: str) -> Listing:
     """Images of a database: one pass over its keys, which looks at the first bytes of each value."""
-    import lmdb
-
-    listing, path = Listing(name), str(folder)
-    database = open_database(path)
-    if not (count := database.stat()["entries"]):
-        raise InputError(f"{folder} is an empty database")
+    listing, path, file = Listing(name), folder / DATA, str(folder / DATA)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no plain file")
     try:
-        with database.begin(buffers=True) as transaction, transaction.cursor() as cursor:
-            for key, value in ProgressBar(cursor, total=count, desc=f"listing {name}", unit="image"):
-                image = StoredImage(f"{name}/{os.fsdecode(bytes(key))}", path, 0, len(value))
-                if bytes(value[:4]).startswith(BEGINNINGS):
+        with open(path, "rb") as opened:
+            database = LmdbFile(opened)
+            if not database.entries:
+                raise InputError(f"{folder} is an empty database")
+            values = ProgressBar(database.values(), total=database.entries, desc=f"listing {name}", unit="image")
+            for key, offset, size in values:
+                image = RawImage(f"{name}/{os.fsdecode(key)}", file, offset, size)
+                if database.read(offset, 4).startswith(BEGINNINGS):
                     listing.images[name].append(image)
                 else:
-                    listing.add(name, image, partial(io.BytesIO, value))
-    except lmdb.Error as error:
-        raise InputError(f"{folder / DATA} is damaged: LMDB says {error}") from error
+                    listing.add(name, image, partial(value, image))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
     return listing
 
 
-@cache  # LMDB allows one opening of a database per process
-def open_database(folder: str) -> Any:
-    """The database of a folder, opened once in each process. Raises InputError if it is none, or cut."""
-    import lmdb
-
-    check_whole(Path(folder) / DATA)
-    try:
-        return lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise InputError(f"{folder} cannot be opened as a database: LMDB says {error}") from error
-
-
-def check_whole(path: Path) -> None:
-    """Refuse what is no LMDB file, and one that ends before its last page: LMDB would read on, and the process die.
-
-    LMDB (version 1 of its format) begins with two meta pages; the one of the later transaction counts.
-    """
-    try:
-        with open(path, "rb") as file:
-            first = file.read(META.size)
-            size = os.fstat(file.fileno()).st_size
-            page_size = META.unpack(first)[2] if len(first) == META.size else 0
-            file.seek(page_size)
-            metas = [META.unpack(page) for page in (first, file.read(META.size)) if len(page) == META.size]
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened: {(error.strerror or str(error)).lower()}") from error
-    if len(metas) < 2 or page_size not in PAGE_SIZES or any(meta[:3] != (MAGIC, VERSION, page_size) for meta in metas):
-        raise InputError(f"{path} is no LMDB database, or its beginning is damaged")
-    *_, last_page, _ = max(metas, key=lambda meta: meta[-1])
-    if size < (last_page + 1) * page_size:
-        raise InputError(
-            f"{path} is cut: it has {size:,} bytes of {(last_page + 1) * page_size:,}; is it an unfinished download?"
-        )
+def value(image: RawImage) -> IO[bytes]:
+    """A value as an open file."""
+    return io.BytesIO(image.read())

@@ -72,6 +72,8 @@ def prepare(
     in_arrays = [resolution for resolution in resolutions if resolution <= packed]
     if isinstance(source, Path) and not source.exists():
         raise InputError(f"{source} does not exist: it should be the archive or folder of raw images")
+    if isinstance(source, Path) and not (source.is_file() or source.is_dir()):  # a pipe would be waited for
+        raise InputError(f"{source} is neither a file nor a folder: it should be the archive or folder of raw images")
     if Path(out).resolve() == Path(source).resolve():
         raise InputError(f"out {out} is the source itself, whose folders are classes: give another folder")
     arguments: dict[str, Any] = {  # everything that the bytes of the shards depend on

@@ -24,7 +24,7 @@ from typing import Any
 from cdm_lightning.data.preparation.listing import Listing
 from cdm_lightning.data.preparation.prepare import recorded_name
 from cdm_lightning.data.preparation.tasks import PROGRESS
-from cdm_lightning.foundation.addresses import is_address, several_tries
+from cdm_lightning.foundation.addresses import address_of, is_address, several_tries
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.progress_bar import ProgressBar
 
@@ -57,6 +57,7 @@ def expand(pattern: str, suffixes: Sequence[str], allow_commands: bool = False) 
     """
     from webdataset.shardlists import expand_urls
 
+    address_of(pattern)  # which refuses a chain
     try:
         places = expand_urls(pattern)
     except (ValueError, AssertionError) as error:  # a brace without its fellow, or ${NAME} without $WDS_NAME

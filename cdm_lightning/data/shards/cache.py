@@ -111,7 +111,10 @@ class ShardCache:
             os.close(descriptor)
 
     def make_room(self, descriptor: int, shard: Shard, stop: threading.Event | None) -> None:
-        """Remove the shards used longest ago until this one fits, and give its unfinished file its size at once."""
+        """Remove the shards used longest ago until this one fits, and give its unfinished file its size at once.
+
+        Unfinished files of processes that have ended go in any case.
+        """
         with open(self.folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that make room must know of each other's files
             os.ftruncate(descriptor, 0)
@@ -121,10 +124,9 @@ class ShardCache:
                     if CACHED.fullmatch(entry.name):
                         found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
             total = sum(size for _, size, _ in found)
-            for _, size, path in sorted(found):
-                if total + shard.bytes <= self.size:
-                    break
-                total -= size if remove_if_free(path) else 0
+            for _, size, path in sorted(found, key=lambda one: (one[2].suffix != ".partial", one[0])):
+                if total + shard.bytes > self.size or path.suffix == ".partial":
+                    total -= size if remove_if_free(path) else 0
             if stop is not None and total + shard.bytes > self.size:
                 raise InputError(f"{self.folder} has no room for a shard that is fetched ahead")
             os.ftruncate(descriptor, shard.bytes)
