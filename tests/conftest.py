@@ -58,13 +58,33 @@ def few_real(tmp_path_factory):
     return root
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """`pytest -m gpu` ends with a line per test: outcome, seconds, and the numbers that it measured."""
-    if "gpu" not in config.option.markexpr.split():
-        return
-    terminalreporter.section("measured")
-    for outcome in ("passed", "failed", "skipped", "error"):
-        for report in terminalreporter.stats.get(outcome, []):
-            numbers = " ".join(f"{name}={value}" for name, value in getattr(report, "user_properties", []))
-            seconds = f"{getattr(report, 'duration', 0):.1f}s"  # a module that cannot be imported has none
-            terminalreporter.line(f"{outcome} {seconds} {report.nodeid.split('/')[-1]} {numbers}".rstrip())
+class Measured:
+    """`pytest -m gpu` prints a line as each test ends, so that a run that is cut short has told what it found: outcome,
+    seconds, the numbers that the test measured, and what a failure says first."""
+
+    def __init__(self, reporter):
+        self.reporter = reporter
+
+    @pytest.hookimpl(trylast=True)  # pytest's own letter comes first, in a line of its own
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:  # of what surrounds a test only what failed or was skipped
+            numbers = " ".join(f"{name}={value}" for name, value in report.user_properties)
+            self.tell(report, f"{report.duration:.1f}s {report.nodeid.split('/')[-1]} {numbers}")
+
+    def pytest_collectreport(self, report):
+        if report.failed:  # a module that cannot be imported
+            self.tell(report, report.nodeid)
+
+    def tell(self, report, about):
+        said = [line[2:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        why = f": {said[0][:300]}" if report.failed and said else ""
+        self.reporter.ensure_newline()
+        self.reporter.write_line(f"{report.outcome} {about.rstrip()}{why}")
+        self.reporter.flush()
+
+
+@pytest.hookimpl(trylast=True)  # the terminal's reporter is there
+def pytest_configure(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if "gpu" in config.option.markexpr.split() and reporter and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Measured(reporter))

@@ -35,7 +35,8 @@ def bench(
 ) -> None:
     """Measure speed, compared with other projects and with the hardware's limits.
 
-    Everything that is compared is measured in turn, round after round.
+    Everything that is compared is measured in turn, round after round. Figures are stored as they come, so that a run
+    that is stopped leaves those it has.
 
     Args:
         out: Folder for results.json, results.md and growth.png.
@@ -46,15 +47,25 @@ def bench(
     """
     results: dict[str, Any] = {"machine": machine(), "quick": quick}
     texts = [", ".join(f"{name} {value}" for name, value in results["machine"].items())]
+
+    def write() -> None:
+        write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_atomically(out / "results.md", ("\n\n".join(texts) + "\n").encode())
+
     for part in parts:
+
+        def save(found: dict[str, Any], part: str = part) -> None:
+            results[part] = found
+            write()
+
         if part == "network":
-            results[part] = network.run(quick, guided_diffusion, compile)
+            results[part] = network.run(quick, guided_diffusion, compile, save=save)
             texts.append(network.table(results[part]))
         elif part == "recipes":
-            results[part] = recipes.run(quick, compile)
+            results[part] = recipes.run(quick, compile, save)
             texts.append(recipes.table(results[part]))
         elif part == "sampling":
-            results[part] = sampling.run(quick)
+            results[part] = sampling.run(quick, save=save)
             texts.append(sampling.table(results[part]))
         elif part == "data":
             results[part] = data.run(quick)
@@ -68,8 +79,7 @@ def bench(
             out.mkdir(parents=True, exist_ok=True)
             growth.draw(results[part], out / "growth.png")
         print(texts[-1] + "\n", flush=True)
-    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_atomically(out / "results.md", ("\n\n".join(texts) + "\n").encode())
+        write()
     print(f"{out}/results.json, results.md{', growth.png' if 'growth' in parts else ''}")
 
 

@@ -7,7 +7,9 @@ FLOP count holds for all.
 
 from __future__ import annotations
 
+import gc
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,15 +33,23 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Size:
-    """The size of the common network. Attention at 16 and 8, multipliers 1, 2, 3, 4, and four heads.
+    """The size of the common network. attention: sizes of the feature maps that have it, beside the middle's.
 
-    diffusers takes the width of a head instead: with the base channels as width, it has 2, 3 and 4 heads.
+    diffusers takes the width of a head instead of their number, which then holds for the widest layer: of 1, 2, 3, 4
+    times the channels and four heads it has 2, 3 and 4.
     """
 
     resolution: int = 32
     channels: int = 64
     blocks: int = 2
     batch: int = 16
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    attention: tuple[int, ...] = (16, 8)
+    heads: int = 4
+
+
+# The paper's base32 and sr256, the latter without its low-resolution input.
+LARGE = [Size(32, 256, 6, 64), Size(256, 128, 3, 8, (1, 2, 4, 4, 8, 8), (16,), 1)]
 
 
 @dataclass
@@ -49,12 +59,17 @@ class Contestant:
     network: nn.Module
     call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     update: Callable[[], None]
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    autocast: bool = True  # whether it is called under autocast; else it has its own half precision
 
 
 def ours(size: Size, device: torch.device) -> Contestant:
     """Our U-Net with fused Adam and our EMA."""
-    network = UNet(size.resolution, 3, 6, size.channels, (1, 2, 3, 4), size.blocks, (16, 8), 4, num_classes=CLASSES)
-    network.to(device)
+    with device:
+        network = UNet(
+            size.resolution, 3, 6, size.channels, size.multipliers, size.blocks, size.attention, size.heads,
+            num_classes=CLASSES,
+        )  # fmt: skip
     optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
     weights = list(network.parameters())
     averaged = [weight.detach().clone() for weight in weights]
@@ -70,15 +85,18 @@ def ours(size: Size, device: torch.device) -> Contestant:
 
 def diffusers(size: Size, device: torch.device) -> Contestant:
     """diffusers' UNet2DModel with AdamW and its EMAModel."""
-    attends = [size.resolution // 2**depth in (16, 8) for depth in range(4)]
+    widths = tuple(size.channels * multiplier for multiplier in size.multipliers)
+    attends = [size.resolution // 2**depth in size.attention for depth in range(len(widths))]
     down = ["AttnDownBlock2D" if has else "ResnetDownsampleBlock2D" for has in attends]
-    network = UNet2DModel(
-        sample_size=size.resolution, in_channels=3, out_channels=6, layers_per_block=size.blocks,
-        block_out_channels=tuple(size.channels * m for m in (1, 2, 3, 4)), down_block_types=tuple(down),
-        up_block_types=tuple("AttnUpBlock2D" if has else "ResnetUpsampleBlock2D" for has in reversed(attends)),
-        downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
-        attention_head_dim=size.channels, attn_norm_num_groups=32, norm_eps=1e-5, num_class_embeds=CLASSES,
-    ).to(device)  # fmt: skip
+    with device:
+        network = UNet2DModel(
+            sample_size=size.resolution, in_channels=3, out_channels=6, layers_per_block=size.blocks,
+            block_out_channels=widths, down_block_types=tuple(down),
+            up_block_types=tuple("AttnUpBlock2D" if has else "ResnetUpsampleBlock2D" for has in reversed(attends)),
+            downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+            attention_head_dim=widths[-1] // size.heads, attn_norm_num_groups=32, norm_eps=1e-5,
+            num_class_embeds=CLASSES,
+        )  # fmt: skip
     optimizer, average = torch.optim.AdamW(network.parameters(), 1e-4), EMAModel(network.parameters())
 
     def update() -> None:
@@ -90,60 +108,102 @@ def diffusers(size: Size, device: torch.device) -> Contestant:
 
 
 def guided_diffusion(size: Size, device: torch.device, checkout: Path) -> Contestant:
-    """The UNetModel of a guided-diffusion checkout with AdamW and its own EMA."""
+    """The UNetModel of a guided-diffusion checkout with AdamW and its own EMA.
+
+    On a GPU in float16, as that project trains: its weights, its loss scale, and float32 copies that are updated. Its
+    checkpointed attention does not run under autocast.
+    """
     if not (checkout / "guided_diffusion" / "unet.py").is_file():
         raise InputError(f"{checkout} is no checkout of guided-diffusion: it holds no guided_diffusion/unet.py")
     sys.path.insert(0, str(checkout))
     from guided_diffusion.nn import update_ema
     from guided_diffusion.unet import UNetModel
 
-    network = UNetModel(
-        image_size=size.resolution, in_channels=3, model_channels=size.channels, out_channels=6,
-        num_res_blocks=size.blocks, attention_resolutions=tuple(size.resolution // side for side in (16, 8)),
-        channel_mult=(1, 2, 3, 4), num_classes=CLASSES, num_heads=4, use_scale_shift_norm=True, resblock_updown=True,
-        use_new_attention_order=True,
-    ).to(device)  # fmt: skip
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, weight_decay=0.0)
-    averaged = [weight.detach().clone() for weight in network.parameters()]
+    half = device.type == "cuda"
+    with device:
+        network = UNetModel(
+            image_size=size.resolution, in_channels=3, model_channels=size.channels, out_channels=6,
+            num_res_blocks=size.blocks,
+            attention_resolutions=tuple(size.resolution // side for side in size.attention),
+            channel_mult=size.multipliers, num_classes=CLASSES, num_heads=size.heads, use_scale_shift_norm=True,
+            resblock_updown=True, use_new_attention_order=True, use_fp16=half,
+        )  # fmt: skip
+    fill_zero_layers(network)
+    trainer = None
+    if half:
+        from guided_diffusion import logger
+        from guided_diffusion.fp16_util import MixedPrecisionTrainer
+
+        logger.configure(tempfile.mkdtemp(), [])  # else it writes what it logs
+        # At this loss scale nothing overflows: a step that does would not be made.
+        trainer = MixedPrecisionTrainer(model=network, use_fp16=True, initial_lg_loss_scale=8)
+    weights = list(network.parameters()) if trainer is None else trainer.master_params
+    optimizer = torch.optim.AdamW(weights, 1e-4, weight_decay=0.0)
+    averaged = [weight.detach().clone() for weight in weights]
 
     def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(averaged, network.parameters(), 0.9999)
+        if trainer is None:
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            assert trainer.optimize(optimizer), "a step of guided-diffusion overflowed"
+            trainer.zero_grad()
+        update_ema(averaged, weights, 0.9999)
 
-    return Contestant(network, network, update)
+    if trainer is None:
+        return Contestant(network, network, update)
+    return Contestant(network, network, update, trainer.backward, autocast=False)
 
 
 def run(
-    quick: bool = False, guided: Path | None = None, compile: bool = False, rounds: int | None = None
+    quick: bool = False,
+    guided: Path | None = None,
+    compile: bool = False,
+    rounds: int | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """By the size of the network, what `compare` finds. save: called with all that is found so far after each size."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = [Size(16, 32, 1, 2)] if quick else LARGE if device.type == "cuda" else [Size()]
+    found: dict[str, Any] = {}
+    for size in sizes:
+        name = f"{size.channels} channels at {size.resolution}"
+        try:
+            found[name] = compare(size, device, quick, guided, compile, rounds or (2 if quick else 12))
+        except torch.OutOfMemoryError as error:
+            print(f"{name}, batch {size.batch}: {error}", flush=True)
+        save(found)
+    return found
+
+
+def compare(
+    size: Size, device: torch.device, quick: bool, guided: Path | None, compile: bool, rounds: int
 ) -> dict[str, Any]:
     """Measure all networks in turn, in rounds. Reports medians, and ratios to ours within each round."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = Size(16, 32, 1, 2) if quick else Size(batch=256) if device.type == "cuda" else Size()
-    rounds = rounds or (2 if quick else 12)
+    gc.collect()
     contestants = {"ours": ours(size, device), "diffusers": diffusers(size, device)}
     if compile:
         contestants["ours, compiled"] = ours(size, device)
-        contestants["ours, compiled"].network.compile(mode="max-autotune" if device.type == "cuda" else "default")
+        contestants["ours, compiled"].network.compile(mode="default")
     if guided is not None:
         contestants["guided-diffusion"] = guided_diffusion(size, device, guided)
     for contestant in contestants.values():
         fill_zero_layers(contestant.network)
     network = contestants["ours"].network
     assert isinstance(network, UNet)
-    precisions = {"bf16": torch.bfloat16} if device.type == "cuda" else {"fp32": None}
-    found = {}
-    for precision, dtype in precisions.items():
-        rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
-        times = time_contestants(contestants, inputs(size, device), dtype, rounds, device)
-        found[precision] = {
-            "matmul": rates.matmul, "convolution": rates.convolution,
-            "contestants": {name: figures(times, name, forward_flops(network) * size.batch) for name in contestants},
-            "profile": profile(size, device, dtype, 1 if quick else 5),
-            "kept": {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
-        }  # fmt: skip
-    parameters = {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()}
-    return {"size": vars(size), "parameters": parameters, "flops": forward_flops(network), "rounds": rounds, **found}
+    flops = forward_flops(network)
+    precision, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", None)
+    rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
+    times = time_contestants(contestants, inputs(size, device), dtype, rounds, device)
+    found: dict[str, Any] = {
+        "size": vars(size), "rounds": rounds, "flops": flops, "precision": precision,
+        "parameters": {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()},
+        "matmul": rates.matmul, "convolution": rates.convolution,
+        "contestants": {name: figures(times, name, flops * size.batch) for name in contestants},
+        "kept": {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
+    }  # fmt: skip
+    del contestants, contestant, network  # else there is no room for another
+    return {**found, "profile": profile(size, device, dtype, 1 if quick else 5)}
 
 
 def fill_zero_layers(network: nn.Module) -> None:
@@ -170,12 +230,12 @@ def time_contestants(
     for number in range(rounds + 1):
         order = order[1:] + order[:1]
         for name, contestant in order:
-            call = autocast(contestant.call, device, dtype)
+            call = autocast(contestant, device, dtype)
             with torch.no_grad(), stopwatch(device) as forward:
                 call(*data)
             with stopwatch(device) as step:
                 with stopwatch(device) as gradients:
-                    call(*data).float().square().mean().backward()
+                    contestant.backward(call(*data).float().square().mean())
                 contestant.update()
             if number:  # the first round warms up
                 for what, clock in (("forward", forward), ("gradients", gradients), ("step", step)):
@@ -183,12 +243,12 @@ def time_contestants(
     return times
 
 
-def autocast(call: Callable[..., torch.Tensor], device: torch.device, dtype: Any) -> Callable[..., torch.Tensor]:
-    """The call under autocast to `dtype`; None for no autocast."""
+def autocast(contestant: Contestant, device: torch.device, dtype: Any) -> Callable[..., torch.Tensor]:
+    """The contestant's call under autocast to `dtype`, where it takes that; None for no autocast."""
 
     def cast(*data: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return call(*data)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None and contestant.autocast):
+            return contestant.call(*data)
 
     return cast
 
@@ -228,7 +288,7 @@ def saved_bytes(contestant: Contestant, data: tuple[torch.Tensor, ...], dtype: A
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = autocast(contestant.call, data[0].device, dtype)(*data)
+        output = autocast(contestant, data[0].device, dtype)(*data)
     del output
     return sum(sizes.values())
 
@@ -248,7 +308,7 @@ def profile(size: Size, device: torch.device, dtype: Any, rounds: int = 5) -> di
     """The share of each kind of operation in the time of our training step, from medians over rounds."""
     contestant, data = ours(size, device), inputs(size, device)
     fill_zero_layers(contestant.network)
-    call = autocast(contestant.call, device, dtype)
+    call = autocast(contestant, device, dtype)
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):
         with torch.profiler.profile() as profiler:
@@ -267,15 +327,14 @@ def profile(size: Size, device: torch.device, dtype: Any, rounds: int = 5) -> di
 
 def table(found: dict[str, Any]) -> str:
     """The results as Markdown tables."""
-    size, lines = found["size"], []
-    for precision in ("fp32", "bf16"):
-        if precision not in found:
-            continue
-        part = found[precision]
+    lines = []
+    for part in found.values():
+        size = part["size"]
         lines += [
-            f"network at {size['resolution']}x{size['resolution']}, {size['channels']} channels x (1, 2, 3, 4), "
-            f"{size['blocks']} blocks, batch {size['batch']}, {precision}, {found['rounds']} rounds; measured here: "
-            f"matmul {part['matmul'] / 1e9:.0f} GFLOP/s, 3x3 convolution {part['convolution'] / 1e9:.0f}",
+            f"network at {size['resolution']}x{size['resolution']}, {size['channels']} channels x "
+            f"{size['multipliers']}, {size['blocks']} blocks, batch {size['batch']}, {part['precision']}, "
+            f"{part['rounds']} rounds; measured here: matmul {part['matmul'] / 1e9:.0f} GFLOP/s, 3x3 convolution "
+            f"{part['convolution'] / 1e9:.0f}",
             "",
             "| | forward GFLOP/s | gradients GFLOP/s | step GFLOP/s | step, share of convolution | ours is faster: "
             "forward | gradients | step | saved for backward, MiB per image |",
@@ -287,5 +346,5 @@ def table(found: dict[str, Any]) -> str:
             share = own["step"]["flops"] / part["convolution"]
             lines.append(f"| {name} | {rates} | {share:.0%} | {ratios} | {part['kept'][name] / 2**20:.1f} |")
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in part["profile"].items())
-        lines += ["", f"where the time of our step goes: {shares}"]
-    return "\n".join(lines)
+        lines += ["", f"where the time of our step goes: {shares}", ""]
+    return "\n".join(lines).rstrip()

@@ -3,69 +3,87 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from cdm_lightning.network import CompileMode
 from cdm_lightning.planning.devices import current_device, measure_rates
 from cdm_lightning.planning.flops import training_flops
 from cdm_lightning.planning.memory import AUTOCAST, SimulatedStep
-from cdm_lightning.planning.recipe import configurations, read_recipe
+from cdm_lightning.planning.recipe import Recipe, configurations, read_recipe
 from cdm_lightning.planning.step_time import measure_step
 
+BATCHES = {"base32": [16, 64, 256], "sr64": [8, 32, 128], "sr256": [2, 8, 16]}  # micro-batches on a GPU
 
-def run(quick: bool = False, compile: bool = False) -> dict[str, Any]:
-    """Measure the paper's stages on a GPU, with micro-batches that grow until memory runs out; on a CPU the demo's."""
+
+def run(
+    quick: bool = False, compile: bool = False, save: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measure the paper's stages on a GPU, with micro-batches that grow until memory runs out; on a CPU the demo's.
+
+    compile: then measure each stage compiled, at its largest micro-batch. save: called with what is found so far after
+    each row. What the plan says is added at the end, since a large network takes long on paper.
+    """
     device = current_device()
     large = device.type == "cuda" and not quick
-    experiment, names = ("imagenet", ("base32", "sr64", "sr256")) if large else ("fashion", ("base8", "sr16", "sr32"))
-    modes: list[CompileMode | None] = [None, "default"] if compile else [None]
+    experiment, names = ("imagenet", tuple(BATCHES)) if large else ("fashion", ("base8", "sr16", "sr32"))
     precision = "bf16-mixed" if device.type == "cuda" else "32-true"
     rates = measure_rates(device, AUTOCAST.get(precision, torch.float32), 0.1 if quick else 1.0)
-    found: dict[str, Any] = {"matmul": rates.matmul, "convolution": rates.convolution, "precision": precision}
-    for name in names[: 1 if quick else None]:
-        sizes = [2**power for power in range(10)] if large else [8] if quick else [64]
-        found[name] = {
-            str(mode): measure_batch_sizes(name, experiment, precision, sizes, mode, device) for mode in modes
-        }
+    found: dict[str, Any] = {"matmul": rates.matmul, "convolution": rates.convolution, "copy": copy_rate(device)}
+    found["precision"] = precision
+    recipes = {name: read_recipe(configurations(name, experiment)) for name in names[: 1 if quick else None]}
+    for mode in ("None", "default") if compile else ("None",):
+        for name, recipe in recipes.items():
+            sizes = BATCHES[name] if large else [8] if quick else [64]
+            rows = found.setdefault(name, {}).setdefault(mode, [])
+            for batch in sizes if mode == "None" else [row["batch"] for row in found[name]["None"][-1:]]:
+                try:
+                    rows.append(measure(recipe, batch, precision, mode, device))
+                except torch.OutOfMemoryError:
+                    break
+                print(f"{name}, {mode}: {rows[-1]}", flush=True)
+                save(found)
+    for name, recipe in recipes.items():
+        simulated = SimulatedStep(recipe.stage("meta"), precision, recipe.average)
+        for row in (row for rows in found[name].values() for row in rows):
+            row["memory_on_paper"] = simulated.memory(row["batch"]).total
+            save(found)
     return found
 
 
-def measure_batch_sizes(
-    name: str, experiment: str, precision: str, sizes: list[int], mode: CompileMode | None, device: torch.device
-) -> list[dict[str, float]]:
-    """One row per micro-batch size that fits into memory."""
-    recipe, rows = read_recipe(configurations(name, experiment)), []
-    simulated = SimulatedStep(recipe.stage("meta"), precision, recipe.average)
-    for batch in sizes:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            stage = recipe.stage("cpu")
-            if mode is not None:
-                stage.unet.compile(mode=mode)
-            step_time = measure_step(stage, batch, precision, device, recipe.average, seconds=2.0)
-        except torch.OutOfMemoryError:
-            break
-        rate = step_time.images_a_second(batch, 1)
-        rows.append(
-            {
-                "batch": batch, "images_a_second": rate, "flops": rate * training_flops(stage.unet),
-                "memory": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-                "memory_on_paper": simulated.memory(batch).total,
-            }
-        )  # fmt: skip
-    return rows
+def measure(recipe: Recipe, batch: int, precision: str, mode: str, device: torch.device) -> dict[str, float]:
+    """Images and FLOPs a second, and the peak memory, of one micro-batch."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    stage = recipe.stage(str(device))
+    stage.compile_mode = None if mode == "None" else mode  # type: ignore[assignment]  # a mode of torch
+    step_time = measure_step(stage, batch, precision, device, recipe.average, seconds=1.0)
+    rate = step_time.images_a_second(batch, 1)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return {
+        "batch": batch, "images_a_second": rate, "flops": rate * training_flops(stage.unet), "memory": memory,
+        "memory_on_paper": 0,
+    }  # fmt: skip
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    from torch.utils.benchmark import Timer
+
+    size = 2**31 if device.type == "cuda" else 2**26
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    timer = Timer("target.copy_(source)", globals={"source": source, "target": target})
+    return 2 * size / timer.blocked_autorange(min_run_time=0.2).median
 
 
 def table(found: dict[str, Any]) -> str:
     """The results as a Markdown table."""
     lines = [
         f"training steps of the recipes, {found['precision']}; measured here: matmul {found['matmul'] / 1e9:,.0f} "
-        f"GFLOP/s, 3x3 convolution {found['convolution'] / 1e9:,.0f}",
+        f"GFLOP/s, 3x3 convolution {found['convolution'] / 1e9:,.0f}, copy {found['copy'] / 1e9:,.0f} GB/s",
         "",
         "| stage | compiled | micro-batch | images/s | GFLOP/s | share of matmul | peak memory, GB | planned, GB |",
         "|---|---|---|---|---|---|---|---|",

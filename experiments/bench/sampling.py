@@ -18,8 +18,13 @@ from cdm_lightning.stages import BaseStage, SuperResolutionStage
 BUNDLE = Path(__file__).parents[2] / "data/fashion-cascade"
 
 
-def run(quick: bool = False, rounds: int | None = None) -> dict[str, Any]:
-    """Measure the stages of the shipped cascade, and a larger network that is compared with diffusers' pipeline."""
+def run(
+    quick: bool = False, rounds: int | None = None, save: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measure the stages of the shipped cascade, and a larger network that is compared with diffusers' pipeline.
+
+    On a GPU then as CUDA graphs too, which takes minutes to compile. save: called with what is found so far.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds, batch, steps = rounds or (1 if quick else 7), 4 if quick else 64, 4 if quick else 20
     cascade = CascadeModule(BUNDLE).to(device)
@@ -32,7 +37,14 @@ def run(quick: bool = False, rounds: int | None = None) -> dict[str, Any]:
     sizes = (2, 4) if quick else (16, 64, 256)
     batches = {stage.name: by_batch(stage, sizes, device, rounds) for stage in cascade.stages}
     peers = beside_diffusers(large, size, device, rounds)
-    return {"batch": batch, "rounds": rounds, "loops": loops, "batches": batches, "pipeline": peers}
+    found = {"batch": batch, "rounds": rounds, "loops": loops, "batches": batches, "pipeline": peers}
+    if device.type == "cuda" and not quick:
+        for stage in cascade.stages:
+            save(found)
+            stage.unet.compile(mode="reduce-overhead")
+            loops[f"{stage.name}, CUDA graphs"] = loop(stage, batch, device, rounds)
+            print(f"{stage.name}, CUDA graphs: {loops[f'{stage.name}, CUDA graphs']}", flush=True)
+    return found
 
 
 def stage_of(size: Size, steps: int) -> BaseStage:
@@ -61,13 +73,13 @@ def loop(stage: Any, batch: int, device: torch.device, rounds: int) -> dict[str,
     draw()
     hook.remove()
     pairs = []
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         with stopwatch(device) as whole:
             draw()
         with torch.no_grad(), stopwatch(device) as bare:
             for args, kwargs in calls:
                 stage.unet(*args, **kwargs)
-        pairs.append((whole[0], bare[0]))
+        pairs += [(whole[0], bare[0])] if number else []
     per_step = [1e3 * median(part) / len(calls) for part in zip(*pairs, strict=True)]
     return {"sampler_ms": per_step[0], "network_ms": per_step[1], "overhead": median(w / b for w, b in pairs) - 1}
 

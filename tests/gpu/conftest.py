@@ -13,7 +13,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.fixture
 def figures(record_property):
-    """Record measured numbers, which `pytest -m gpu` prints in a line for each test."""
+    """Record measured numbers, which `pytest -m gpu` prints in a line as the test ends."""
 
     def record(**values):
         for name, value in values.items():
