@@ -6,7 +6,7 @@ CDM := .venv/bin/cdm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo detector train-stage plan bench cas sweep test test-long mutants lint clean
+.PHONY: help setup demo detector train-stage plan bench gpu cas sweep test test-long mutants lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,9 @@ cas: setup ## Classification accuracy score of samples: make cas SAMPLES=runs/de
 
 bench: setup ## Measure speed, compared with other projects and the hardware: make bench [ARGS="--guided_diffusion CHECKOUT --compile true"]
 	.venv/bin/python experiments/bench $(ARGS)
+
+gpu: setup ## On a machine with a GPU: test, measure and train within minutes: make gpu [ARGS="--seconds 460 --out runs/gpu"]
+	.venv/bin/python experiments/gpu $(ARGS)
 
 test: setup ## Run the tests, in two processes
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)

@@ -78,9 +78,7 @@ class Measured:
     def tell(self, report, about):
         said = [line[2:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
         why = f": {said[0][:300]}" if report.failed and said else ""
-        self.reporter.ensure_newline()
-        self.reporter.write_line(f"{report.outcome} {about.rstrip()}{why}")
-        self.reporter.flush()
+        self.reporter.write(f"\n{report.outcome} {about.rstrip()}{why}\n", flush=True)
 
 
 @pytest.hookimpl(trylast=True)  # the terminal's reporter is there

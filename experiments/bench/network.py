@@ -169,7 +169,7 @@ def run(
     for size in sizes:
         name = f"{size.channels} channels at {size.resolution}"
         try:
-            found[name] = compare(size, device, quick, guided, compile, rounds or (2 if quick else 5 if device.type == "cuda" else 12))
+            found[name] = compare(size, device, quick, guided, compile, rounds or (2 if quick else 12))
         except torch.OutOfMemoryError as error:
             print(f"{name}, batch {size.batch}: {error}", flush=True)
         save(found)

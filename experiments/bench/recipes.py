@@ -14,7 +14,7 @@ from cdm_lightning.planning.memory import AUTOCAST, SimulatedStep
 from cdm_lightning.planning.recipe import Recipe, configurations, read_recipe
 from cdm_lightning.planning.step_time import measure_step
 
-BATCHES = {"base32": [64, 256], "sr64": [32, 64], "sr256": [8, 16]}  # micro-batches on a GPU
+BATCHES = {"base32": [16, 64, 256], "sr64": [8, 32, 128], "sr256": [2, 8, 16]}  # micro-batches on a GPU
 
 
 def run(

@@ -208,7 +208,7 @@ class Study:
                 print(f"{name}: {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
                 if command[0] == CDM:
                     command = [sys.executable, "-m", "cdm_lightning", *command[1:]]
-                command = [part.replace(".venv/bin/python", sys.executable) for part in command]
+                command = [part.replace(" .venv/bin/python ", f" {shlex.quote(sys.executable)} ") for part in command]
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
                 self.processes.append(process)
                 if code := process.wait():
