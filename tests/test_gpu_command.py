@@ -86,5 +86,5 @@ def test_its_reduced_form_runs(tmp_path):
     assert done.stdout.count(" | ok |") == 2
     assert "\npassed " in (out / "correctness.log").read_text()
     assert "reference deciding_one_model" in (out / "study.json").read_text()
-    with tarfile.open(out / "samples-one_model.tar") as tar:
+    with tarfile.open(out / "samples-deciding_one_model-0.tar") as tar:
         assert {"one_model/train/32/manifest.json", "one_model/manifest.json"} <= set(tar.getnames())
