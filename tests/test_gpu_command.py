@@ -87,4 +87,4 @@ def test_its_reduced_form_runs(tmp_path):
     assert "\npassed " in (out / "correctness.log").read_text()
     assert "reference deciding_one_model" in (out / "study.json").read_text()
     with tarfile.open(out / "samples-deciding_one_model-0.tar") as tar:
-        assert {"one_model/train/32/manifest.json", "one_model/manifest.json"} <= set(tar.getnames())
+        assert {f"deciding_one_model-0/{name}manifest.json" for name in ("", "train/32/")} <= set(tar.getnames())

@@ -35,6 +35,7 @@ DATA_SHEETS = {
     for sheet in (
         DataSheet("H100", 989.4e12, 494.7e12, 66.9e12, 80e9, 3.35e12, "NVIDIA H100 data sheet, SXM5 80 GB"),
         DataSheet("H200", 989.4e12, 494.7e12, 66.9e12, 141e9, 4.8e12, "NVIDIA H200 data sheet, SXM 141 GB"),
+        DataSheet("B200", 2250e12, 1125e12, 75e12, 180e9, 8e12, "NVIDIA HGX B200 data sheet, one of 8 GPUs, 180 GB"),
         DataSheet("A100", 312e12, 156e12, 19.5e12, 80e9, 2.039e12, "NVIDIA A100 data sheet, SXM4 80 GB"),
     )
 }

@@ -37,7 +37,7 @@ def plan(
         experiment: A folder of `experiments`.
         configs: Configuration files for `cdm fit`, instead of a stage.
         arguments: Further options of `cdm fit`, in one string.
-        device: H100, H200 or A100, by data sheet; null for the device at hand.
+        device: H100, H200, B200 or A100, by data sheet; null for the device at hand.
         devices: Number of devices that share the batch.
         micro_batch: Images per device and forward pass; null for the most that fit.
         precision: 32-true, bf16-mixed or 16-mixed; null for the recipe's.

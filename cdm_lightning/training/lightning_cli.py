@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import lightning.pytorch as L
+import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -257,6 +258,8 @@ class CommandLine(LightningCLI):
 
         A progress bar among the configured callbacks, or a CheckpointIO among the plugins, is used instead of ours.
         """
+        if torch.cuda.is_available():  # TF32 for what is left in float32, as torch's convolutions have it by default
+            torch.set_float32_matmul_precision("high")
         given = self.config_init[self.subcommand].trainer
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks or ()]
         callbacks = [*filter(None, callbacks), RunSummary()]

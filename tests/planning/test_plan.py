@@ -312,7 +312,7 @@ def test_measured_rates_are_those_of_this_machine():
         (["sr65"], "stage 'sr65' is none of experiments/imagenet: known are base16, base32"),
         (["defaults"], "stage 'defaults' is none of"),
         (["sr64", "--experiment", "nowhere"], "experiment 'nowhere' is no folder of"),
-        (["sr64", "--device", "H300"], "device 'H300' is none of H100, H200, A100"),
+        (["sr64", "--device", "H300"], "device 'H300' is none of H100, H200, B200, A100"),
         (["sr64", "--devices", "3"], "batch_size 2048 cannot be shared by 3 devices"),
         (["sr64", "--devices", "0"], "devices 0 is less than 1"),
         (["sr64", "--micro_batch", "5"], "micro_batch 5 does not divide the 2048 images"),
