@@ -275,7 +275,8 @@ class KernelNorm(torch.autograd.Function):
         (groups, eps, activation), (weight, bias, modulation, added, *parts) = settings, tensors
         parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
         modulation = None if modulation is None else modulation.contiguous()
-        t, numbers = Tiles(parts, groups), {"dtype": torch.float32, "device": parts[0].device}
+        t = Tiles(parts, groups)
+        numbers: dict[str, Any] = {"dtype": torch.float32, "device": parts[0].device}
         means, squares = torch.empty(2, t.batch * t.splits, t.channels, **numbers).unbind()
         a, b, centres, averages = torch.empty(4, t.batch, t.channels, **numbers).unbind()
         rstds = torch.empty(t.batch, groups, **numbers)
@@ -302,7 +303,8 @@ class KernelNorm(torch.autograd.Function):
         (groups, _, activation) = ctx.settings
         weight, bias, modulation, added, a, b, centres, rstds, averages, *parts = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        t, numbers = Tiles(parts, groups), {"dtype": torch.float32, "device": dy.device}
+        t = Tiles(parts, groups)
+        numbers: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
         betas, gammas = torch.empty(2, t.batch * t.splits, t.channels, **numbers).unbind()
         slopes, rests = torch.empty(2, t.batch, t.channels, **numbers).unbind()
         gradients = torch.empty(3, t.batch, t.channels, **numbers)  # of weight, bias and added, for each image
@@ -325,8 +327,8 @@ class KernelNorm(torch.autograd.Function):
                 CHANNELS,
             )  # fmt: skip
         d_weight, d_bias, d_added = gradients.sum(1).unbind()
-        d_added = None if added is None else d_added.to(added.dtype)
-        return None, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_modulation, d_added, *dx
+        of_added = None if added is None else d_added.to(added.dtype)
+        return None, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_modulation, of_added, *dx
 
 
 class KernelAdd(torch.autograd.Function):

@@ -75,8 +75,10 @@ class ResidualBlock(nn.Module):
             h, bias = convolution(self.resample(h), self.conv1)
         h = self.norm2(h, modulation=self.modulation(embedding), added=bias)  # (B, channels, H', W')
         h, bias = convolution(self.dropout(h), self.conv2)
-        skip_bias, *terms = self.shortcut(*x)
-        return add(h, bias if skip_bias is None else bias + skip_bias, *terms)
+        skip_bias, terms = self.shortcut(*x)
+        if bias is not None and skip_bias is not None:
+            bias = bias + skip_bias
+        return add(h, bias, *terms)
 
     def resample(self, x: torch.Tensor) -> torch.Tensor:
         """x at `scale_factor` times its size: 2x2 means, or nearest neighbour."""
@@ -84,20 +86,22 @@ class ResidualBlock(nn.Module):
             return F.avg_pool2d(x, 2)
         return upsample(x) if self.scale_factor > 1 else x
 
-    def shortcut(self, x: torch.Tensor, other: torch.Tensor | None = None) -> list[torch.Tensor | None]:
+    def shortcut(
+        self, x: torch.Tensor, other: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """A bias that is still to be added, or None, and the terms of the skip branch.
 
         They are x, or its 1x1 convolution; for two tensors, those of the 1x1 convolution of their concatenation.
         """
         if other is None:
             if not isinstance(self.skip, nn.Conv2d):
-                return [None, self.resample(x)]
+                return None, [self.resample(x)]
             term, bias = convolution(self.resample(x), self.skip)
-            return [bias, term]
+            return bias, [term]
         assert isinstance(self.skip, nn.Conv2d)  # a concatenation has more channels than the output
         weight_x, weight_other = self.skip.weight.split([x.shape[1], other.shape[1]], dim=1)
         term, bias = convolution(x, self.skip, weight_x)
-        return [bias, term, F.conv2d(other, weight_other)]
+        return bias, [term, F.conv2d(other, weight_other)]
 
 
 class SelfAttention(nn.Module):
