@@ -29,6 +29,7 @@ from cdm_lightning.planning.devices import measure_rates
 from cdm_lightning.planning.flops import forward_flops
 
 CLASSES = 10
+AUTOCAST = {"cuda": torch.bfloat16, "cpu": None}  # of each kind of device; None: float32
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,11 @@ def run(
     found: dict[str, Any] = {}
     for size in sizes:
         name = f"{size.channels} channels at {size.resolution}"
+        rounds_of_size = rounds or (2 if quick else 5 if device.type == "cuda" else 12)
         try:
-            found[name] = compare(size, device, quick, guided, compile, rounds or (2 if quick else 12))
+            found[name] = compare(size, device, quick, guided, compile, rounds_of_size)
+            save(found)
+            found[name]["profile"] = profile(size, device, 1 if quick else 5)
         except torch.OutOfMemoryError as error:
             print(f"{name}, batch {size.batch}: {error}", flush=True)
         save(found)
@@ -192,18 +196,16 @@ def compare(
     network = contestants["ours"].network
     assert isinstance(network, UNet)
     flops = forward_flops(network)
-    precision, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", None)
+    precision, dtype = "bf16" if device.type == "cuda" else "fp32", AUTOCAST[device.type]
     rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
     times = time_contestants(contestants, inputs(size, device), dtype, rounds, device)
-    found: dict[str, Any] = {
+    return {
         "size": vars(size), "rounds": rounds, "flops": flops, "precision": precision,
         "parameters": {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()},
         "matmul": rates.matmul, "convolution": rates.convolution,
         "contestants": {name: figures(times, name, flops * size.batch) for name in contestants},
         "kept": {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
     }  # fmt: skip
-    del contestants, contestant, network  # else there is no room for another
-    return {**found, "profile": profile(size, device, dtype, 1 if quick else 5)}
 
 
 def fill_zero_layers(network: nn.Module) -> None:
@@ -304,11 +306,11 @@ KINDS = {  # kinds of operations, by parts of torch's operation names; the first
 }
 
 
-def profile(size: Size, device: torch.device, dtype: Any, rounds: int = 5) -> dict[str, float]:
+def profile(size: Size, device: torch.device, rounds: int = 5) -> dict[str, float]:
     """The share of each kind of operation in the time of our training step, from medians over rounds."""
     contestant, data = ours(size, device), inputs(size, device)
     fill_zero_layers(contestant.network)
-    call = autocast(contestant, device, dtype)
+    call = autocast(contestant, device, AUTOCAST[device.type])
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):
         with torch.profiler.profile() as profiler:
@@ -345,6 +347,6 @@ def table(found: dict[str, Any]) -> str:
             ratios = " | ".join(f"{own[what]['ours_faster']:.2f}" for what in ("forward", "gradients", "step"))
             share = own["step"]["flops"] / part["convolution"]
             lines.append(f"| {name} | {rates} | {share:.0%} | {ratios} | {part['kept'][name] / 2**20:.1f} |")
-        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in part["profile"].items())
-        lines += ["", f"where the time of our step goes: {shares}", ""]
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in part.get("profile", {}).items())
+        lines += ["", f"where the time of our step goes: {shares}", ""] if shares else [""]
     return "\n".join(lines).rstrip()

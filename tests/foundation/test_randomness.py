@@ -11,7 +11,12 @@ from scipy import stats
 from cdm_lightning.foundation.randomness import KeyedStreams, TorchStreams, key, philox, round_keys
 
 COUNT = 100_000
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
 
 
 @pytest.fixture(scope="module")
