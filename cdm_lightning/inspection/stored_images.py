@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,25 +83,32 @@ def inspect_images(path: Folder, folders: Sequence[Folder], check: bool) -> Find
                 found.damage += damage_in(folder, manifest)
             else:
                 found.try_to(read_manifest, folder)
-    classes = {manifest.split: manifest.classes for manifest in manifests.values()}
-    alike = len(set(map(tuple, classes.values()))) == 1
-    for split, names in classes.items():
-        about = about_classes(names if names != NO_CLASSES else None)
-        found.note(**{"classes" if alike else f"classes of {split}": about})
-    for folder, manifest in list(manifests.items())[-1:]:
-        drawn = manifest.extra.get("samples")
-        if isinstance(drawn, dict):
-            found.kind = "samples of a cascade"
-        found.note(
-            source=manifest.source,
-            crop=manifest.crop if manifest.crop != "none" else None,
-            filter=manifest.filter if manifest.filter != "none" else None, seed=manifest.seed,
-            left_out=f"{manifest.skipped} unreadable images" if manifest.skipped else None,
-            made_by=how_made(manifest), written=written(folder / "manifest.json") if isinstance(folder, Path) else None,
-        )  # fmt: skip
+    about = {manifest.split: about_split(manifest) for manifest in manifests.values()}
+    for name in next(iter(about.values()), {}):
+        values = {split: notes[name] for split, notes in about.items()}
+        alike = len(set(map(str, values.values()))) == 1
+        for split, value in list(values.items())[: 1 if alike else None]:
+            found.note(**{name if alike else f"{name} of {split}": value})
+    if isinstance(last := next(reversed(manifests), None), Path):
+        found.note(written=written(last / "manifest.json"))
+    if any(isinstance(manifest.extra.get("samples"), dict) for manifest in manifests.values()):
+        found.kind = "samples of a cascade"
     if isinstance(path, Path):
         note_progress(found, path, [folder for folder in folders if isinstance(folder, Path)])
     return found
+
+
+def about_split(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest tells of its split, by name; None is not shown."""
+    return {
+        "classes": about_classes(manifest.classes if manifest.classes != NO_CLASSES else None),
+        "source": manifest.source,
+        "crop": manifest.crop if manifest.crop != "none" else None,
+        "filter": manifest.filter if manifest.filter != "none" else None,
+        "seed": manifest.seed,
+        "left_out": f"{manifest.skipped} unreadable images" if manifest.skipped else None,
+        "made_by": how_made(manifest),
+    }
 
 
 def row_of(manifest: Manifest) -> tuple[str, ...]:

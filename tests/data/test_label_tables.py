@@ -132,7 +132,7 @@ REFUSED = {
     "empty": ("\n\n", {}, "is empty"),
     "no text": (b"\xff\xd8\xff\xe0 p0,cat", {}, "is no table of text in UTF-8"),
     "zero bytes": ("p0.png,\0cat\n", {}, "is no table of text in UTF-8: it holds zero bytes"),
-    "open quote": ('p0.png,"cat\n', {}, "is no table of text in UTF-8"),
+    "open quote": ('p0.png,"cat\n', {}, "is no table: a quotation mark is open at its end"),
     "short line": ("p0.png,cat\np1.png\n", {}, "has 1 columns in line 2, and 2 are needed"),
     "no class": ("p0.png,cat\np1.png,\n", {}, "has no class in line 2"),
     "odd class": ("p0.png,c\x1bat\n", {}, "names a class 'c\\x1bat' in line 1: it must be printable"),

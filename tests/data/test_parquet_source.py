@@ -93,7 +93,7 @@ def test_rows_without_image_or_label_are_left_out(tmp_path, capsys):
     assert labels_of(tmp_path / "out/train/8") == [0, 2]
     said = capsys.readouterr().out
     assert "without image: 2 (t.parquet/00000001, t.parquet/00000003)" in said
-    assert "without a label in cls: 1 (t.parquet/00000002)" in said
+    assert "without a label in label: 1 (t.parquet/00000002)" in said
 
 
 def test_bad_tables_are_one_sentence_and_leave_nothing(tmp_path):

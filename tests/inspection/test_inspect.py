@@ -75,11 +75,13 @@ def test_shards_are_told_from_their_root_split_and_resolution(shards, capsys):
         assert "│ 30 " in out and "│ val" not in out and "yes, everything was read" in out
 
 
-def test_splits_of_other_classes_are_told_apart(shards, capsys):
+def test_what_differs_between_splits_is_told_of_each(shards, capsys):
     manifest = read_manifest(shards / "val/8")
-    write_manifest(shards / "val/8", Manifest(**{**vars(manifest), "classes": [f"kind {n}" for n in range(10)]}))
+    other = {"classes": [f"kind {n}" for n in range(10)], "source": "elsewhere"}
+    write_manifest(shards / "val/8", Manifest(**{**vars(manifest), **other}))
     out = said(capsys, shards)
     assert "classes of train  10: class 0" in out and "classes of val    10: kind 0" in out
+    assert "source of val     elsewhere" in out and out.count("elsewhere") == 1
 
 
 def test_shards_at_an_address(shards, tmp_path, capsys, monkeypatch):

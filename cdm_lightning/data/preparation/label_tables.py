@@ -72,7 +72,10 @@ class LabelTable:
                 lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
             else:
                 lines = [(number, line.split()) for number, line in enumerate(io.StringIO(text, newline=None), 1)]
-        except (ValueError, csv.Error) as error:
+        except csv.Error as error:
+            quote = "a quotation mark is open at its end" if "end of data" in str(error) else str(error)
+            raise InputError(f"{self.path} is no table: {quote}") from error
+        except ValueError as error:
             raise InputError(f"{self.path} is no table of text in UTF-8: {error}") from error
         lines = [(number, cells) for number, cells in lines if any(cells)]
         if not lines:

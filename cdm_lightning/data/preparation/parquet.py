@@ -73,7 +73,7 @@ def list_parquet(
         if (own.names, own.free) != (first.names, first.free):
             raise InputError(f"{path} has other classes than {parts[0].where}: give files of one data set")
         labels[:] = [first]
-        index_tar(path, part, listing, ["image"], "cls", first)
+        index_tar(path, part, listing, ["image"], "label", first)
 
     listing = Staging(folder).index(parts, index, partial(write_tar, image=image, label=label), f"{image}\n{label}")
     listing.classes = labels[0].in_order(listing.images)
@@ -81,7 +81,7 @@ def list_parquet(
 
 
 def write_tar(path: Path, tar: Path, image: str, label: str) -> None:
-    """Write the rows of a parquet file as a tar of ROW.image and ROW.cls; what a row lacks is not written.
+    """Write the rows of a parquet file as a tar of ROW.image and ROW.label; what a row lacks is not written.
 
     A few rows are in memory at a time. Raises InputError for a file that is damaged or has no such columns.
     """
@@ -133,7 +133,7 @@ def members_of(path: Path, image: str, label: str) -> Iterator[tuple[str, bytes]
                 if data is not None:
                     yield f"{row:08d}.image", data
                 if value is not None:
-                    yield f"{row:08d}.cls", str(value).encode()
+                    yield f"{row:08d}.label", str(value).encode()
                 if data is None and value is None:
                     yield f"{row:08d}.empty", b""
                 row += 1
