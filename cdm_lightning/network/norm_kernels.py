@@ -215,7 +215,7 @@ class Tiles:
 
     def __init__(self, parts: Sequence[torch.Tensor], groups: int) -> None:
         self.batch, _, height, width = parts[0].shape
-        self.rows, self.groups = height * width, groups
+        self.rows = height * width
         self.widths = [part.shape[1] for part in parts]
         self.offsets = [sum(self.widths[:number]) for number in range(len(parts))]
         self.channels = sum(self.widths)
