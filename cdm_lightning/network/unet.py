@@ -15,7 +15,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.network.layers import ModulatedNorm, add, conv_of_upsampled, convolution, pointwise, upsample
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
-CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile; the second uses CUDA graphs
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile; the last two use CUDA graphs
 
 SHAPES = 1000  # of layers and batches that are compiled before torch gives up; its default is 8
 
@@ -275,10 +275,10 @@ class UNet(nn.Module):
     def compile(self, mode: CompileMode = "default", **options: Any) -> None:
         """Compile the network with torch.compile; the first calls take a while.
 
-        Mode "default" compiles each residual block and attention layer by itself, and those of one shape once, which
-        takes far less time than the whole network and runs as fast. CUDA graphs need the network as a whole.
+        Mode "default" compiles each residual block and attention layer by itself, and those of one shape once. The
+        others use CUDA graphs, which need the network as a whole.
         """
-        if mode == "reduce-overhead":
+        if mode != "default":
             super().compile(mode=mode, **options)
             return
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)

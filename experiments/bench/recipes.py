@@ -63,10 +63,7 @@ def measure(recipe: Recipe, batch: int, precision: str, mode: str, device: torch
     step_time = measure_step(stage, batch, precision, device, recipe.average, seconds=1.0)
     rate = step_time.images_a_second(batch, 1)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return {
-        "batch": batch, "images_a_second": rate, "flops": rate * training_flops(stage.unet), "memory": memory,
-        "memory_on_paper": 0,
-    }  # fmt: skip
+    return {"batch": batch, "images_a_second": rate, "flops": rate * training_flops(stage.unet), "memory": memory}
 
 
 def copy_rate(device: torch.device) -> float:

@@ -133,7 +133,7 @@ class Study:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def stop(self) -> None:
-        """End the commands that run, and wait for them; a training saves itself first."""
+        """End the commands that run; a training saves itself first."""
         for process in self.processes:
             process.terminate()
 
