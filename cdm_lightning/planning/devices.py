@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 from cdm_lightning.foundation.errors import InputError
 
@@ -46,6 +47,16 @@ def data_sheet(name: str) -> DataSheet:
     if name.upper() not in DATA_SHEETS:
         raise InputError(f"device {name!r} is none of {', '.join(DATA_SHEETS)}; without a name, it is the one at hand")
     return DATA_SHEETS[name.upper()]
+
+
+ASSUMED_SHARE = 0.4  # of a rate that a training reaches, where nothing was measured
+
+
+def measured_share(device: str, recipe: str) -> float | None:
+    """The share of its data sheet's rate that a device reached with a recipe, such as imagenet/sr256, if known."""
+    table = Path("experiments/gpu/shares.yaml")
+    known = yaml.safe_load(table.read_text()) if table.is_file() else {}
+    return known.get(device, {}).get(recipe)
 
 
 def duration(days: float) -> str:

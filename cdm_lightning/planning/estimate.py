@@ -47,11 +47,18 @@ def outlook(recipe: Recipe, sheet: DataSheet | None, devices: int, utilisation: 
 
 
 def estimate(
-    recipe: Recipe, sheet: DataSheet | None, devices: int, share: int, micro_batch: int | None, utilisation: float
+    recipe: Recipe,
+    sheet: DataSheet | None,
+    devices: int,
+    share: int,
+    micro_batch: int | None,
+    utilisation: float,
+    measured: bool = False,
 ) -> dict[str, Any]:
     """All figures of a plan: bytes, FLOPs, seconds.
 
-    sheet: a device by data sheet, or None for this machine's. share: images of a batch per device.
+    sheet: a device by data sheet, or None for this machine's. share: images of a batch per device. utilisation: share
+    of the rate that is reached where no step is timed; measured: whether such a device reached it.
     """
     here = current_device()
     capacity = sheet.memory if sheet else available_memory(here)
@@ -91,7 +98,9 @@ def estimate(
         "memory_checkpointing": (memory if checkpointing else other).total,
     }
     figures |= (
-        assumed_speed(sheet, figures, utilisation) if sheet else measured_speed(here, recipe, figures, utilisation)
+        assumed_speed(sheet, figures, utilisation, measured)
+        if sheet
+        else measured_speed(here, recipe, figures, utilisation)
     )
     rate = figures["images_a_second_a_device"] * devices
     days = recipe.batch * recipe.max_steps / rate / 86400
@@ -126,11 +135,12 @@ class MicroBatchSearch:
         return self.share if whole and self.fits(self.share, checkpointing) else fitting
 
 
-def assumed_speed(sheet: DataSheet, figures: dict[str, Any], utilisation: float) -> dict[str, Any]:
+def assumed_speed(sheet: DataSheet, figures: dict[str, Any], utilisation: float, measured: bool) -> dict[str, Any]:
     """The assumed speed of a device that is not at hand: `utilisation` of its data sheet's rate."""
     rate = sheet.rate(figures["precision"])
+    basis = "which this recipe reached there" if measured else "nothing was measured"
     return {
-        "speed": f"assumed: {utilisation:.0%} of {rate / 1e12:.1f} TFLOP/s ({sheet.source}), nothing was measured",
+        "speed": f"assumed: {utilisation:.0%} of {rate / 1e12:.1f} TFLOP/s ({sheet.source}), {basis}",
         "images_a_second_a_device": utilisation * rate / figures["training_flops"],
     }
 

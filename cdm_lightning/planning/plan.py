@@ -10,7 +10,7 @@ from typing import Any
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import check_output_folder, write_atomically
 from cdm_lightning.foundation.terminal import folding_table, table_console
-from cdm_lightning.planning.devices import current_device, data_sheet, duration
+from cdm_lightning.planning.devices import ASSUMED_SHARE, current_device, data_sheet, duration, measured_share
 
 
 def plan(
@@ -22,7 +22,7 @@ def plan(
     devices: int = 1,
     micro_batch: int | None = None,
     precision: str | None = None,
-    utilisation: float = 0.4,
+    utilisation: float | None = None,
     out: Path | None = None,
 ) -> None:
     """Parameters, FLOPs, memory, time, micro-batch and accumulation of a training, and the command that starts it.
@@ -41,14 +41,15 @@ def plan(
         devices: Number of devices that share the batch.
         micro_batch: Images per device and forward pass; null for the most that fit.
         precision: 32-true, bf16-mixed or 16-mixed; null for the recipe's.
-        utilisation: Share of the device's rate that a training is assumed to reach if it is not timed.
+        utilisation: Share of the device's rate that a training reaches if it is not timed; null for the recipe's in
+            experiments/gpu/shares.yaml, which were measured, or else 0.4, which is assumed.
         out: A JSON file to write the plan to.
     """
     if (stage is None) == (configs is None):
         raise InputError("give one of a stage and configs: what is to be planned")
     if devices < 1:
         raise InputError(f"devices {devices} is less than 1")
-    if not 0 < utilisation <= 1:
+    if utilisation is not None and not 0 < utilisation <= 1:
         raise InputError(f"utilisation {utilisation} lies outside 0 < share <= 1")
     if out is not None:
         check_output_folder(Path(out).parent)
@@ -66,8 +67,12 @@ def plan(
         raise InputError(f"precision {recipe.precision} needs a GPU: a CPU takes 32-true and bf16-mixed")
     share = images_per_device(recipe.batch, devices, micro_batch)
     sheet = None if device is None else data_sheet(device)
-    print(f"{stage or 'configs'}: {outlook(recipe, sheet, devices, utilisation)}", flush=True)
-    figures = estimate(recipe, sheet, devices, share, micro_batch, utilisation)
+    measured = None
+    if utilisation is None and sheet is not None and recipe.precision in AUTOCAST:
+        measured = measured_share(sheet.name, f"{experiment}/{stage}")
+    reached = utilisation or measured or ASSUMED_SHARE
+    print(f"{stage or 'configs'}: {outlook(recipe, sheet, devices, reached)}", flush=True)
+    figures = estimate(recipe, sheet, devices, share, micro_batch, reached, measured is not None)
     command = training_command(stage, experiment, configs, arguments, recipe, changed, figures)
     figures = {"stage": stage or ",".join(map(str, configs or [])), **figures, "command": command}
     if out is not None:

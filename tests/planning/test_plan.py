@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import ROOT
 from refusals import sentence_of_refusal
 from torch.utils.flop_counter import FlopCounterMode
@@ -223,6 +224,24 @@ def test_the_plan_of_sr256_on_eight_gpus(tmp_path, capsys):
     assert first.startswith("sr256: ") and "GFLOP an image; 500,000 steps of 1,024 images in" in first
     assert f"{duration(found['days'])} on 8 x H100 at 50% of its data sheet, or" in first
     assert f"500,000 steps in {duration(found['days'])}, {duration(found['device_days'])} of one device" in said
+
+
+def test_a_share_that_a_recipe_reached_on_a_device_is_taken_there(tmp_path, capsys):
+    table = yaml.safe_load((ROOT / "experiments/gpu/shares.yaml").read_text())
+    assert set(table) <= set(DATA_SHEETS) and all(0 < share < 1 for row in table.values() for share in row.values())
+    for recipe in {name for row in table.values() for name in row}:
+        experiment, stage = recipe.split("/")
+        assert configurations(stage, experiment)[-1].is_file()
+    fewer = "--arguments=--model.num_res_blocks=1 --model.channel_mult=[1] --model.channels=32"
+    small = ["sr256", "--micro_batch", "8", fewer]
+    for precision, share, basis in (
+        ("bf16-mixed", table["H100"]["imagenet/sr256"], "which this recipe reached there"),
+        ("32-true", 0.4, "nothing was measured"),
+    ):
+        found = plan(tmp_path, *small, "--device", "H100", "--precision", precision)
+        rate = DATA_SHEETS["H100"].rate(precision)
+        assert found["images_a_second"] == pytest.approx(share * rate / found["training_flops"]), precision
+        assert basis in found["speed"] and f"at {share:.0%} of its data sheet" in capsys.readouterr().out
 
 
 def test_a_micro_batch_that_was_asked_for_and_fits_needs_no_checkpointing(tmp_path):
