@@ -105,14 +105,20 @@ def download(repo: str, revision: str | None = None, cache_dir: str | Path | Non
 def upload(folder: Path, repo: str, private: bool = False, token: str | None = None) -> str:
     """Create the repository on the hub if need be, and upload the bundle `folder`; gives its address.
 
-    Raises InputError if it cannot be done.
+    A README.md that a person wrote or changed on the hub stays, unless the bundle has one of a person too. Raises
+    InputError if it cannot be done.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
+    api, left = HfApi(token=token), []
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a cascade"))
+        if own_card(folder) is None and api.file_exists(repo, "README.md"):
+            there = Path(api.hf_hub_download(repo, "README.md"))
+            left = [] if own_card(there.parent) is None else ["README.md"]
+        return str(
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a cascade", ignore_patterns=left)
+        )
     except Exception as error:  # as above
         line = next(iter(str(error).splitlines()), "")
         raise InputError(f"{repo} could not be uploaded to the hub: {type(error).__name__}: {line}") from error

@@ -136,6 +136,8 @@ class ShardDataModule(L.LightningDataModule):
         cache_gb: float = 50,
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}: it must be at least 1")
         if window < 1 or num_workers < 0:
             raise InputError(f"window {window} must be at least 1, and num_workers {num_workers} at least 0")
         if not timeout > 0:

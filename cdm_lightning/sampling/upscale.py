@@ -121,7 +121,7 @@ def list_pictures(images: Sequence[Path]) -> list[Picture]:
         if path.is_file():
             pictures.append(Picture(path, None, True))
             continue
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        for file in sorted(file for file in path.rglob("*") if file.is_file() or not file.exists()):  # a broken link
             inside = file.relative_to(path).parts
             if not any(part.startswith(".") for part in inside):  # hidden files are no pictures of the user's
                 pictures.append(Picture(file, inside[0] if len(inside) > 1 else None, False))

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from zipfile import is_zipfile
 
 import torch
 from jsonargparse import ArgumentParser
@@ -73,6 +74,9 @@ def load_safely(path: str | Path, **options: Any) -> Any:
     try:
         return torch.load(path, **{"map_location": "cpu", **options}, weights_only=True)
     except Exception as error:  # torch raises many kinds of error for a foreign or truncated file
+        with Path(path).open("rb") as file:
+            if file.read(2) == b"PK" and not is_zipfile(path):  # the format of torch.save
+                raise InputError(f"{path} is cut short: the end of its archive is missing") from error
         raise InputError(
             f"{path} is not a checkpoint that can be loaded safely (weights_only): {type(error).__name__}"
         ) from error

@@ -168,7 +168,10 @@ def test_a_saved_cascade_is_the_same_and_is_read_from_the_hub(tmp_path, folder, 
         def create_repo(self, repo, **options):
             sent["repo"] = repo
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def file_exists(self, repo, name):
+            return False
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
             folder_path.rename(tmp_path / "uploaded")
             return "address"
 

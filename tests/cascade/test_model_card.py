@@ -1,6 +1,7 @@
 """The model card and the bundle beside it: what they say is so, and what a person wrote stays."""
 
 import json
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
@@ -81,28 +82,44 @@ def test_figures_stay_beside_the_levels_that_they_were_measured_at(tmp_path, fol
 
 @pytest.mark.parametrize("text", [b"Mine.\n", b"\xff not UTF-8\n"])
 def test_what_a_person_wrote_goes_where_the_cascade_goes(tmp_path, folder, monkeypatch, text):
-    sent = {}
+    hub_files = tmp_path / "hub"  # a folder for each repository
 
     class Api:
         def __init__(self, token=None):
             pass
 
         def create_repo(self, repo, **options):
-            pass
+            (hub_files / repo).mkdir(parents=True, exist_ok=True)
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            sent[repo_id] = (folder_path / "README.md").read_bytes()
+        def file_exists(self, repo, name):
+            return (hub_files / repo / name).is_file()
+
+        def hf_hub_download(self, repo, name):
+            return str(hub_files / repo / name)
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+            ignore = shutil.ignore_patterns(*ignore_patterns)
+            shutil.copytree(folder_path, hub_files / repo_id, ignore=ignore, dirs_exist_ok=True)
+
+    def there(repo):
+        return (hub_files / repo / "README.md").read_bytes()
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    for _ in range(2):
+        CascadeModule.from_pretrained(folder).push_to_hub("user/ours")
+        assert hub.MARK.encode() in there("user/ours") and len(there("user/ours")) > 500
+        (hub_files / "user/ours/README.md").write_bytes(hub.MARK.encode())  # an older card
+    (hub_files / "user/ours/README.md").write_text("Changed on the hub.\n")
+    (hub_files / "user/ours/bundle.json").unlink()
     CascadeModule.from_pretrained(folder).push_to_hub("user/ours")
-    assert hub.MARK.encode() in sent["user/ours"]
+    assert there("user/ours") == b"Changed on the hub.\n" and (hub_files / "user/ours/bundle.json").is_file()
     (folder / "README.md").write_bytes(text)
     for number, source in enumerate((folder, folder / "bundle.json")):
         cascade = CascadeModule.from_pretrained(source)
         cascade.push_to_hub("user/mine")
         other = tmp_path / str(number)
         cascade.save_pretrained(other)
-        assert sent["user/mine"] == (other / "README.md").read_bytes() == text
+        assert there("user/mine") == (other / "README.md").read_bytes() == text
     (other / "README.md").write_text("Of this folder.\n")
     cascade.save_pretrained(other)
     assert (other / "README.md").read_text() == "Of this folder.\n"

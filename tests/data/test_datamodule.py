@@ -268,12 +268,13 @@ def test_classes_are_compared_by_name_wherever_two_lists_meet(tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(root):
-    for options in [{"world_size": 5}, {"accumulate": 8}, {"world_size": 3, "accumulate": 8}, {"batch_size": 0}]:
+    for options in [{"world_size": 5}, {"accumulate": 8}, {"world_size": 3, "accumulate": 8}]:
         data = attached(root, **options)
         sentence_of_error(
             data.train_dataloader, f"batch_size {data.batch_size} cannot be shared by", "must be a multiple of"
         )
         sentence_of_error(data.val_dataloader, f"batch_size {data.batch_size} cannot be shared by")
+    sentence_of_error(lambda: attached(root, batch_size=0), "batch_size is 0: it must be at least 1")
     sentence_of_error(
         attached(root, batch_size=54, max_steps=-1).train_dataloader, "54 is larger than the 53 training images"
     )

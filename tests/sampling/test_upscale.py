@@ -43,13 +43,16 @@ def pixels(folder):
     return torch.stack([torch.from_numpy(decode_png(s["png"])).permute(2, 0, 1) for s in samples])
 
 
-def test_pictures_are_reduced_as_they_are_prepared_and_enlarged_by_the_stages_above(bundle, tmp_path):
+def test_pictures_are_reduced_as_they_are_prepared_and_enlarged_by_the_stages_above(bundle, tmp_path, capsys):
     photos = tmp_path / "photos"
     for number, name in enumerate(["dress", "bag", "dress"]):
         picture(photos / name / f"{number}.png", 90, 70, number)
     (photos / "bag" / "notes.txt").write_text("no picture")
     (photos / ".hidden").write_text("no picture")
+    (photos / "bag" / "gone.png").symlink_to("nowhere")
     upscale(bundle, [photos], tmp_path / "out", levels=[4], seed=2, **CPU)
+    said = capsys.readouterr()
+    assert "gone.png" in said.out + said.err and "notes.txt" in said.out + said.err
     prepare_folder(photos, tmp_path / "prepared", resolutions=[32, 16], grey=True, workers=1, packed=0, max_corrupt=0.5)
     prepared = {image.tobytes() for image, _ in read_raw(tmp_path / "prepared" / "train" / "16").values()}
     given = pixels(tmp_path / "out" / "input" / "train" / "16")

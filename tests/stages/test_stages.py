@@ -168,7 +168,7 @@ def test_what_is_not_a_checkpoint_of_a_stage_is_refused(tmp_path):
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 torn")
     for name, sentence in {
         "none.ckpt": "does not exist", "pickle.ckpt": "not a checkpoint that can be loaded safely",
-        "foreign.ckpt": "not a checkpoint of a stage", "torn.ckpt": "not a checkpoint that can be loaded",
+        "foreign.ckpt": "not a checkpoint of a stage", "torn.ckpt": "is cut short",
         "empty.ckpt": "does not fit BaseStage",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=sentence):
