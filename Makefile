@@ -90,7 +90,7 @@ gpu: setup ## On a machine with a GPU: test, measure and train within minutes: m
 	.venv/bin/python experiments/gpu $(ARGS)
 
 test: setup ## Run the tests, in two processes
-	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: setup ## Run the long tests: kills at random moments, 50,000 samples, a long training under faults
 	.venv/bin/pytest -m long --timeout 0 $(ARGS)
