@@ -13,13 +13,13 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @contextmanager
 def tf32(allowed):
     """Convolutions and matrix products in TF32, or in full float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=allowed):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

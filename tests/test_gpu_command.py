@@ -1,5 +1,6 @@
-"""`python experiments/gpu`: its clock, and all of its parts at reduced size on a CPU."""
+"""`python experiments/gpu`: its clock, and its parts at reduced size on a CPU."""
 
+import json
 import os
 import runpy
 import shutil
@@ -72,19 +73,23 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_its_reduced_form_runs(tmp_path):
-    """In a copy, as the study writes its figures beside its plan. test_bench.py runs what measures speed."""
+    """In a copy, as the study writes its figures beside its plan: a test, a recipe and an arm of each command.
+
+    But for the last part, which is `speed` compiled, and takes minutes of compiling.
+    """
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     for name in ("cdm_lightning", "data", "tests", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
-    words = ["--quick", "true", "--out", "out", "--parts", "[correctness,training]"]
+    words = ["--quick", "true", "--out", "out", "--parts", "[correctness,speed,training]"]
     done = subprocess.run(
         [*COMMAND, *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     out = tmp_path / "out"
     logs = "\n".join(path.read_text()[-3000:] for path in out.glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    assert done.stdout.count(" | ok |") == 2
+    assert done.stdout.count(" | ok |") == 3
     assert "\npassed " in (out / "correctness.log").read_text()
+    assert json.loads((out / "bench/results.json").read_text())["recipes"]["base8"].keys() == {"None"}
     assert "reference deciding_one_model" in (out / "study.json").read_text()
     with tarfile.open(out / "samples-deciding_one_model-0.tar") as tar:
         assert {f"deciding_one_model-0/{name}manifest.json" for name in ("", "train/32/")} <= set(tar.getnames())

@@ -8,7 +8,8 @@ is fastest for convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from cdm_lightning.foundation.errors import InputError
+from cdm_lightning.network.gpu_operations import KernelAdd, KernelNorm
 
 FUSED_MIN_SIZE = 2**17  # numbers in x; below this the plain form is faster, as it makes fewer calls
 SQUARED_DIFFERENCE = torch.ops.aten.mse_loss  # (a - b)^2 without storing a - b
@@ -44,9 +46,9 @@ class ModulatedNorm(nn.GroupNorm):
         if torch.compiler.is_compiling():
             return self.compilable(*x, modulation=modulation)
         settings, weights = (self.num_groups, self.eps, self.activation), (self.weight, self.bias, modulation)
-        if (kernels := gpu_kernels(x[0])) is not None:
-            return kernels.KernelNorm.apply(settings, *weights, added, *x)
-        if x[0].device.type != "cpu" or sum(part.numel() for part in x) < FUSED_MIN_SIZE:
+        if uses_kernels(x[0]):
+            return KernelNorm.apply(settings, *weights, added, *x)
+        if form(x[0]) != "cpu" or sum(part.numel() for part in x) < FUSED_MIN_SIZE:
             return self.plain(*x, modulation=modulation)
         return _ModulatedNorm.apply(settings, *weights, *x)
 
@@ -75,13 +77,30 @@ class ModulatedNorm(nn.GroupNorm):
         return (F.silu(h) if self.activation else h).to(parts.dtype)
 
 
-def gpu_kernels(x: torch.Tensor) -> Any:
-    """The module of kernels where they can compute on x: on a GPU with Triton, and not while a compiler fuses."""
-    if not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling() or find_spec("triton") is None:
-        return None
-    from cdm_lightning.network import norm_kernels  # later: it needs Triton, which torch for CPUs lacks
+def form(x: torch.Tensor) -> str:
+    """The type of the device whose form of a layer computes on x: x's own, but within `forms_of_a_gpu` "cuda"."""
+    return "cuda" if _planned_for_a_gpu else x.device.type
 
-    return norm_kernels
+
+_planned_for_a_gpu = False
+
+
+@contextmanager
+def forms_of_a_gpu() -> Iterator[None]:
+    """Within this context, layers take their form for a GPU on tensors without data, which a plan gives them."""
+    global _planned_for_a_gpu
+    _planned_for_a_gpu = True
+    try:
+        yield
+    finally:
+        _planned_for_a_gpu = False
+
+
+def uses_kernels(x: torch.Tensor) -> bool:
+    """Whether `gpu_operations` computes on x: on a GPU with Triton, and not while a compiler fuses."""
+    if form(x) != "cuda" or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return False
+    return _planned_for_a_gpu or find_spec("triton") is not None
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -224,7 +243,7 @@ def convolution(
     convolution's own.
     """
     weight = conv.weight if weight is None else weight
-    if gpu_kernels(x) is None:
+    if not uses_kernels(x):
         return F.conv2d(x, weight, conv.bias, padding=conv.padding), None
     return F.conv2d(x, weight, padding=conv.padding), conv.bias
 
@@ -235,7 +254,7 @@ def add(h: torch.Tensor, bias: torch.Tensor | None, *addends: torch.Tensor) -> t
         for addend in addends:
             h = h.add_(addend)
         return h
-    return gpu_kernels(h).KernelAdd.apply(bias, h, *addends)
+    return KernelAdd.apply(bias, h, *addends)
 
 
 def pointwise(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
@@ -243,6 +262,6 @@ def pointwise(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
 
     On a CPU this runs as a 1x1 convolution, which is up to twice as fast there as a matrix product.
     """
-    if x.device.type == "cpu":
+    if form(x) == "cpu":
         return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
     return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,24 +1,13 @@
-"""The modulated group norm on a GPU: Triton kernels that read each activation as few times as the maths allows.
+"""Triton kernels of the modulated group norm and of sums with a bias, launched by `gpu_operations`.
 
-Forward: one pass for the statistics of channels, one that writes y. Backward: one pass for two sums of each channel,
-one that writes dx. Between them, small kernels turn (B, C) numbers into coefficients. All sums are float32. Long images
-are split among programs, whose means and squared deviations are merged without loss of digits (Chan et al. 1979).
+All sums are float32. Long images are split among programs, whose means and squared deviations are merged without loss
+of digits (Chan et al. 1979).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
-
-ROWS, CHANNELS = 32, 64  # pixels and channels that a program holds at a time
-NUMBERS = 2048  # of an activation that a program adds
-PROGRAMS = 1024  # enough to fill a GPU; images are split until there are so many
-MAX_SPLITS = 64
 
 
 @triton.jit
@@ -33,7 +22,7 @@ def _silu_gradient(z):
 
 
 @triton.jit
-def _channel_statistics(
+def channel_statistics(
     x, means, squares, rows, channels, all_channels, offset, splits, length, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """Mean and sum of squared deviations of each channel over `length` pixels of an image."""
@@ -74,7 +63,7 @@ def _gains(weight, bias, modulation, image, c, channels, mask, MODULATED: tl.con
 
 
 @triton.jit
-def _coefficients(
+def coefficients(
     means, squares, weight, bias, modulation, added, a, b, centres, rstds, averages, rows, channels, size, splits,
     length, eps, MODULATED: tl.constexpr, ADDED: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +96,7 @@ def _coefficients(
 
 
 @triton.jit
-def _apply(
+def normalise(
     x, a, b, y, rows, channels, all_channels, offset, blocks,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +114,7 @@ def _apply(
 
 
 @triton.jit
-def _channel_sums(
+def channel_sums(
     dy, x, a, b, centres, betas, gammas, rows, channels, all_channels, offset, splits, length,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +143,7 @@ def _channel_sums(
 
 
 @triton.jit
-def _gradient_coefficients(
+def gradient_coefficients(
     betas, gammas, weight, bias, modulation, a, centres, rstds, averages, slopes, rests, d_weight, d_bias, d_modulation,
     d_added, rows, channels, size, splits,
     MODULATED: tl.constexpr, ADDED: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
@@ -189,7 +178,7 @@ def _gradient_coefficients(
 
 
 @triton.jit
-def _input_gradient(
+def input_gradient(
     dy, x, a, b, slopes, rests, dx, rows, channels, all_channels, offset, blocks,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -210,35 +199,8 @@ def _input_gradient(
     tl.store(dx + row * channels + c[None, :], gradient.to(dx.dtype.element_ty), mask)
 
 
-class Tiles:
-    """How the work on activations of (B, C, H, W) is cut into programs."""
-
-    def __init__(self, parts: Sequence[torch.Tensor], groups: int) -> None:
-        self.batch, _, height, width = parts[0].shape
-        self.rows = height * width
-        self.widths = [part.shape[1] for part in parts]
-        self.offsets = [sum(self.widths[:number]) for number in range(len(parts))]
-        self.channels = sum(self.widths)
-        self.size = self.channels // groups
-        self.size_block = triton.next_power_of_2(self.size)
-        wanted = PROGRAMS // max(1, self.batch * triton.cdiv(self.channels, CHANNELS))
-        most = triton.cdiv(self.rows, ROWS)
-        self.length = ROWS * triton.cdiv(most, max(1, min(wanted, most, MAX_SPLITS)))
-        self.splits = triton.cdiv(self.rows, self.length)
-        self.split_block = triton.next_power_of_2(self.splits)
-        self.blocks = triton.cdiv(self.rows, ROWS)
-
-    def reducing(self, width: int) -> tuple[int, int]:
-        """The grid of a kernel that reduces over the pixels of a part of `width` channels."""
-        return self.batch * self.splits, triton.cdiv(width, CHANNELS)
-
-    def mapping(self, width: int) -> tuple[int, int]:
-        """The grid of a kernel that writes a part of `width` channels."""
-        return self.batch * self.blocks, triton.cdiv(width, CHANNELS)
-
-
 @triton.jit
-def _add(x, y, z, bias, out, numbers, channels, THREE: tl.constexpr, BLOCK: tl.constexpr):
+def add(x, y, z, bias, out, numbers, channels, THREE: tl.constexpr, BLOCK: tl.constexpr):
     """out = x + y + z + bias of the channel."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < numbers
@@ -250,7 +212,7 @@ def _add(x, y, z, bias, out, numbers, channels, THREE: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _sum(x, sums, rows, channels, length, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def total(x, sums, rows, channels, length, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Sums of each channel over `length` of all pixels."""
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     start = tl.program_id(0).to(tl.int64) * length
@@ -261,98 +223,3 @@ def _sum(x, sums, rows, channels, length, ROWS: tl.constexpr, CHANNELS: tl.const
         mask = (r < last)[:, None] & (c < channels)[None, :]
         total += tl.load(x + r[:, None] * channels + c[None, :], mask, 0.0).to(tl.float32)
     tl.store(sums + tl.program_id(0).to(tl.int64) * channels + c, tl.sum(total, 0), c < channels)
-
-
-class KernelNorm(torch.autograd.Function):
-    """y = act(a (x + added) + b) of `ModulatedNorm`, with the gradient that `_ModulatedNorm` states.
-
-    added: (C,), a bias that the convolution before left to the norm, for a single part; or None. Here it costs nothing,
-    and the sum that is its gradient is known without another pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, settings: tuple[int, float, bool], *tensors: Any) -> torch.Tensor:
-        (groups, eps, activation), (weight, bias, modulation, added, *parts) = settings, tensors
-        parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
-        modulation = None if modulation is None else modulation.contiguous()
-        t = Tiles(parts, groups)
-        numbers: dict[str, Any] = {"dtype": torch.float32, "device": parts[0].device}
-        means, squares = torch.empty(2, t.batch * t.splits, t.channels, **numbers).unbind()
-        a, b, centres, averages = torch.empty(4, t.batch, t.channels, **numbers).unbind()
-        rstds = torch.empty(t.batch, groups, **numbers)
-        y = parts[0].new_empty((t.batch, *parts[0].shape[2:], t.channels)).permute(0, 3, 1, 2)
-        for part, width, offset in zip(parts, t.widths, t.offsets, strict=True):
-            _channel_statistics[t.reducing(width)](
-                part, means, squares, t.rows, width, t.channels, offset, t.splits, t.length, ROWS, CHANNELS
-            )
-        _coefficients[(t.batch, groups)](
-            means, squares, weight, bias, modulation, added, a, b, centres, rstds, averages, t.rows, t.channels, t.size,
-            t.splits, t.length, eps, modulation is not None, added is not None, t.size_block, t.split_block,
-        )  # fmt: skip
-        for part, width, offset in zip(parts, t.widths, t.offsets, strict=True):
-            _apply[t.mapping(width)](
-                part, a, b, y, t.rows, width, t.channels, offset, t.blocks, activation, ROWS, CHANNELS
-            )
-        ctx.save_for_backward(weight, bias, modulation, added, a, b, centres, rstds, averages, *parts)
-        ctx.settings = settings
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]  # one output
-        (groups, _, activation) = ctx.settings
-        weight, bias, modulation, added, a, b, centres, rstds, averages, *parts = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        t = Tiles(parts, groups)
-        numbers: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
-        betas, gammas = torch.empty(2, t.batch * t.splits, t.channels, **numbers).unbind()
-        slopes, rests = torch.empty(2, t.batch, t.channels, **numbers).unbind()
-        gradients = torch.empty(3, t.batch, t.channels, **numbers)  # of weight, bias and added, for each image
-        d_weight, d_bias, d_added = gradients.unbind()
-        d_modulation = None if modulation is None else torch.empty_like(modulation)
-        dx = [torch.empty_like(part) for part in parts]
-        for part, width, offset in zip(parts, t.widths, t.offsets, strict=True):
-            _channel_sums[t.reducing(width)](
-                dy, part, a, b, centres, betas, gammas, t.rows, width, t.channels, offset, t.splits, t.length,
-                activation, ROWS, CHANNELS,
-            )  # fmt: skip
-        _gradient_coefficients[(t.batch, groups)](
-            betas, gammas, weight, bias, modulation, a, centres, rstds, averages, slopes, rests, d_weight, d_bias,
-            d_modulation, d_added, t.rows, t.channels, t.size, t.splits, modulation is not None, added is not None,
-            t.size_block, t.split_block,
-        )  # fmt: skip
-        for part, width, offset, out in zip(parts, t.widths, t.offsets, dx, strict=True):
-            _input_gradient[t.mapping(width)](
-                dy, part, a, b, slopes, rests, out, t.rows, width, t.channels, offset, t.blocks, activation, ROWS,
-                CHANNELS,
-            )  # fmt: skip
-        d_weight, d_bias, d_added = gradients.sum(1).unbind()
-        of_added = None if added is None else d_added.to(added.dtype)
-        return None, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_modulation, of_added, *dx
-
-
-class KernelAdd(torch.autograd.Function):
-    """The sum of two or three tensors (B, C, H, W) and a bias (C,): one pass, and one for the bias's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, bias: torch.Tensor, *addends: torch.Tensor) -> torch.Tensor:
-        parts = [part.contiguous(memory_format=torch.channels_last) for part in addends]
-        out = torch.empty_like(parts[0])
-        x, y, z = (*parts, parts[0])[:3]
-        grid = (triton.cdiv(out.numel(), NUMBERS),)
-        _add[grid](x, y, z, bias, out, out.numel(), out.shape[1], len(parts) == 3, NUMBERS)
-        ctx.dtypes = [bias.dtype, *(part.dtype for part in addends)]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]  # one output
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        channels, rows = dy.shape[1], dy.numel() // dy.shape[1]
-        columns = triton.cdiv(channels, CHANNELS)
-        length = ROWS * triton.cdiv(rows, ROWS * max(1, PROGRAMS // columns))
-        programs = triton.cdiv(rows, length)
-        sums = torch.empty(programs, channels, dtype=torch.float32, device=dy.device)
-        _sum[(programs, columns)](dy, sums, rows, channels, length, ROWS, CHANNELS)
-        d_bias, *rest = ctx.dtypes
-        return sums.sum(0).to(d_bias), *(dy.to(dtype) for dtype in rest)

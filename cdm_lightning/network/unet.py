@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.network.layers import ModulatedNorm, add, conv_of_upsampled, convolution, pointwise, upsample
+from cdm_lightning.network.layers import ModulatedNorm, add, conv_of_upsampled, convolution, form, pointwise, upsample
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]  # of torch.compile; the last two use CUDA graphs
@@ -69,7 +69,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, *x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         h, bias = self.norm1(*x), None  # (B, channels_in, H, W)
-        if self.scale_factor > 1 and h.device.type == "cpu":
+        if self.scale_factor > 1 and form(h) == "cpu":
             h = conv_of_upsampled(h, self.conv1)
         else:
             h, bias = convolution(self.resample(h), self.conv1)

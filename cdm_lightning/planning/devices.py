@@ -55,8 +55,8 @@ ASSUMED_SHARE = 0.4  # of a rate that a training reaches, where nothing was meas
 def measured_share(device: str, recipe: str) -> float | None:
     """The share of its data sheet's rate that a device reached with a recipe, such as imagenet/sr256, if known."""
     table = Path("experiments/gpu/shares.yaml")
-    known = yaml.safe_load(table.read_text()) if table.is_file() else {}
-    return known.get(device, {}).get(recipe)
+    known = yaml.safe_load(table.read_text()) if table.is_file() else None
+    return ((known or {}).get(device) or {}).get(recipe)
 
 
 def duration(days: float) -> str:

@@ -66,7 +66,8 @@ def estimate(
     bar = ProgressBar(
         desc="memory, by steps without data", unit=" steps", leave=False, line_format="{desc}: {n_fmt} done"
     )
-    simulated = SimulatedStep(meta_stage, recipe.precision, recipe.average, finished_step=bar.update)
+    gpu = sheet is not None or here.type == "cuda"
+    simulated = SimulatedStep(meta_stage, recipe.precision, recipe.average, gpu, bar.update)
     search = MicroBatchSearch(simulated, share, devices, (1 - MARGIN) * capacity)
     checkpointing = recipe.checkpointing
     batch = micro_batch or search.largest(checkpointing)
@@ -138,7 +139,7 @@ class MicroBatchSearch:
 def assumed_speed(sheet: DataSheet, figures: dict[str, Any], utilisation: float, measured: bool) -> dict[str, Any]:
     """The assumed speed of a device that is not at hand: `utilisation` of its data sheet's rate."""
     rate = sheet.rate(figures["precision"])
-    basis = "which this recipe reached there" if measured else "nothing was measured"
+    basis = "measured as experiments/gpu/shares.yaml says" if measured else "nothing was measured"
     return {
         "speed": f"assumed: {utilisation:.0%} of {rate / 1e12:.1f} TFLOP/s ({sheet.source}), {basis}",
         "images_a_second_a_device": utilisation * rate / figures["training_flops"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdm_lightning.network import UNetBlock
-from cdm_lightning.network.layers import FUSED_MIN_SIZE, ModulatedNorm
+from cdm_lightning.network.layers import FUSED_MIN_SIZE, ModulatedNorm, forms_of_a_gpu
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -52,11 +52,13 @@ class MemoryTracker(TorchDispatchMode):
     """Adds up the bytes of all live storages that operations create, after each operation.
 
     steps: a row for each operation: bytes alive, bytes of its workspace, bytes of gradients among those alive.
+    convolutions: operations that have a workspace, as large as their operands.
     known: tensors that exist already and are not counted; operations may return views of them or change them.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, convolutions: Sequence[Any], known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
+        self.convolutions = convolutions
         self.bytes = self.gradients = 0
         self.steps: list[tuple[int, int, int]] = []
         self.storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
@@ -70,7 +72,7 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.watch(tensor.untyped_storage())
         workspace = 0
-        if operation in CONVOLUTIONS:
+        if operation in self.convolutions:
             workspace = sum(t.untyped_storage().nbytes() for t in (*arguments, *outputs) if isinstance(t, torch.Tensor))
         self.steps.append((self.bytes, workspace, self.gradients))
         return result
@@ -93,7 +95,8 @@ class SimulatedStep:
     """A stage's training step without data: FakeTensors have shapes, types and lifetimes, but no memory.
 
     stage: on the meta device; its parameters are replaced. precision: a name that Lightning takes. average: whether an
-    EMA of the weights is kept. finished_step: called after each simulated step.
+    EMA of the weights is kept. gpu: whether the step is that of a GPU, whose layers have other forms and whose library
+    of convolutions takes hardly any workspace. finished_step: called after each simulated step.
     """
 
     def __init__(
@@ -101,9 +104,10 @@ class SimulatedStep:
         stage: DiffusionStage,
         precision: str,
         average: bool = True,
+        gpu: bool = False,
         finished_step: Callable[[], object] = lambda: None,
     ):
-        self.stage, self.precision, self.average = stage, precision, average
+        self.stage, self.precision, self.average, self.gpu = stage, precision, average, gpu
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         for module in stage.unet.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -157,12 +161,16 @@ class SimulatedStep:
             if accumulate:
                 for parameter in parameters:
                     parameter.grad = torch.empty_like(parameter)
-            tracker = MemoryTracker([*parameters, *(p.grad for p in parameters if p.grad is not None)])
+            tracker = MemoryTracker(
+                () if self.gpu else CONVOLUTIONS, [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+            )
             for parameter in parameters:
                 stack.callback(
                     parameter.register_post_accumulate_grad_hook(partial(self.count_gradient, tracker)).remove
                 )
             stack.enter_context(checkpointing_set_to(self.stage, checkpointing))
+            if self.gpu:
+                stack.enter_context(forms_of_a_gpu())
             stack.enter_context(tracker)
             loss = self.loss(batch)
             activations = tracker.bytes

@@ -49,8 +49,8 @@ class Size:
     heads: int = 4
 
 
-# The paper's base32 and sr256, the latter without its low-resolution input.
-LARGE = [Size(32, 256, 6, 64), Size(256, 128, 3, 8, (1, 2, 4, 4, 8, 8), (16,), 1)]
+# The paper's base32, sr256 and sr64, the last two without their low-resolution input.
+LARGE = [Size(32, 256, 6, 64), Size(256, 128, 3, 8, (1, 2, 4, 4, 8, 8), (16,), 1), Size(64, 256, 5, 16)]
 
 
 @dataclass
@@ -163,7 +163,7 @@ def run(
     rounds: int | None = None,
     save: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """By the size of the network, what `compare` finds. save: called with all that is found so far after each size."""
+    """By the size of the network, what `compare` finds. save: called with all that is found so far after each round."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [Size(16, 32, 1, 2)] if quick else LARGE if device.type == "cuda" else [Size()]
     found: dict[str, Any] = {}
@@ -171,8 +171,12 @@ def run(
         name = f"{size.channels} channels at {size.resolution}"
         rounds_of_size = rounds or (2 if quick else 5 if device.type == "cuda" else 12)
         try:
-            found[name] = compare(size, device, quick, guided, compile, rounds_of_size)
-            save(found)
+
+            def save_so_far(part: dict[str, Any], name: str = name) -> None:
+                found[name] = part
+                save(found)
+
+            save_so_far(compare(size, device, quick, guided, compile, rounds_of_size, save_so_far))
             found[name]["profile"] = profile(size, device, 1 if quick else 5)
         except torch.OutOfMemoryError as error:
             print(f"{name}, batch {size.batch}: {error}", flush=True)
@@ -181,9 +185,18 @@ def run(
 
 
 def compare(
-    size: Size, device: torch.device, quick: bool, guided: Path | None, compile: bool, rounds: int
+    size: Size,
+    device: torch.device,
+    quick: bool,
+    guided: Path | None,
+    compile: bool,
+    rounds: int,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure all networks in turn, in rounds. Reports medians, and ratios to ours within each round."""
+    """Measure all networks in turn, in rounds. Reports medians, and ratios to ours within each round.
+
+    save: called with what is found so far after each round.
+    """
     gc.collect()
     contestants = {"ours": ours(size, device), "diffusers": diffusers(size, device)}
     if compile:
@@ -198,14 +211,16 @@ def compare(
     flops = forward_flops(network)
     precision, dtype = "bf16" if device.type == "cuda" else "fp32", AUTOCAST[device.type]
     rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
-    times = time_contestants(contestants, inputs(size, device), dtype, rounds, device)
-    return {
+    kept = {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()}
+    part = {
         "size": vars(size), "rounds": rounds, "flops": flops, "precision": precision,
         "parameters": {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()},
         "matmul": rates.matmul, "convolution": rates.convolution,
-        "contestants": {name: figures(times, name, flops * size.batch) for name in contestants},
-        "kept": {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()},
+        "kept": kept,
     }  # fmt: skip
+    for times in time_contestants(contestants, inputs(size, device), dtype, rounds, device):
+        save(part := {**part, "contestants": {name: figures(times, name, flops * size.batch) for name in contestants}})
+    return part
 
 
 def fill_zero_layers(network: nn.Module) -> None:
@@ -225,8 +240,11 @@ def inputs(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
 
 def time_contestants(
     contestants: dict[str, Contestant], data: tuple[torch.Tensor, ...], dtype: Any, rounds: int, device: torch.device
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of `forward`, `gradients` (forward and backward) and `step` (with the update), per network and round."""
+) -> Iterator[dict[str, dict[str, list[float]]]]:
+    """Seconds of `forward`, `gradients` (forward and backward) and `step` (with the update), per network and round.
+
+    Yields all seconds so far after each round.
+    """
     times: dict[str, dict[str, list[float]]] = {n: {"forward": [], "gradients": [], "step": []} for n in contestants}
     order = list(contestants.items())
     for number in range(rounds + 1):
@@ -242,7 +260,8 @@ def time_contestants(
             if number:  # the first round warms up
                 for what, clock in (("forward", forward), ("gradients", gradients), ("step", step)):
                     times[name][what].append(clock[0])
-    return times
+        if number:
+            yield times
 
 
 def autocast(contestant: Contestant, device: torch.device, dtype: Any) -> Callable[..., torch.Tensor]:
@@ -300,7 +319,10 @@ KINDS = {  # kinds of operations, by parts of torch's operation names; the first
     "convolution, forward": ("convolution", "conv", "fprop"),
     "attention": ("attention", "flash", "fmha"),
     "linear layers": ("mm", "gemm"),
-    "norm, modulation, activation": ("modulatednorm", "group_norm", "silu", "addcmul", "mse_loss"),
+    "norm, modulation, activation": (
+        *("modulatednorm", "group_norm", "silu", "addcmul", "mse_loss"),
+        *("channel_s", "coefficients", "normalise", "input_gradient"),  # kernels of our own
+    ),
     "copies": ("copy", "cat", "clone", "contiguous", "fill", "memcpy", "memset"),
     "optimizer and averages": ("adam", "lerp", "foreach"),
 }

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from cdm_lightning.planning.devices import current_device, measure_rates
+from cdm_lightning.planning.devices import (
+    ASSUMED_SHARE,
+    DATA_SHEETS,
+    current_device,
+    device_name,
+    measure_rates,
+    measured_share,
+)
 from cdm_lightning.planning.flops import training_flops
 from cdm_lightning.planning.memory import AUTOCAST, SimulatedStep
 from cdm_lightning.planning.recipe import Recipe, configurations, read_recipe
@@ -32,6 +39,8 @@ def run(
     rates = measure_rates(device, AUTOCAST.get(precision, torch.float32), 0.1 if quick else 1.0)
     found: dict[str, Any] = {"matmul": rates.matmul, "convolution": rates.convolution, "copy": copy_rate(device)}
     found["precision"] = precision
+    sheet = next((sheet for name, sheet in DATA_SHEETS.items() if name in device_name(device)), None)
+    found["data_sheet"] = sheet and sheet.rate(precision)
     recipes = {name: read_recipe(configurations(name, experiment)) for name in names[: 1 if quick else None]}
     for mode in ("None", "default") if compile else ("None",):
         for name, recipe in recipes.items():
@@ -45,9 +54,10 @@ def run(
                 print(f"{name}, {mode}: {rows[-1]}", flush=True)
                 save(found)
     for name, recipe in recipes.items():
-        simulated = SimulatedStep(recipe.stage("meta"), precision, recipe.average)
+        simulated = SimulatedStep(recipe.stage("meta"), precision, recipe.average, device.type == "cuda")
         for row in (row for rows in found[name].values() for row in rows):
             row["memory_on_paper"] = simulated.memory(row["batch"]).total
+            row["share"] = (sheet and measured_share(sheet.name, f"{experiment}/{name}")) or ASSUMED_SHARE
             save(found)
     return found
 
@@ -82,15 +92,18 @@ def table(found: dict[str, Any]) -> str:
         f"training steps of the recipes, {found['precision']}; measured here: matmul {found['matmul'] / 1e9:,.0f} "
         f"GFLOP/s, 3x3 convolution {found['convolution'] / 1e9:,.0f}, copy {found['copy'] / 1e9:,.0f} GB/s",
         "",
-        "| stage | compiled | micro-batch | images/s | GFLOP/s | share of matmul | peak memory, GB | planned, GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | compiled | micro-batch | images/s | planned | GFLOP/s | of matmul | of data sheet | GB | planned |",
+        f"|{'---|' * 10}",
     ]
     for name, modes in found.items():
         for mode, rows in modes.items() if isinstance(modes, dict) else ():
             for row in rows:
                 memory = f"{row['memory'] / 1e9:.1f}" if row["memory"] else "–"
+                share = row["flops"] / found["data_sheet"] if found["data_sheet"] else None
+                planned = f"{row['images_a_second'] * row['share'] / share:,.1f}" if share else "–"
                 lines.append(
-                    f"| {name} | {mode} | {row['batch']} | {row['images_a_second']:,.1f} | {row['flops'] / 1e9:,.0f} | "
-                    f"{row['flops'] / found['matmul']:.0%} | {memory} | {row['memory_on_paper'] / 1e9:.2f} |"
+                    f"| {name} | {mode} | {row['batch']} | {row['images_a_second']:,.1f} | {planned} | "
+                    f"{row['flops'] / 1e9:,.0f} | {row['flops'] / found['matmul']:.0%} | "
+                    f"{f'{share:.1%}' if share else '–'} | {memory} | {row['memory_on_paper'] / 1e9:.2f} |"
                 )
     return "\n".join(lines)

@@ -41,7 +41,10 @@ def nothing_compiled():
 
 @pytest.mark.parametrize(("mode", "channel_mult"), [("default", [1, 2]), ("reduce-overhead", [1])])
 def test_a_compiled_network_is_the_plain_one(mode, channel_mult, figures):
-    """Called with one input after another, so that a buffer that stays from a call before would show."""
+    """Called with one input after another, so that a buffer that stays from a call before would show.
+
+    Two passes before an update are for the default mode alone: with CUDA graphs `cdm fit` refuses to accumulate.
+    """
     torch.manual_seed(0)
     sizes = {**SMALL, "channels": 16, "norm_groups": 8, "attention_resolutions": [], "channel_mult": channel_mult}
     stage = randomise_weights(SuperResolutionStage(resolution=32, **CLOCK, **sizes))
@@ -50,7 +53,8 @@ def test_a_compiled_network_is_the_plain_one(mode, channel_mult, figures):
     compiled.compile(mode=mode)
     found = {}
     with tf32(False):
-        for seeds in [(1,), (2,), (3,), (4,), (5, 6)]:  # CUDA graphs warm up, are recorded, and replay; then two passes
+        once = [(1,), (2,), (3,), (4,)]  # CUDA graphs warm up, are recorded, and replay
+        for seeds in [*once, (5, 6)] if mode == "default" else once:
             results = zip(forward_and_gradients(compiled, *seeds), forward_and_gradients(plain, *seeds), strict=True)
             found[seeds] = [error(*pair) for pair in results]
     figures(**{"output": max(one for one, _ in found.values()), "gradient": max(one for _, one in found.values())})

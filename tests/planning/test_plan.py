@@ -17,7 +17,7 @@ from refusals import sentence_of_refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.__main__ import main
-from cdm_lightning.network import UNet
+from cdm_lightning.network import UNet, layers
 from cdm_lightning.planning.devices import DATA_SHEETS, duration, measure_rates
 from cdm_lightning.planning.estimate import MicroBatchSearch
 from cdm_lightning.planning.flops import forward_flops, training_flops
@@ -61,10 +61,10 @@ def test_the_papers_networks_have_these_sizes(name, parameters, gflop):
     assert forward_flops(unet) / 1e9 == pytest.approx(gflop, abs=1e-3)
 
 
-def on_paper(options, precision="32-true", average=True) -> SimulatedStep:
+def on_paper(options, precision="32-true", average=True, gpu=False) -> SimulatedStep:
     with torch.device("meta"):
         stage = BaseStage(**options)
-    return SimulatedStep(stage, precision, average)
+    return SimulatedStep(stage, precision, average, gpu)
 
 
 MEASURE = """
@@ -135,13 +135,28 @@ def test_memory_on_paper_is_that_of_a_real_step(monkeypatch):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_memory_on_paper_is_that_of_a_real_step_on_a_gpu(precision):
     options, batch, device = {"resolution": 64, **BASE, "channels": 64}, 64, torch.device("cuda")
-    memory = on_paper(options, precision).memory(batch)
+    memory = on_paper(options, precision, gpu=True).memory(batch)
     measure_step(BaseStage(**options), 1, precision, device, seconds=0)
     gc.collect()  # what the first step left in cycles is not of the second
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     measure_step(BaseStage(**options), batch, precision, device, seconds=0)
     assert memory.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_on_paper_a_gpu_has_its_own_forms(precision):
+    """Its norms take no scratch memory in float32, its convolutions no workspace, and upsampled images are kept."""
+    options, made = {"resolution": 32, **BASE}, []
+    on_gpu, on_cpu = (on_paper(options, precision, gpu=gpu) for gpu in (True, False))
+    norm = next(m for m in on_gpu.stage.unet.modules() if isinstance(m, layers.ModulatedNorm))
+    norm.register_forward_hook(lambda *called: made.append(called[-1].grad_fn.name()))
+    one, other = (paper.memory(24) for paper in (on_gpu, on_cpu))
+    assert set(made) == {"KernelNormBackward"} and one.workspace == 0
+    assert other.activations < one.activations < 1.1 * other.activations
+    scratch = other.temporary + other.workspace  # in bf16, temporary float32; in float32, a convolution's
+    assert one.temporary < 0.3 * scratch and one.total < other.total
+    assert not layers.uses_kernels(torch.zeros(1)) and layers.form(torch.zeros(1)) == "cpu"  # as before
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -235,7 +250,7 @@ def test_a_share_that_a_recipe_reached_on_a_device_is_taken_there(tmp_path, caps
     fewer = "--arguments=--model.num_res_blocks=1 --model.channel_mult=[1] --model.channels=32"
     small = ["sr256", "--micro_batch", "8", fewer]
     for precision, share, basis in (
-        ("bf16-mixed", table["H100"]["imagenet/sr256"], "which this recipe reached there"),
+        ("bf16-mixed", table["H100"]["imagenet/sr256"], "measured as experiments/gpu/shares.yaml says"),
         ("32-true", 0.4, "nothing was measured"),
     ):
         found = plan(tmp_path, *small, "--device", "H100", "--precision", precision)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class SmallCNN(Detector):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Features, float32 (B, 64), of uint8 (B, C, H, W)."""
-        with exact_convolutions():
+        with exact_float32():
             return self.features(self.prepare(image))
 
     def classify(self, image: torch.Tensor) -> torch.Tensor:
@@ -89,9 +90,16 @@ class SmallCNN(Detector):
         return self.penultimate(self.convolutions(prepared))
 
 
-def exact_convolutions() -> Any:
-    """Within this context, a GPU convolves in full float32, without TF32: figures agree with those of a CPU."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within this context, a GPU computes in full float32, without TF32: figures agree with those of a CPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def convolution(channels: int, out: int) -> list[nn.Module]:

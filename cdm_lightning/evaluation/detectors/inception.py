@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cdm_lightning.evaluation.detectors.detector import Detector, exact_convolutions
+from cdm_lightning.evaluation.detectors.detector import Detector, exact_float32
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import cache_folder, write_atomically
 
@@ -47,7 +47,7 @@ class Inception(Detector):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Features, float32 (B, 2048), of uint8 (B, 3, H, W)."""
         # No fused kernels on a GPU either, so that the first batch gets the same bits as later ones.
-        with exact_convolutions(), torch.jit.optimized_execution(not image.is_cuda):
+        with exact_float32(), torch.jit.optimized_execution(not image.is_cuda):
             return self.script(self.prepare(image))
 
     def prepare(self, image: torch.Tensor) -> torch.Tensor:
