@@ -266,6 +266,10 @@ def test_a_table_gives_each_seed_its_place():
     assert line.endswith(" | 3.00 ± 0.10 / 5.00 ± 0.10 | 25 % / 0 % |")
     assert list(tables["growth"]([second]))[2].endswith(" | 0 | 5.00 ± 0.10 | 0 % |")
     assert list(tables["curve"]([first, second]))[2:] == [
-        "| 0 | 1.00 ± 0.10 / – | – | – | – | 4.00 ± 0.10 / 5.00 ± 0.10 |",
-        "| 9 | 2.00 ± 0.10 / – | – | – | – | 3.00 ± 0.10 / – |",
+        "| 0 | 1.00 ± 0.10 | – | – | – | 4.00 ± 0.10 / 5.00 ± 0.10 |",
+        "| 9 | 2.00 ± 0.10 | – | – | – | 3.00 ± 0.10 |",
     ]
+    assert list(tables["curve"]([second, first]))[3] == "| 9 | – / 2.00 ± 0.10 | – | – | – | – / 3.00 ± 0.10 |"
+    alone = {"search at_9": {"search": {"rows": found((9, "real low-res", 2.0))["search base16"]["search"]["rows"]}}}
+    tables["arms"].__globals__["ARMS"]["at_9"] = "one level"
+    assert "| one level | 2.00 ± 0.10 (s = 9) | – | – | – | – |" in list(tables["arms"]([alone]))

@@ -1,7 +1,7 @@
 """Print the study's tables as Markdown, and draw its curves: `python experiments/study/tables.py [--picture FILE]`.
 
-Reads experiments/study/results/*.json. A cell holds the figure of every training seed that was measured, parted by
-slashes; ± is one standard deviation over three sampling seeds.
+Reads experiments/study/results/*.json. A cell holds the figures of training seeds 0 and 1, parted by a slash, or of
+seed 0 alone; ± is one standard deviation over three sampling seeds.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ def best(found: list[Point], above: int = -1) -> Point | None:
     return min((p for p in found if p.s > above), key=lambda p: p.value, default=None)
 
 
+def at_level(point: Point | None) -> str | None:
+    return point and f"{point} (s = {point.s})"
+
+
 def table(heads: list[str], lines: list[list[str]]) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
@@ -72,10 +76,11 @@ def table(heads: list[str], lines: list[list[str]]) -> Iterator[str]:
 
 
 def over_seeds(seeds: list[Found], cell: Any) -> str:
-    """The cells of all seeds, parted by slashes; one dash if no seed has one."""
-    cells = [cell(found) for found in seeds]
-    known = any(value is not None for value in cells)
-    return " / ".join("–" if value is None else str(value) for value in cells) if known else "–"
+    """The cells of the seeds up to the last that has one, parted by slashes; a dash where there is none."""
+    cells = ["–" if value is None else str(value) for value in map(cell, seeds)]
+    while len(cells) > 1 and cells[-1] == "–":
+        cells.pop()
+    return " / ".join(cells)
 
 
 def growth(seeds: list[Found]) -> Iterator[str]:
@@ -105,15 +110,14 @@ def arms(seeds: list[Found]) -> Iterator[str]:
     lines = []
     for search, name in ARMS.items():
         weak = "base16@160" if search == "base16" else f"{search}@160"
-        zero = [over_seeds(seeds, lambda f, n=n, r=r: at(points(f, n, r), 0)) for n, r in
-                ((search, True), (search, False), (weak, False))]  # fmt: skip
-        above = [over_seeds(seeds, lambda f, n=n: (p := best(points(f, n), 0)) and f"{p} (s = {p.s})")
-                 for n in (search, weak)]  # fmt: skip
-        lines.append([name, *zero[:2], above[0], zero[2], above[1]])
+        real = over_seeds(seeds, lambda f, n=search: at(points(f, n, True), 0) or at_level(best(points(f, n, True))))
+        zero = [over_seeds(seeds, lambda f, n=n: at(points(f, n), 0)) for n in (search, weak)]
+        above = [over_seeds(seeds, lambda f, n=n: at_level(best(points(f, n), 0))) for n in (search, weak)]
+        lines.append([name, real, zero[0], above[0], zero[1], above[1]])
     single = over_seeds(seeds, lambda f: (e := f.get("reference one_model")) and number(
         e["evaluate"]["figures"][0]["value"], e["evaluate"]["figures"][0]["spread"]))  # fmt: skip
     lines.append(["one model at 32x32", "–", single, "–", "–", "–"])
-    heads = ["arm", "real input, s = 0", "s = 0", "best s > 0", "weak base, s = 0", "weak base, best s > 0"]
+    heads = ["arm", "real input, least s", "s = 0", "best s > 0", "weak base, s = 0", "weak base, best s > 0"]
     yield from table(heads, lines)
 
 
