@@ -208,7 +208,7 @@ def test_checkpoints_and_runs(trained, tmp_path, capsys):
     flip(last, member.header_offset + 30 + len(member.filename) + 200)
     assert "last.ckpt is damaged: the CRC-32" in damaged(capsys, last)
     last.write_bytes(last.read_bytes()[:-500])
-    assert "last.ckpt is not a checkpoint" in damaged(capsys, run)
+    assert "last.ckpt is cut short" in damaged(capsys, run)
 
 
 def test_numbers_of_a_checkpoint_that_are_not_finite(trained, tmp_path, capsys):
