@@ -213,13 +213,15 @@ def compare(
     rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
     kept = {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()}
     part = {
-        "size": vars(size), "rounds": rounds, "flops": flops, "precision": precision,
+        "size": vars(size), "flops": flops, "precision": precision,
         "parameters": {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()},
         "matmul": rates.matmul, "convolution": rates.convolution,
         "kept": kept,
     }  # fmt: skip
     for times in time_contestants(contestants, inputs(size, device), dtype, rounds, device):
-        save(part := {**part, "contestants": {name: figures(times, name, flops * size.batch) for name in contestants}})
+        own = {name: figures(times, name, flops * size.batch) for name in contestants}
+        part = {**part, "rounds": len(times["ours"]["step"]), "contestants": own}
+        save(part)
     return part
 
 

@@ -42,8 +42,10 @@ class Part:
 
 def parts_of(out: Path, guided_diffusion: Path | None, quick: bool) -> dict[str, Part]:
     """All parts, in order of worth; quick: at reduced size, for a CPU."""
-    tests = ["tests/gpu/test_with_compiler.py", "tests/gpu", "tests/planning/test_plan.py"]  # the slowest first
-    tests += ["tests/training/test_resume.py", "tests/foundation/test_randomness.py", "-n", "8", "--dist", "worksteal"]
+    compiled = Path("tests/gpu/test_with_compiler.py")
+    tests = [compiled, *sorted(set(Path("tests/gpu").glob("test_*.py")) - {compiled})]  # the slowest first
+    tests += [Path("tests") / name for name in ("planning/test_plan.py", "training/test_resume.py")]
+    tests = [*map(str, tests), "tests/foundation/test_randomness.py", "-n", "8", "--dist", "worksteal"]
     bench = [PYTHON, "experiments/bench"]
     peer = ["--guided_diffusion", str(guided_diffusion)] if guided_diffusion else []
     data, plan = "cifar_wide" if CIFAR.exists() else "fashion_wide", STUDY / "wide/study.yaml"
@@ -53,8 +55,8 @@ def parts_of(out: Path, guided_diffusion: Path | None, quick: bool) -> dict[str,
     measured = ["[recipes]"] if quick else ["[recipes,network,sampling]"]
     again = [*bench, "--parts", "[recipes]", "--compile", "true", "--out", str(out / "bench-compiled")]
     return {
-        "correctness": Part([[*PYTEST, *tests]], 5 if quick else 40, 100),
-        "speed": Part([[*bench, "--parts", *measured, "--out", str(out / "bench"), *peer]], 5 if quick else 30, 220),
+        "correctness": Part([[*PYTEST, *tests]], 5 if quick else 40, 130),
+        "speed": Part([[*bench, "--parts", *measured, "--out", str(out / "bench"), *peer]], 5 if quick else 30, 200),
         "training": Part(
             [[PYTHON, str(STUDY), data, "0", "--plan", str(plan), "--jobs", "1" if quick else "5"]],
             5 if quick else 90, 1800, lambda out: pack(data, out),

@@ -39,14 +39,14 @@ def nothing_compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("mode", "channel_mult"), [("default", [1, 2]), ("reduce-overhead", [1])])
-def test_a_compiled_network_is_the_plain_one(mode, channel_mult, figures):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_network_is_the_plain_one(mode, figures):
     """Called with one input after another, so that a buffer that stays from a call before would show.
 
     Two passes before an update are for the default mode alone: with CUDA graphs `cdm fit` refuses to accumulate.
     """
     torch.manual_seed(0)
-    sizes = {**SMALL, "channels": 16, "norm_groups": 8, "attention_resolutions": [], "channel_mult": channel_mult}
+    sizes = {**SMALL, "channels": 16, "norm_groups": 8, "attention_resolutions": [], "channel_mult": [1]}
     stage = randomise_weights(SuperResolutionStage(resolution=32, **CLOCK, **sizes))
     plain = stage.unet.to(DEVICE).train().requires_grad_(True)
     compiled = copy.deepcopy(plain)
