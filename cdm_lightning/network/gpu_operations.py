@@ -7,6 +7,7 @@ sums of each channel, one that writes dx. Between them, small kernels turn (B, C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,11 +25,17 @@ def launch(kernel: str, grid: tuple[int, ...]) -> Callable[..., None]:
 
     def with_arguments(first: torch.Tensor, *arguments: Any) -> None:
         if not isinstance(first, FakeTensor):
-            from cdm_lightning.network import norm_kernels  # later: it needs Triton, which torch for CPUs lacks
-
-            getattr(norm_kernels, kernel)[grid](first, *arguments)
+            kernel_named(kernel)[grid](first, *arguments)
 
     return with_arguments
+
+
+@cache
+def kernel_named(name: str) -> Any:
+    """A kernel of `norm_kernels`, looked up once: a training step launches thousands."""
+    from cdm_lightning.network import norm_kernels  # later: it needs Triton, which torch for CPUs lacks
+
+    return getattr(norm_kernels, name)
 
 
 def parts_of(whole: int, part: int) -> int:
