@@ -211,7 +211,9 @@ class Study:
                 command = [part.replace(" .venv/bin/python ", f" {shlex.quote(sys.executable)} ") for part in command]
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
                 self.processes.append(process)
-                if code := process.wait():
+                code = process.wait()
+                self.processes.remove(process)
+                if code:
                     raise RuntimeError(f"{name} ended with code {code}: {log} says why")
 
     def best_level(self, search: str) -> int:

@@ -23,13 +23,18 @@ ARMS = {  # names of searches -> of arms; behind the whole base, and behind an e
     "truncated": "Gaussian, amortised, truncated",
     "tuned": "no augmentation, then amortised for a tenth of the steps",
     "tuned_half": "no augmentation, then amortised for half of the steps",
-    "from_160": "Gaussian, amortised, after 160 of its 2,000 steps",
     "to_2000": "Gaussian, amortised up to s = 2000",
     "at_1001": "Gaussian, s = 1001 alone",
     "at_2001": "Gaussian, s = 2001 alone",
     "at_3001": "Gaussian, s = 3001 alone",
     "unlabelled": "as amortised, last stage without labels",
     "no_classes": "as amortised, no labels at all",
+}
+DECIDING = {  # names of samples -> of arms
+    "one_model": "one model at 32x32",
+    "none": "no augmentation",
+    "zero": "Gaussian, amortised, s = 0",
+    "best": "Gaussian, s = 1001 alone",
 }
 Found = dict[str, Any]  # the figures of one data set and training seed, by task
 
@@ -142,8 +147,7 @@ def steps(seeds: list[Found]) -> Iterator[str]:
 def deciding(seeds: list[Found]) -> Iterator[str]:
     """The deciding arms by distance, by the canonical Inception, and by CAS; 10,000 samples each."""
     lines = []
-    for arm, name in {"one_model": "one model at 32x32", "none": "no augmentation", "zero": "Gaussian, s = 0",
-                      "best": "Gaussian, best s > 0"}.items():  # fmt: skip
+    for arm, name in DECIDING.items():
 
         def figure(found: Found, card: str, index: int, scale: float, arm: str = arm) -> str | None:
             e = found.get(f"{card} deciding_{arm}")

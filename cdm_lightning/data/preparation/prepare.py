@@ -15,7 +15,7 @@ from typing import Any
 import PIL
 
 from cdm_lightning.data.preparation.listing import Listing, Split, examples
-from cdm_lightning.data.preparation.raw_images import FILTERS, Crop
+from cdm_lightning.data.preparation.raw_images import FILTERS, Crop, RawImage
 from cdm_lightning.data.preparation.tasks import PROGRESS, Task, make_shards
 from cdm_lightning.data.shards import Manifest, Shard, read_manifest, write_manifest
 from cdm_lightning.data.shards.manifest import MAX_IMAGES
@@ -100,28 +100,45 @@ def prepare(
     images = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(f"{seed}/{image.name}")).digest())[:limit]
 
     if not is_finished(folder, arguments):
-        if not (folder / PROGRESS / "arguments.json").is_file():
-            write_atomically(folder / PROGRESS / "arguments.json", json.dumps(arguments).encode())
-        tasks = [
-            Task(number, start, images[start : start + images_per_shard], folder, resolutions, crop, grey, in_arrays)
-            for number, start in enumerate(range(0, len(images), images_per_shard))
-        ]
-        records = make_shards(tasks, workers, max_corrupt)
-        counts = sum((Counter(record["labels"]) for record in records), Counter())
-        skipped = [entry for record in records for entry in record["skipped"]]
-        if not counts:
-            raise InputError(f"{source} holds no image that can be read: {printable(skipped[0]['reason'])}")
-        for resolution in resolutions:
-            manifest = Manifest(
-                resolution, 1 if grey else 3, split, classes, [counts[label] for label in range(len(classes))],
-                [Shard(**record["shards"][str(resolution)]) for record in records],
-                seed, crop, FILTERS[crop], printable(recorded_name(source)), len(skipped),
-                {"arguments": arguments, "skipped": skipped},
-            )  # fmt: skip
-            write_manifest(folder / str(resolution), manifest)
-        (folder / PROGRESS / "arguments.json").unlink()  # from here on the manifests record the arguments
+        make_split(images, classes, source, folder, arguments, workers, max_corrupt)
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     print_summary(folder, resolutions)
+
+
+def make_split(
+    images: list[RawImage],
+    classes: list[str],
+    source: Path | str,
+    folder: Path,
+    arguments: dict[str, Any],
+    workers: int,
+    max_corrupt: float,
+) -> None:
+    """Make the missing shards of a split from images in their final order, then the manifest of each resolution.
+
+    arguments: what the bytes depend on, by the names of `prepare`; packed is here the list of widths stored packed.
+    """
+    if not (folder / PROGRESS / "arguments.json").is_file():
+        write_atomically(folder / PROGRESS / "arguments.json", json.dumps(arguments).encode())
+    resolutions, crop, grey, size = (arguments[k] for k in ("resolutions", "crop", "grey", "images_per_shard"))
+    tasks = [
+        Task(number, start, images[start : start + size], folder, resolutions, crop, grey, arguments["packed"])
+        for number, start in enumerate(range(0, len(images), size))
+    ]
+    records = make_shards(tasks, workers, max_corrupt)
+    counts = sum((Counter(record["labels"]) for record in records), Counter())
+    skipped = [entry for record in records for entry in record["skipped"]]
+    if not counts:
+        raise InputError(f"{source} holds no image that can be read: {printable(skipped[0]['reason'])}")
+    for resolution in resolutions:
+        manifest = Manifest(
+            resolution, 1 if grey else 3, folder.name, classes, [counts[label] for label in range(len(classes))],
+            [Shard(**record["shards"][str(resolution)]) for record in records],
+            arguments["seed"], crop, FILTERS[crop], printable(recorded_name(source)), len(skipped),
+            {"arguments": arguments, "skipped": skipped},
+        )  # fmt: skip
+        write_manifest(folder / str(resolution), manifest)
+    (folder / PROGRESS / "arguments.json").unlink()  # from here on the manifests record the arguments
 
 
 def recorded_name(source: Path | str) -> str:
