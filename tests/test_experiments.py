@@ -1,11 +1,6 @@
 """Every YAML trains a step through the real command line, and the ImageNet files state the paper's table."""
 
 import csv
-import json
-import runpy
-import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +12,6 @@ from cdm_lightning import stages
 from cdm_lightning.__main__ import main
 from cdm_lightning.data.shards import Manifest, write_manifest, write_shard
 from cdm_lightning.foundation.images import encode_png
-from cdm_lightning.planning.flops import training_flops
 from cdm_lightning.stages.adm import PRESETS, read_flags, stage_arguments
 from cdm_lightning.stages.loading import load_stage
 
@@ -161,115 +155,3 @@ def test_mixed_precision_trains(tmp_path, monkeypatch):
     main(["fit", *configs(path), *QUICK, "--trainer.precision=bf16-mixed", f"--trainer.default_root_dir={tmp_path}"])
     stage = load_stage(tmp_path / "checkpoints" / "last.ckpt")
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in stage.parameters())
-
-
-def study(*arguments):
-    """A process of the study's runner, finished."""
-    command = [sys.executable, "experiments/study", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
-@pytest.mark.parametrize("data", ["fashion", "cifar", "cifar_wide"])
-def test_every_command_of_the_study_is_understood(data, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    plan = ["--plan", "experiments/study/wide/study.yaml"] if data == "cifar_wide" else []
-    listed = study(data, "1", "--list", *plan)
-    assert listed.returncode == 0, listed.stderr
-    lines = [shlex.split(line.replace("{best of base16}", "2001")) for line in listed.stdout.splitlines()]
-    ours = [words[1:] for words in lines if words[0] == "cdm"]
-    scored = set() if plan else {"cas"}
-    assert {words[0] for words in ours} == {"fit", "bundle", "reference", "search", "sample", "evaluate", *scored}
-    kinds = {(words[0], *(word.partition("=")[0] for word in words[1:])): words for words in ours}
-    for words in kinds.values():  # one of each kind
-        with pytest.raises(SystemExit) as stop:
-            main([*words, "--print_config"])
-        assert stop.value.code == 0, (words, capsys.readouterr().err)
-
-
-def test_the_single_model_of_the_study_costs_what_the_cascade_costs():
-    flops = {}
-    for name in ("base16", "sr32", "base32"):
-        config = yaml.safe_load((ROOT / "experiments" / "study" / f"{name}.yaml").read_text())
-        kind = config["model"]["class_path"].rpartition(".")[2]
-        stage = getattr(stages, kind)(**config["model"]["init_args"])
-        flops[name] = config["trainer"]["max_steps"] * training_flops(stage.unet)
-    assert flops["base32"] == pytest.approx(flops["base16"] + flops["sr32"], rel=0.005)
-
-
-def test_a_stopped_study_runs_what_is_missing(tmp_path, capsys):
-    """A task that fails stops those that need it alone; what is finished, or only served known figures, is not run."""
-    runner = runpy.run_path(str(ROOT / "experiments" / "study" / "__main__.py"))
-    broken = tmp_path / "broken"
-    note = f"import pathlib, sys; open({str(tmp_path / 'ran')!r}, 'a').write(sys.argv[1])"
-    fail = f"sys.exit(3 * (sys.argv[1] == 'b' and pathlib.Path({str(broken)!r}).exists()))"
-
-    def task(letter, *needs, found=None):
-        results = {
-            "made": {"date": "today", "versions": "1"},
-            "figures": [{"key": "fd", "value": 5, "spread": 1, "n": 9}],
-        }
-        write = f"pathlib.Path({str(found)!r}).write_text({json.dumps(results)!r})" if found else "pass"
-        commands = [[sys.executable, "-c", f"{note}; {write}; {fail}", letter]]
-        return runner["Task"](commands, list(needs), {"it": found.parent} if found else {})
-
-    def run(jobs=1, **changed):
-        (tmp_path / "ran").write_text("")
-        found = [tmp_path / f"{name}.results" / "results.json" for name in "xy"]
-        for path in found:
-            path.parent.mkdir(exist_ok=True)
-        tasks = {
-            "a": task("a"), "b": task("b", "a"), "c": task("c"), "x": task("x", "b", found=found[0]),
-            "y": task("y", "c", found=found[1]), **changed,
-        }  # fmt: skip
-        study = runner["Study"](tasks, tmp_path / "run", tmp_path / "results.json")
-        return study.measure(["x", "y"], jobs), (tmp_path / "ran").read_text()
-
-    broken.touch()
-    assert run() == (["b"], "abcy")
-    kept = json.loads((tmp_path / "results.json").read_text())["y"]["it"]["figures"]
-    assert kept == [{"key": "fd", "value": 5, "spread": 1, "n": 9}]
-    broken.unlink()
-    assert run() == ([], "bx")
-    (tmp_path / "run" / "done" / "a").unlink()  # on another machine: the figures are known, so nothing is wanted
-    assert run() == ([], "")
-    assert run(y=task("Y", "c", found=tmp_path / "y.results" / "results.json")) == ([], "Y")  # its command has changed
-    failed, ran = run(c=task("C"))  # begun by another command: it would resume what that left
-    assert (failed, ran) == (["c"], "") and "c was begun by other commands or recipes" in capsys.readouterr().err
-
-
-def test_the_tables_of_the_results_are_what_the_stored_figures_print(monkeypatch, tmp_path):
-    """Every table that `tables.py` prints is in docs/results.md, word for word; the picture is drawn from the same."""
-    command = [sys.executable, "experiments/study/tables.py", "--picture", str(tmp_path / "curves.png")]
-    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert printed.returncode == 0, printed.stderr
-    rows = [line for line in printed.stdout.splitlines() if line.startswith("|")]
-    page = (ROOT / "docs" / "results.md").read_text()
-    assert len(rows) > 5 and [row for row in rows if row not in page] == []
-    assert (tmp_path / "curves.png").stat().st_size > 5000
-
-
-def test_a_table_gives_each_seed_its_place():
-    tables = runpy.run_path(str(ROOT / "experiments" / "study" / "tables.py"))
-
-    def found(*points):
-        rows = [
-            {"stage": "sr32", "s": s, "kind": kind, "sampler": "dpm++", "steps": 10, "compared": False,
-             "figures": [{"value": value, "spread": 0.1}]}
-            for s, kind, value in points
-        ]  # fmt: skip
-        return {"search base16": {"search": {"rows": rows}, "base": {"figures": [{"value": 7.0, "spread": 0.2}]}}}
-
-    first = found((0, "generated", 4.0), (0, "real low-res", 1.0), (9, "non-truncated", 3.0), (9, "real low-res", 2.0))
-    second = found((0, "generated", 5.0))
-    line = list(tables["growth"]([first, second]))[2]
-    assert line.startswith("| all | 7.00 ± 0.20 / 7.00 ± 0.20 | 4.00 ± 0.10 / 5.00 ± 0.10 | 9 / 0 | ")
-    assert line.endswith(" | 3.00 ± 0.10 / 5.00 ± 0.10 | 25 % / 0 % |")
-    assert list(tables["growth"]([second]))[2].endswith(" | 0 | 5.00 ± 0.10 | 0 % |")
-    assert list(tables["curve"]([first, second]))[2:] == [
-        "| 0 | 1.00 ± 0.10 | – | – | – | 4.00 ± 0.10 / 5.00 ± 0.10 |",
-        "| 9 | 2.00 ± 0.10 | – | – | – | 3.00 ± 0.10 |",
-    ]
-    assert list(tables["curve"]([second, first]))[3] == "| 9 | – / 2.00 ± 0.10 | – | – | – | – / 3.00 ± 0.10 |"
-    alone = {"search at_9": {"search": {"rows": found((9, "real low-res", 2.0))["search base16"]["search"]["rows"]}}}
-    tables["arms"].__globals__["ARMS"]["at_9"] = "one level"
-    assert "| one level | 2.00 ± 0.10 (s = 9) | – | – | – | – |" in list(tables["arms"]([alone]))

@@ -3,9 +3,16 @@
 study.yaml lists what is trained and measured for one data set and one training seed; --plan names another such list,
 such as wide/study.yaml, which is for a GPU. Every task is a few commands, printed as they start; their output is in
 runs/study/DATA/SEED/logs. A task takes one core, --jobs sets how many run at a time, and other seeds may run beside.
-A measurement leaves its figures in experiments/study/results/DATA-SEED.json. It is not repeated, nor is a training that
-no missing measurement needs. Other finished tasks are kept in runs/study, and a stopped command resumes: the same call
-continues a stopped study.
+A measurement leaves its figures in experiments/study/results/DATA-SEED.json, that of a plan from elsewhere in
+runs/study/PLAN/results. It is not repeated, nor is a training that no missing measurement needs. Other finished tasks
+are kept beside the logs, and a stopped command resumes: the same call continues a stopped study.
+
+A plan of your own: copy study.yaml, leave out what you do not want, and add trainings: a recipe of this folder and the
+options of `cdm fit` in which yours differs. A search takes `stages`, the options of `cdm search`, and `base: true` for
+the distance of the low-resolution samples; samples take `stages`, `seeds`, the options of `cdm sample`, and
+`score: true` for CAS. NAME@STEP is a training at one of its checkpoints, every 160 steps. `recipe` names a YAML that
+is read after every recipe, `sampled` options of all searches. A detector whose path has a slash is trained if its file
+is missing. tables.py --results FOLDER prints the tables.
 """
 
 from __future__ import annotations
@@ -21,107 +28,15 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse.typing import PositiveInt
+from plan import CDM, HERE, Task, read_plan, tasks_of
 
+from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
-
-HERE = Path("experiments/study")  # the commands are for the project's root
-CDM = "cdm"  # run as a module, so that the checkout need not be installed
-SAMPLED = {"n": 2000, "repeats": 3, "truncated": False, "precision": "bf16-mixed", "block_size": 200}
-
-
-@dataclass(frozen=True)
-class Task:
-    """Commands to run in order, once the tasks in `needs` are finished. found: folders of results."""
-
-    commands: list[list[str]]
-    needs: list[str]
-    found: dict[str, Path] = field(default_factory=dict)
-
-
-def tasks_of(plan: dict[str, Any], data: str, seed: int) -> dict[str, Task]:
-    """All tasks of one data set and one training seed, by name."""
-    about, run = plan["data"][data], Path("runs/study") / data / str(seed)
-    sampled = {**SAMPLED, **plan.get("sampled", {})}
-    detector, shared = about["detector"], {"shards": about["root"], "detector": about["detector"]}
-    train = f".venv/bin/python data/detector.py {about['root']} {detector} --width 32 --epochs 8"
-    tasks = {"detector": Task([["sh", "-c", f"test -e {detector} || {train}"]] if "/" in detector else [], [])}
-    cards = {"reference": (detector, 32), "reference16": (detector, 16)}
-    cards |= {"inception": ("inception", 32)} if about.get("inception") else {}
-    for name, (judge, size) in cards.items():
-        made = {**shared, "detector": judge, "split": "val", "resolution": size}
-        command = [CDM, "reference", *flags({**made, "out": run / f"{name}.safetensors"})]
-        tasks[name] = Task([command], ["detector"])
-
-    def evaluated(folders: list[Path], card: str, out: Path) -> list[str]:
-        given = {
-            "samples": list(map(str, folders)),
-            "references": [str(run / f"{card}.safetensors")],
-            "out": out,
-        }
-        return [CDM, "evaluate", *flags({**given, "detector": cards[card][0]})]
-
-    for name, options in plan["trainings"].items():
-        recipes = [Path("experiments/defaults.yaml"), *(HERE / f"{r}.yaml" for r in ("defaults", options["recipe"]))]
-        recipes += [plan["recipe"]] if "recipe" in plan else []
-        given = {
-            "data.root": about["root"], "model.image_channels": about["channels"], "seed_everything": seed,
-            "trainer.default_root_dir": run / name, **without(options, "recipe", "after"),
-        }  # fmt: skip
-        before = [options["after"]] if "after" in options else []  # the training whose weights it begins with
-        given |= {"model.init_from": run / before[0]} if before else {}
-        tasks[name] = Task([[CDM, "fit", *(f"--config={path}" for path in recipes), *flags(given)]], before)
-    for name, options in plan["searches"].items():
-        bundle, out = run / "bundles" / name, run / "searches" / name
-        make, needs = bundled(run, options["stages"], bundle)
-        given = {"bundle": bundle, "out": out, **shared, **sampled, **without(options, "stages", "base")}
-        commands, found = [make, [CDM, "search", *flags(given)]], {"search": out}
-        if options.get("base"):  # the low-resolution samples by themselves
-            folders = [out / "low_res" / f"{needs[0]}-seed{number}" for number in range(sampled["repeats"])]
-            found["base"] = run / "evaluations" / f"low_res-{name}"
-            commands.append(evaluated(folders, "reference16", found["base"]))
-            needs = [*needs, "reference16"]
-        tasks[f"search {name}"] = Task(commands, [*needs, "detector"], found)
-    for name, options in plan["samples"].items():
-        bundle = run / "bundles" / name
-        make, needs = bundled(run, options["stages"], bundle)
-        needs += [f"search {found}" for found in re.findall(r"{best of (\S+)}", options.get("levels", ""))]
-        folders = {number: run / "samples" / f"{name}-{number}" for number in options["seeds"]}
-        shown = {name: sampled[name] for name in ("precision", "block_size") if name in plan.get("sampled", {})}
-        given = {"bundle": bundle, "precision": "bf16-mixed", **shown, **without(options, "stages", "seeds", "score")}
-        draw = [[CDM, "sample", *flags({**given, "seed": s, "out": folder})] for s, folder in folders.items()]
-        tasks[f"samples {name}"] = Task([make, *draw], needs)
-        for card in ["reference", *(["inception"] if "inception" in cards and options.get("score") else [])]:
-            out = run / "evaluations" / f"{name}-{card}"
-            command = evaluated(list(folders.values()), card, out)
-            tasks[f"{card} {name}"] = Task([command], [f"samples {name}", card], {"evaluate": out})
-        if options.get("score"):
-            out = run / "cas" / name
-            command = [CDM, "cas", f"--config={HERE / 'cas.yaml'}"]
-            command += flags({"samples": folders[0], "shards": about["root"], "out": out})
-            tasks[f"cas {name}"] = Task([command], [f"samples {name}"], {"cas": out})
-    return tasks
-
-
-def bundled(run: Path, stages: list[str], out: Path) -> tuple[list[str], list[str]]:
-    """The command that bundles stages, and the trainings that it needs. base16@160 is base16 after 160 steps."""
-    parts = [stage.partition("@") for stage in stages]
-    files = [run / name / (f"checkpoints/step={step}.ckpt" if step else "") for name, _, step in parts]
-    return [CDM, "bundle", *flags({"checkpoints": list(map(str, files)), "out": out})], [name for name, _, _ in parts]
-
-
-def without(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The options but for some."""
-    return {name: value for name, value in options.items() if name not in names}
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    """Options of a command: text and paths as they are, and all else as JSON."""
-    return [f"--{name}={v if isinstance(v, (str, Path)) else json.dumps(v)}" for name, v in options.items()]
 
 
 class Study:
@@ -145,9 +60,11 @@ class Study:
         return mark.is_file() and mark.read_text() == self.signature(name)
 
     def signature(self, name: str) -> str:
-        """SHA-256 of a task's commands, of their recipes in this folder, and of what it needs."""
+        """SHA-256 of a task's commands, of the recipes that they read, and of what it needs."""
         told = [self.text(name), *(self.signature(needed) for needed in self.tasks[name].needs)]
-        told += [str(yaml.safe_load(Path(path).read_text())) for path in re.findall(rf"--config=({HERE}\S+)", told[0])]
+        options = [option for command in self.tasks[name].commands for option in command]
+        recipes = [Path(option.removeprefix("--config=")) for option in options if option.startswith("--config=")]
+        told += [str(yaml.safe_load(path.read_text())) for path in recipes]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def text(self, name: str) -> str:
@@ -262,20 +179,29 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("seed", type=int)
     parser.add_argument("--plan", type=Path, default=HERE / "study.yaml", help="the list of trainings and measurements")
-    parser.add_argument("--jobs", type=int, default=1, help="how many tasks run at a time")
+    parser.add_argument("--jobs", type=PositiveInt, default=1, help="how many tasks run at a time")
     parser.add_argument("--only", default="", help="a regular expression: measure only what it matches")
     parser.add_argument("--list", action="store_true", help="print the commands of all tasks, and run nothing")
     arguments = parser.parse_args()
-    plan = yaml.safe_load(arguments.plan.read_text())
-    if arguments.data not in plan["data"]:
-        parser.error(f"{arguments.data} is none of the data of {arguments.plan}: {', '.join(plan['data'])}")
-    tasks = tasks_of(plan, arguments.data, arguments.seed)
-    run = Path("runs/study") / arguments.data / str(arguments.seed)
-    study = Study(tasks, run, HERE / "results" / f"{arguments.data}-{arguments.seed}.json")
+    if not HERE.is_dir():
+        parser.error(f"{HERE} is missing: call it from the folder of the project")
+    ours = arguments.plan.resolve().is_relative_to(HERE.resolve())
+    folder = Path("runs/study") / ("" if ours else arguments.plan.stem)
+    try:
+        only = re.compile(arguments.only)
+        plan = read_plan(arguments.plan)
+        if arguments.data not in plan["data"]:
+            raise InputError(f"{arguments.data} is none of the data of {arguments.plan}: {', '.join(plan['data'])}")
+        tasks = tasks_of(plan, arguments.data, arguments.seed, folder)
+    except (InputError, re.error) as error:
+        parser.error(f"--only {arguments.only}: {error}" if isinstance(error, re.error) else str(error))
+    run = folder / arguments.data / str(arguments.seed)
+    results = (HERE if ours else folder) / "results" / f"{arguments.data}-{arguments.seed}.json"
+    study = Study(tasks, run, results)
     if arguments.list:
         print("".join(map(study.text, tasks)), end="")
         return
-    measurements = [name for name, task in tasks.items() if task.found and re.search(arguments.only, name)]
+    measurements = [name for name, task in tasks.items() if task.found and only.search(name)]
     if not measurements:
         sys.exit(f"--only {arguments.only} matches no measurement")
     run.mkdir(parents=True, exist_ok=True)

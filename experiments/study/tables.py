@@ -1,7 +1,7 @@
 """Print the study's tables as Markdown, and draw its curves: `python experiments/study/tables.py [--picture FILE]`.
 
-Reads experiments/study/results/*.json. A cell holds the figures of training seeds 0 and 1, parted by a slash, or of
-seed 0 alone; ± is one standard deviation over three sampling seeds.
+Reads experiments/study/results/*.json, or those of --results. A cell holds the figures of the training seeds in order,
+parted by slashes, or of the first alone; ± is one standard deviation over three sampling seeds.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def growth(seeds: list[Found]) -> Iterator[str]:
 def arms(seeds: list[Found]) -> Iterator[str]:
     """Every arm behind the whole base and behind an eighth of it, at s = 0 and at the best s above."""
     lines = []
-    for search, name in ARMS.items():
+    searches = [key.removeprefix("search ") for found in seeds for key in found if key.startswith("search ")]
+    others = {n: n for n in searches if n not in (*ARMS, "steps") and "@" not in n}  # of a plan of one's own
+    for search, name in {**ARMS, **others}.items():
         weak = "base16@160" if search == "base16" else f"{search}@160"
         real = over_seeds(seeds, lambda f, n=search: at(points(f, n, True), 0) or at_level(best(points(f, n, True))))
         zero = [over_seeds(seeds, lambda f, n=n: at(points(f, n), 0)) for n in (search, weak)]
@@ -186,7 +188,7 @@ def draw(data: dict[str, list[Found]], path: Path) -> None:
                 least = best(own) if own and not real else None
                 if least:
                     axes.plot(least.s, least.value, "o", markersize=10, markerfacecolor="none", color=colour)
-        axes.set(title=NAMES[name], xlabel="level s of the noise on the low-resolution input", ylim=(0, None))
+        axes.set(title=NAMES.get(name, name), xlabel="level s of the noise on the low-resolution input", ylim=(0, None))
         axes.grid(axis="y", linewidth=0.4)
     canvas.axes[0].set_ylabel("Fréchet distance at 32x32, small classifier")
     canvas.axes[0].legend(frameon=False)
@@ -196,14 +198,19 @@ def draw(data: dict[str, list[Found]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of figures")
     arguments = parser.parse_args()
-    data = {name: [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))] for name in NAMES}
+    data: dict[str, list[Found]] = {name: [] for name in NAMES}
+    for path in sorted(arguments.results.glob("*-*.json")):
+        data.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))
     data = {name: seeds for name, seeds in data.items() if seeds}
+    if not data:
+        parser.error(f"{arguments.results} holds no figures DATA-SEED.json")
     for name, seeds in data.items():
         for part in (growth, curve, arms, steps, deciding):
             lines = list(part(seeds))
             if len(lines) > 2:
-                print(f"{NAMES[name]}. {part.__doc__}\n", *lines, "", sep="\n")
+                print(f"{NAMES.get(name, name)}. {part.__doc__}\n", *lines, "", sep="\n")
     if arguments.picture:
         draw(data, arguments.picture)
 

@@ -105,7 +105,7 @@ def test_the_canonical_network_by_name_and_by_file(canonical, tmp_path):
     features = canonical(image)
     assert features.dtype == torch.float32 and torch.equal(other(image), features)
     prepared = (resize(image.float(), 299) - 128) / 128
-    assert torch.equal(canonical.script(prepared), features)
+    torch.testing.assert_close(canonical.script(prepared), features, rtol=1e-5, atol=2e-5)  # layouts differ
 
 
 # -- how images enter

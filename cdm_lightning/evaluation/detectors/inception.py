@@ -47,8 +47,10 @@ class Inception(Detector):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Features, float32 (B, 2048), of uint8 (B, 3, H, W)."""
         # No fused kernels on a GPU either, so that the first batch gets the same bits as later ones.
+        # On a CPU, channels_last saves a sixth of the time. The features differ in the last digits of float32.
+        layout = torch.contiguous_format if image.is_cuda else torch.channels_last
         with exact_float32(), torch.jit.optimized_execution(not image.is_cuda):
-            return self.script(self.prepare(image))
+            return self.script(self.prepare(image).contiguous(memory_format=layout))
 
     def prepare(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) to float32 (B, 3, 299, 299) in [-1, 1)."""
