@@ -110,12 +110,16 @@ def growth(seeds: list[Found]) -> Iterator[str]:
     yield from table(["steps of the base", "base at 16x16", "sr32 at s = 0", "best s", "sr32 at best s", "gain"], lines)
 
 
+def others(seeds: list[Found]) -> list[str]:
+    """The searches that have no place in the study's list: those of a plan of one's own."""
+    names = [key.removeprefix("search ") for found in seeds for key in found if key.startswith("search ")]
+    return [name for name in dict.fromkeys(names) if name not in (*ARMS, "steps") and "@" not in name]
+
+
 def arms(seeds: list[Found]) -> Iterator[str]:
     """Every arm behind the whole base and behind an eighth of it, at s = 0 and at the best s above."""
     lines = []
-    searches = [key.removeprefix("search ") for found in seeds for key in found if key.startswith("search ")]
-    others = {n: n for n in searches if n not in (*ARMS, "steps") and "@" not in n}  # of a plan of one's own
-    for search, name in {**ARMS, **others}.items():
+    for search, name in {**ARMS, **{n: n for n in others(seeds)}}.items():
         weak = "base16@160" if search == "base16" else f"{search}@160"
         real = over_seeds(seeds, lambda f, n=search: at(points(f, n, True), 0) or at_level(best(points(f, n, True))))
         zero = [over_seeds(seeds, lambda f, n=n: at(points(f, n), 0)) for n in (search, weak)]
@@ -166,10 +170,9 @@ def deciding(seeds: list[Found]) -> Iterator[str]:
 
 
 def draw(data: dict[str, list[Found]], path: Path) -> None:
-    """FID(s): a panel a data set with such points, a line a base and one for real input, thick for the first seed."""
+    """FID(s): a panel a data set, a line a base and one for real input, thick for the first seed; others after."""
     from matplotlib.figure import Figure
 
-    data = {name: seeds for name, seeds in data.items() if any(points(found, n) for found in seeds for n in BASES)}
     canvas = Figure(figsize=(5.2 * len(data), 4.2), layout="constrained")
     for axes, (name, seeds) in zip(canvas.subplots(1, len(data), squeeze=False)[0], data.items(), strict=True):
         shades = {"real input": ("base16", True, "#777777")}
@@ -177,13 +180,14 @@ def draw(data: dict[str, list[Found]], path: Path) -> None:
         shades |= {
             f"base after {s} of its steps": (n, False, c) for (n, s), c in zip(BASES.items(), blues, strict=True)
         }
+        shades |= {n: (n, False, f"C{i}") for i, n in enumerate(others(seeds))}
         for label, (search, real, colour) in shades.items():
             for number_, found in enumerate(seeds):
                 own = points(found, search, real)
                 if own:
                     bars = [p.spread or 0 for p in own]
                     axes.errorbar([p.s for p in own], [p.value for p in own], bars, color=colour, capsize=2, marker="o",
-                                  markersize=3, linewidth=1.6 - 0.8 * number_, label=None if number_ else label,
+                                  markersize=3, linewidth=1.6 / (1 + number_), label=None if number_ else label,
                                   linestyle="--" if real else "-")  # fmt: skip
                 least = best(own) if own and not real else None
                 if least:
