@@ -100,6 +100,10 @@ def test_of_configurations(capsys, tmp_path, monkeypatch, text, words):
     [
         ("--model.lr=-1", "lr -1.0 is no learning rate"),
         ("--model.lr=.nan", "lr nan is no learning rate"),
+        ("--model.lr=null", "--model.lr takes a number, not 'None', as in --model.lr 0.0001"),
+        ("--model.seed=null", "--model.seed has no effect: give --seed_everything, a whole number"),
+        ("--model.image_channels=null", "takes data or a whole number, not 'None', as in --model.image_channels data"),
+        ("--model.attention_resolutions=null", "takes a list of whole numbers, not 'None'"),
         ("--model.channels=-8", "channels -8 is less than 1"),
         ("--model.channel_mult=[]", "channel_mult [] is no list of one or more"),
         ("--model.dropout=2", "dropout 2.0 lies outside"),
@@ -115,6 +119,18 @@ def test_of_configurations(capsys, tmp_path, monkeypatch, text, words):
 def test_of_a_run_that_cannot_begin(capsys, tmp_path, options, words):
     assert words in sentence(capsys, fit_command(f"--trainer.default_root_dir={tmp_path}", options))
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_null_in_a_configuration_is_no_number(capsys, tmp_path):
+    file = tmp_path / "given.yaml"
+    for text, command, words in (
+        ("data:\n  batch_size: null\n", fit_command(), "--data.batch_size takes a whole number, not 'None'"),
+        ("model:\n  init_args:\n    lr: null\n", fit_command(), "--model.lr takes a number, not 'None'"),
+        ("seed: null\n", ["sample", "--bundle=b", "--out=o"], "--seed takes a whole number, not 'None', as in --seed 0"),
+    ):
+        file.write_text(text)
+        options = [word for word in command if not word.startswith("--data.batch_size")]
+        assert words in sentence(capsys, [*options, f"--config={file}"])
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,13 @@ class Parser(ArgumentParser):
         finally:
             self.reading = ""
 
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Check the values; null too, which jsonargparse takes for every option of a class or a configuration."""
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            if hasattr(action, "_typehint") and action.default is not None and namespace.get(action.dest, "") is None:
+                self._check_value_key(action, None, action.dest, None)
+
     def names(self) -> list[str]:
         """Names of options that a mistyped one may mean."""
         options = [name[2:] for name in self._option_string_actions if name.startswith("--")]

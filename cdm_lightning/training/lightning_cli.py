@@ -298,6 +298,8 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         refuse_old_class_paths(sys.argv[1:])
+        if any(re.match(r"--model\.(init_args\.)?seed(=|$)", word) for word in sys.argv[1:]):  # jsonargparse drops it
+            raise InputError("--model.seed has no effect: give --seed_everything, a whole number, for model and data")
         try:
             super().parse_arguments(parser, args)
             check_values(self.config[self.config.subcommand])
