@@ -126,7 +126,11 @@ def test_null_in_a_configuration_is_no_number(capsys, tmp_path):
     for text, command, words in (
         ("data:\n  batch_size: null\n", fit_command(), "--data.batch_size takes a whole number, not 'None'"),
         ("model:\n  init_args:\n    lr: null\n", fit_command(), "--model.lr takes a number, not 'None'"),
-        ("seed: null\n", ["sample", "--bundle=b", "--out=o"], "--seed takes a whole number, not 'None', as in --seed 0"),
+        (
+            "seed: null\n",
+            ["sample", "--bundle=b", "--out=o"],
+            "--seed takes a whole number, not 'None', as in --seed 0",
+        ),
     ):
         file.write_text(text)
         options = [word for word in command if not word.startswith("--data.batch_size")]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages import DiffusionStage
+from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
 from cdm_lightning.stages.diffusion_stage import RESUMABLE_CHANGES, check_same_stage, kind_of
 from cdm_lightning.stages.loading import check_checkpoint
 
@@ -70,6 +70,11 @@ def check_together(trainer: Any, model: L.LightningModule, asked: str = "") -> N
         raise InputError(
             f"compile {compiled} and accumulate_grad_batches {parts} exclude each other: CUDA graphs reuse memory"
         )
+    if isinstance(model, SuperResolutionStage) and not model.augmentation.takes_level:
+        for name, default in (("max_level", None), ("min_level", 0)):  # a bundle of such a stage is still read
+            if (value := model.own_arguments[name]) != default:
+                kind = model.own_arguments["augmentation"]
+                raise InputError(f"{name} {value} has no effect: augmentation {kind} has no level, so leave it out")
 
 
 def check_data_and_callbacks(trainer: Any, model: L.LightningModule, data: Any, stage: str) -> None:

@@ -11,8 +11,11 @@ from folders import make_folder
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from refusals import sentence_of_error, sentence_of_refusal
+from small_models import SMALLEST, smallest_stages
 
+from cdm_lightning.cascade.bundle import read_bundle, write_bundle
 from cdm_lightning.data import ShardDataModule
+from cdm_lightning.stages import SuperResolutionStage
 from cdm_lightning.training.fit_checks import check_callbacks, check_options, check_together
 from cdm_lightning.training.pictures import LossCurve, SampleGrid
 
@@ -128,6 +131,23 @@ def test_a_precision_that_no_stage_trains_in_is_refused(precision):
 def test_a_strategy_that_shards_is_refused():
     trainer = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, accelerator=None, strategy=FSDPStrategy())
     sentence_of_error(lambda: check_together(trainer, Recorder()), "FSDPStrategy shards the gradients")
+
+
+@pytest.mark.parametrize("options, value", [({"max_level": 1000}, "max_level 1000"), ({"min_level": 3}, "min_level 3")])
+def test_a_range_of_levels_without_levels_is_refused_in_training_and_read_in_a_bundle(tmp_path, options, value):
+    trainer = L.Trainer(accelerator="cpu", logger=False)
+    base, blurred = smallest_stages(["blur"])
+    about = {"resolution": 16, "low_resolution": 8, **SMALLEST}
+    check_together(trainer, blurred)
+    for kind in ("blur", "none"):
+        stage = SuperResolutionStage(augmentation=kind, **options, **about)
+        sentence_of_error(
+            lambda s=stage: check_together(trainer, s), f"{value} has no effect: augmentation {kind} has no level"
+        )
+        write_bundle(tmp_path / kind, [base, stage], {})
+        assert read_bundle(tmp_path / kind)[0][1].name == "sr16"
+    clock = {"low_res_timesteps": 4000, "low_res_schedule": "cosine"}
+    check_together(trainer, SuperResolutionStage(**clock, **options, **about))
 
 
 class Twice(Callback):
