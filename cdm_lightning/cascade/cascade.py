@@ -383,18 +383,18 @@ def check_level(stage: SuperResolutionStage, level: int) -> None:
                 f"level {level} given to stage {stage.name}, whose augmentation has no level: it takes only 0"
             )
         return
-    lowest, highest = stage.least_level, stage.augmentation.max_level
-    if not lowest <= level <= highest or level == stage.augmentation.diffusion.timesteps:
-        raise InputError(
-            f"level {level} of stage {stage.name} lies outside {lowest} <= s <= {highest}, s < T: "
-            "it was not trained there"
-        )
+    lowest, timesteps = stage.least_level, stage.augmentation.diffusion.timesteps
+    highest = min(stage.augmentation.max_level, timesteps - 1)
+    if not lowest <= level <= highest:
+        why = "it was not trained there" if level != timesteps else f"s stays below T = {timesteps}"
+        raise InputError(f"level {level} of stage {stage.name} lies outside {lowest} <= s <= {highest}: {why}")
 
 
 def check_stages(stages: Sequence[DiffusionStage]) -> None:
     """Refuse stages that do not fit together: kinds, resolutions, channels, classes, and the time steps of s."""
     if not stages or not isinstance(stages[0], BaseStage):
-        raise InputError("a cascade starts with a base stage")
+        first = f"{stages[0].name} is given first" if stages else "no stage is given"
+        raise InputError(f"a cascade starts with a base stage, and {first}: put the base stage first, then upwards")
     classes = {s.name: s.num_classes for s in stages if s.num_classes is not None}
     if len(set(classes.values())) > 1:
         raise InputError(f"the stages disagree about the number of classes: {classes}")

@@ -286,8 +286,8 @@ def test_stages_that_do_not_fit_are_refused(stages):
     more_classes = randomise_weights(BaseStage(resolution=8, **{**SMALL, "num_classes": 11}))
     colour = randomise_weights(BaseStage(resolution=8, **{**SMALL, "image_channels": 3}))
     for chain, sentence in (
-        ([sr16, sr32], "starts with a base stage"),
-        ([], "starts with a base stage"),
+        ([sr16, sr32], "starts with a base stage, and sr16 is given first: put the base stage first"),
+        ([], "starts with a base stage, and no stage is given"),
         ([base, sr32], "starts from resolution 16, and base8 makes 8"),
         ([base, base], "is not a super-resolution stage"),
         ([other_clock, sr16], "the clocks disagree: stage sr16 was trained with s on 4000 steps"),

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_models import smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.cascade.bundle import read_bundle, read_bundle_metadata, write_bundle
 from cdm_lightning.data.shards import read_manifest
-from cdm_lightning.evaluation.detectors import features_of, load_detector
+from cdm_lightning.evaluation.detectors import SmallCNN, features_of, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance
 from cdm_lightning.evaluation.real_images import read_images, real_images_for_labels
 from cdm_lightning.evaluation.search import level_search as points
@@ -207,18 +208,27 @@ def test_a_cascade_without_classes_is_searched_on_images_of_ten(tmp_path, few_re
         (["gaussian"], {}, {"n": 1}, "n = 1, repeats = 1: a point takes 4 images or more"),
         (["gaussian"], {}, {"n": 300}, "n = 300 asks for 30 real images of class"),
         (["gaussian"], {}, {"detector": "vgg"}, "detector 'vgg' is unknown"),
-        (["gaussian"], {}, {"levels": [20]}, "level 20 of stage sr16 lies outside 0 <= s <= 20, s < T"),
+        (["gaussian"], {}, {"levels": [20]}, "level 20 of stage sr16 lies outside 0 <= s <= 19: s stays below"),
         (["gaussian"], {}, {"levels": [5], "sampler": "ddim"}, "stop_at 5 is not on DDIM's grid"),
         (["gaussian"], {}, {"sampling_steps": [5]}, "has 1 entries for 2 stages"),
         (["gaussian"], {}, {"shards": Path("nowhere")}, "nowhere/val does not exist"),
         (["gaussian"], {"image_channels": 3}, {}, "holds images of 1 channels, and the cascade makes 3"),
         (["gaussian"], {}, {"accelerator": "tpu"}, "accelerator tpu with devices 1 cannot be used here"),
         ([], {}, {"levels": None}, "a cascade of one stage takes no low-resolution input"),
+        (
+            ["gaussian"],
+            {},
+            {"detector": "colour"},
+            "takes images of 3 channels, and the cascade makes 1: .* by --detector",
+        ),
         (["blur"], {}, {}, r"levels \[5\] are for stages with Gaussian augmentation"),
     ],
 )
 def test_what_a_search_refuses(augmentations, options, arguments, sentence, tmp_path, few_real):
     write_bundle(tmp_path / "bundle", smallest_stages(augmentations, **options), {})
+    if arguments.get("detector") == "colour":
+        arguments = {"detector": str(tmp_path / "colour.safetensors")}
+        save_file(SmallCNN(channels=3).state_dict(), arguments["detector"])
     with pytest.raises(InputError, match=sentence):
         search(tmp_path / "bundle", tmp_path / "out", **{"shards": few_real, "levels": [5], **GREY, **arguments})
     assert not (tmp_path / "out").exists()

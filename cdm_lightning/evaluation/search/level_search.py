@@ -111,8 +111,8 @@ class LevelSearch:
         begin_folder(self.out, settings, begun, "search.json")
         wait_for_all()
 
-    def check_real_images(self) -> None:
-        """Refuse real images that do not suit a stage (channels, classes, too few), before hours are spent."""
+    def check_images(self) -> None:
+        """Refuse a detector or real images that do not suit the stages, before hours are spent."""
         channels, classes = self.cascade.image_channels, self.cascade.num_classes
         needed = make_sample_manifest(self.cascade, "", self.n).labels().bincount(minlength=classes or 1).tolist()
         if not all(needed):
@@ -134,6 +134,11 @@ class LevelSearch:
                     raise InputError(
                         f"n = {self.n} asks for {number} real images of class {c}, and {folder} has {held}"
                     )
+        if (takes := getattr(self.detector, "channels", channels)) != channels:  # a TorchScript does not say it
+            raise InputError(
+                f"detector {self.detector.name} takes images of {takes} channels, and the cascade makes {channels}: "
+                "give another by --detector, such as inception for 3 or fashion-cnn-64 for 1"
+            )
 
     def card(self, resolution: int) -> ReferenceCard:
         """The reference card at one resolution; measures the real images if it does not exist yet."""

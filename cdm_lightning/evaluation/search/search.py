@@ -58,8 +58,8 @@ def search(
         detector: Name of a detector, or the path of its file.
         n: Samples per point, spread evenly over the classes.
         repeats: Sets of n samples per point, with different seeds; three or more give error bars.
-        levels: The levels s to measure, such as [1001,2001]; the least of the training, 0, is always included. null for
-            1/16, 1/8, 1/4, 1/2, 3/4 and 7/8 of T.
+        levels: The levels s to measure, such as [1001,2001]; the least of the training, 0, is always included, and []
+            measures it alone. null for 1/16, 1/8, 1/4, 1/2, 3/4 and 7/8 of T.
         stages: The stages whose level is searched, such as [sr32]; the others keep the bundle's. null for all.
         truncated: true measures only truncated sampling, false only non-truncated; null for both.
         real: Measure real low-resolution images as input too, for the cascade gap.
@@ -109,7 +109,7 @@ def search(
     grids = level_grids(cascade, levels, stages)
     check_levels(cascade, grids, kinds)
     check_comparison(parts[-1].diffusion, samplers, steps)
-    run.check_real_images()
+    run.check_images()
     run.begin()
     rows, best = search_levels(run, grids, kinds, real)
     kind = min(kinds, key=lambda k: best_row([r for r in rows if r.stage == parts[-1].name], k).figures[0].value)
