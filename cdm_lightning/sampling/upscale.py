@@ -81,7 +81,7 @@ def upscale(
 
     check_output_folder(out)
     cascade = CascadeModule(bundle, seed=seed)
-    pictures = reduced_pictures(list_pictures(images), cascade, low_resolution, crop)
+    pictures = reduced_pictures(images, cascade, low_resolution, crop)
     used = choose_settings(cascade, pictures.image.shape[-1], levels, truncated, sampler, sampling_steps)
     labels = class_labels(pictures, cascade, class_name, used)
     make_trainer(devices, accelerator)  # refuses a device that is not there, before anything is written
@@ -128,14 +128,14 @@ def list_pictures(images: Sequence[Path]) -> list[Picture]:
     return pictures
 
 
-def reduced_pictures(
-    listed: Sequence[Picture], cascade: Any, low_resolution: int | None, crop: Crop | None
-) -> Pictures:
+def reduced_pictures(images: Sequence[Path], cascade: Any, low_resolution: int | None, crop: Crop | None) -> Pictures:
     """The pictures that can be read, at the low resolution of one of the cascade's stages.
 
     low_resolution: None for the largest that all of them reach, else the smallest. What is no picture is left out of a
-    folder and reported. Raises InputError if the user gave it by name, or if nothing is left.
+    folder and reported, and what is enlarged to that size is counted. Raises InputError if the user gave what is no
+    picture by name, or if nothing is left.
     """
+    listed = list_pictures(images)
     possible = [stage.low_resolution for stage in list(cascade.stages)[1:]]
     if not possible:
         raise InputError("a cascade of one stage enlarges nothing: a bundle with a super-resolution stage is needed")
@@ -143,7 +143,8 @@ def reduced_pictures(
         raise InputError(f"low_resolution {low_resolution} is none at which the cascade takes pictures up: {possible}")
     resolutions = [stage.resolution for stage in cascade.stages]
     known: Crop = next((name for name in FILTERS if name == cascade.origin["crop"]), "adm")
-    files, reduced = [], []
+    least = low_resolution or possible[0]
+    files, reduced, small = [], [], []
     for picture in ProgressBar(listed, "reading pictures", unit="image"):
         try:
             image = decode(picture.file.read_bytes(), grey=cascade.image_channels == 1)
@@ -156,9 +157,14 @@ def reduced_pictures(
         reached = [size for size in possible if size <= min(image.size)] or possible[:1]
         sizes = reached if low_resolution is None else [low_resolution]
         files.append(picture)
+        small += [f"{picture.file} of {image.width}x{image.height}"] if min(image.size) < least else []
         reduced.append({size: reduce_picture(image, size, resolutions, crop or known) for size in sizes})
     if not files:
-        raise InputError("images hold no picture that can be read: give files, or a folder that holds some")
+        where = ", ".join(map(str, images)) or "images []"
+        raise InputError(f"{where} holds no picture that can be read: give files, or a folder that holds some")
+    if small:
+        told = f"{len(small)} of {len(files)} pictures are smaller than {least}x{least}, at which all are taken up"
+        print(f"{told}, and are enlarged to it first: the first is {small[0]}", file=sys.stderr)
     common = min(max(sizes) for sizes in reduced)
     return Pictures(files, torch.stack([sizes[common] for sizes in reduced]))
 

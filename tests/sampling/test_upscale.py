@@ -85,14 +85,22 @@ def test_pictures_are_reduced_as_they_are_prepared_and_enlarged_by_the_stages_ab
         ([(16, 16), (12, 13)], None, 8, ["16", "32"]),
         ([(5, 6)], None, 8, ["16", "32"]),  # smaller than any stage takes: enlarged first
         ([(64, 64)], 8, 8, ["16", "32"]),
+        ([(64, 64), (1, 1), (9, 15)], 16, 16, ["32"]),
     ],
 )
-def test_the_size_of_the_pictures_chooses_the_stages(bundle, tmp_path, sizes, low, stored, enlarged):
+def test_the_size_of_the_pictures_chooses_the_stages(bundle, tmp_path, capsys, sizes, low, stored, enlarged):
     files = [picture(tmp_path / f"{k}.png", *size, seed=k) for k, size in enumerate(sizes)]
     upscale(bundle, files, tmp_path / "out", class_name="bag", low_resolution=low, **CPU)
     given = tmp_path / "out" / "input" / "train"
     assert [path.name for path in given.iterdir()] == [str(stored)]
     assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == sorted(enlarged)
+    small = [k for k, size in enumerate(sizes) if min(size) < stored]
+    said = [line for line in capsys.readouterr().err.splitlines() if "smaller than" in line]
+    assert len(said) == bool(small)
+    if small:
+        width, height = sizes[small[0]]
+        assert said[0].startswith(f"{len(small)} of {len(sizes)} pictures are smaller than {stored}x{stored}, at which")
+        assert said[0].endswith(f"the first is {files[small[0]]} of {width}x{height}")
     if sizes[0] == (stored, stored):  # a picture of that very size is taken as it is
         grey = np.asarray(Image.open(files[0]).convert("L"))
         assert np.array_equal(pixels(given / str(stored))[0, 0].numpy(), grey)
@@ -134,7 +142,7 @@ def test_what_cannot_be_enlarged_is_refused_before_anything_is_written(bundle, t
         (flat, {"class_name": "bag", "sampling_steps": [1, 2, 3]}, "sampling_steps [1, 2, 3] has 3 entries"),
         (flat, {"class_name": "bag", "accelerator": "tpu"}, "accelerator tpu with devices 1 cannot be used here"),
         (tmp_path / "text.png", {}, "text.png is no picture that can be read: no known image format"),
-        (tmp_path / "empty", {}, "images hold no picture that can be read"),
+        (tmp_path / "empty", {}, f"{tmp_path / 'empty'} holds no picture that can be read"),
         (tmp_path / "nowhere", {}, "nowhere does not exist"),
     ]
     for images, options, *parts in cases:
