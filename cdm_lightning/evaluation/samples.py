@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cdm_lightning.data.preparation.raw_images import image_suffixes
 from cdm_lightning.data.shards import Manifest, read_manifest, refuse_address
 from cdm_lightning.evaluation.detectors import Detector
 from cdm_lightning.evaluation.references.cards import ReferenceCard, check_card
@@ -24,6 +25,13 @@ def sample_folder(folder: Path, resolution: int | None) -> Path:
     """The shard folder of one resolution in a folder of `cdm sample`; None takes the largest resolution."""
     refuse_address(Path(folder))
     stored_resolutions = sorted(int(f.name) for f in (Path(folder) / "train").glob("*") if f.name.isdecimal())
+    if not Path(folder).exists():
+        raise InputError(f"{folder} does not exist: a folder that `cdm sample` wrote is expected")
+    if not stored_resolutions and any(file.suffix.lower() in image_suffixes() for file in Path(folder).rglob("*")):
+        command = "`cdm prepare folder --source FOLDER --out OUT --resolutions R`"
+        raise InputError(
+            f"{folder} holds pictures and no shards: {command} makes shards of them, and OUT is to be given"
+        )
     if not stored_resolutions:
         raise InputError(f"{folder} holds no samples: `cdm sample` leaves them in {folder}/train")
     resolution = resolution or stored_resolutions[-1]

@@ -370,6 +370,17 @@ def test_same_command_again_changes_nothing_and_another_is_refused(
         prepare_folder(source, tmp_path / "other", resolutions=[8], workers=1)
 
 
+def test_pictures_that_are_enlarged_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"dot": (1, 1), "flat": (90, 15), "even": (16, 16), "big": (40, 30)}
+    source = write_tree(tmp_path / "raw", {"a": {f"{name}.png": encoded(picture(*sizes[name])) for name in sizes}})
+    prepare_folder(source, tmp_path / "out", resolutions=[16, 8], workers=1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "smaller" in line]
+    names = ("a/dot.png of 1x1", "a/flat.png of 90x15")
+    assert said in [[f"2 images are smaller than 16x16 and were enlarged, first {name}"] for name in names]
+    prepare_folder(source, tmp_path / "other", resolutions=[1], workers=1)
+    assert "smaller" not in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------- corrupt images
 
 

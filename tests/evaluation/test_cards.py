@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.data.shards import read_manifest, read_shard, shards_digest, write_manifest, write_shard
-from cdm_lightning.evaluation.detectors import Detector, Inception, load_detector
+from cdm_lightning.evaluation.detectors import Detector, Inception, SmallCNN, load_detector
 from cdm_lightning.evaluation.metrics import features
 from cdm_lightning.evaluation.metrics.distance import frechet_distance
 from cdm_lightning.evaluation.real_images import read_images
@@ -158,9 +158,12 @@ def test_one_class_is_said(tmp_path, capsys):
         ({"keep": -1}, "keep is -1: it must be at least 0"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"resolution": 12}, "no shards for resolution 12"),
+        ({"detector": "colour.safetensors"}, "takes images of 3 channels, not of 1: give another by --detector"),
     ],
 )
-def test_requests_that_make_no_sense(few, tmp_path, options, sentence):
+def test_requests_that_make_no_sense(few, tmp_path, tmp_path_factory, monkeypatch, options, sentence):
+    monkeypatch.chdir(tmp_path_factory.mktemp("detector"))
+    save_file(SmallCNN(channels=3).state_dict(), "colour.safetensors")
     asked = {"out": "c.safetensors", "resolution": 16, "split": "val", "detector": CNN, **options}
     asked["out"] = tmp_path / asked["out"]
     with pytest.raises(InputError, match=sentence):

@@ -89,7 +89,11 @@ def test_samples_that_are_no_sets_of_one_setting(toy, tmp_path):
     assert not check(toy, tmp_path, "the samples differ in levels: [[5], [0]]", samples=[a, toy.unlike])
     assert not check(toy, tmp_path, "samples [] names no folder", samples=[])
     empty = tmp_path / "nothing"
+    assert not check(toy, tmp_path, f"{empty} does not exist", samples=[empty])
+    empty.mkdir()
     assert not check(toy, tmp_path, f"{empty} holds no samples", samples=[empty])
+    Image.new("L", (8, 8)).save(empty / "a.png")
+    assert not check(toy, tmp_path, f"{empty} holds pictures and no shards: `cdm prepare folder ", samples=[empty])
     assert not check(toy, tmp_path, "no samples of 32x32: stored are [8, 16]", samples=[a], resolution=32)
 
 

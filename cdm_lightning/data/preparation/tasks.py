@@ -85,6 +85,9 @@ def make_shards(tasks: list[Task], workers: int, max_corrupt: float) -> list[dic
             check_skipped(records, total, max_corrupt)
     seconds = time.monotonic() - started
     print(f"{count:,} images read in {seconds:.0f} s by {workers} workers: {count / seconds:.0f} images/s")
+    if small := [name for task in tasks for name in records[task.number].get("small", [])]:
+        size = tasks[0].resolutions[0]
+        print(f"{len(small):,} images are smaller than {size}x{size} and were enlarged, first {printable(small[0])}")
     return [records[task.number] for task in tasks]
 
 
@@ -153,12 +156,13 @@ def start_worker() -> None:
 def make_shard(task: Task) -> dict[str, Any]:
     """Decode each image once, write the shard at every resolution, and then write and return the record."""
     skipped: list[dict[str, str]] = []
+    small: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
     channels = 1 if task.grey else 3
     arrays = {r: np.empty((len(task.images), r, r, channels), np.uint8) for r in task.packed}
     pngs: dict[int, list[bytes]] = {r: [] for r in task.resolutions if r not in task.packed}
-    squares = read_squares(task, skipped)
+    squares = read_squares(task, skipped, small)
     while chunk := list(islice(squares, CHUNK)):
         image = torch.from_numpy(np.stack([square for *_, square in chunk])).permute(0, 3, 1, 2)  # (N, C, R, R)
         for resolution in task.resolutions:
@@ -170,7 +174,7 @@ def make_shard(task: Task) -> dict[str, Any]:
                 pngs[resolution] += [encode_photo(one) for one in pixels]
         keys += [f"{position:08d}" for position, _, _ in chunk]
         labels += [label for _, label, _ in chunk]
-    record: dict[str, Any] = {"number": task.number, "shards": {}, "labels": labels, "skipped": skipped}
+    record: dict[str, Any] = {"number": task.number, "shards": {}, "labels": labels, "skipped": skipped, "small": small}
     for resolution in task.resolutions:
         path = task.folder / str(resolution) / f"{task.number:06d}.tar"
         if resolution in arrays:
@@ -182,11 +186,15 @@ def make_shard(task: Task) -> dict[str, Any]:
     return record
 
 
-def read_squares(task: Task, skipped: list[dict[str, str]]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(position, label, uint8 (R, R, C)) of each image, R the largest resolution; `skipped` gets unreadable ones."""
+def read_squares(task: Task, skipped: list[dict[str, str]], small: list[str]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(position, label, uint8 (R, R, C)) of each image, R the largest resolution.
+
+    skipped: gets unreadable ones. small: gets those that were enlarged, with their sizes.
+    """
     for position, raw in enumerate(task.images, task.start):
         try:
-            square = cut_square(decode(raw.read(), task.grey), task.resolutions[0], task.crop)
+            image = decode(raw.read(), task.grey)
+            square = cut_square(image, task.resolutions[0], task.crop)
         except (ValueError, PermissionError) as error:
             reason = "permission denied" if isinstance(error, PermissionError) else str(error)
             skipped.append({"name": raw.name, "reason": reason})
@@ -197,4 +205,6 @@ def read_squares(task: Task, skipped: list[dict[str, str]]) -> Iterator[tuple[in
             raise InputError(
                 f"{raw.name} of {raw.file} takes more memory than there is: use fewer --workers, or leave it out"
             ) from error
+        if min(image.size) < task.resolutions[0]:
+            small.append(f"{raw.name} of {image.width}x{image.height}")
         yield position, raw.label, square

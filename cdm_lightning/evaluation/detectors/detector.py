@@ -107,6 +107,15 @@ def convolution(channels: int, out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
 
 
+def check_channels(detector: Detector, channels: int) -> None:
+    """Refuse a detector that takes images of another number of channels. A TorchScript does not say its number."""
+    if (takes := getattr(detector, "channels", channels)) != channels:
+        raise InputError(
+            f"detector {detector.name} takes images of {takes} channels, not of {channels}: "
+            "give another by --detector, such as inception for 3 or fashion-cnn-64 for 1"
+        )
+
+
 @torch.no_grad()
 def features_of(detector: Detector, image: torch.Tensor) -> torch.Tensor:
     """float32 (B, d) features of uint8 (B, C, H, W), without autocast. Refuses features that are NaN or infinite."""

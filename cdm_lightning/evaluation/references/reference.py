@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 
 from cdm_lightning import __version__
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_digest
-from cdm_lightning.evaluation.detectors import Detector, load_detector
+from cdm_lightning.evaluation.detectors import Detector, check_channels, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.references.cards import ReferenceCard, bias_note, write_card
 from cdm_lightning.foundation.errors import InputError
@@ -90,6 +90,7 @@ def make_card(
     from cdm_lightning.evaluation.metrics.features import extract_features
 
     network = load_detector(detector, trust_detector)
+    check_channels(network, stored.channels)
     work = out.with_name(out.name + ".partial-features")
     manifest = extract_features(shards, split, resolution, network, work, devices, accelerator, batch_size, n)
     if not first_process():  # Lightning sets it when processes start

@@ -11,7 +11,7 @@ import torch
 from cdm_lightning.cascade import CascadeModule
 from cdm_lightning.data.shards import find_folder, read_manifest, shards_digest, write_images
 from cdm_lightning.diffusion import Sampler
-from cdm_lightning.evaluation.detectors import Detector
+from cdm_lightning.evaluation.detectors import Detector, check_channels
 from cdm_lightning.evaluation.metrics.distance import FrechetDistanceTo
 from cdm_lightning.evaluation.metrics.features import extract_features, read_features
 from cdm_lightning.evaluation.metrics.measure import measure
@@ -134,11 +134,7 @@ class LevelSearch:
                     raise InputError(
                         f"n = {self.n} asks for {number} real images of class {c}, and {folder} has {held}"
                     )
-        if (takes := getattr(self.detector, "channels", channels)) != channels:  # a TorchScript does not say it
-            raise InputError(
-                f"detector {self.detector.name} takes images of {takes} channels, and the cascade makes {channels}: "
-                "give another by --detector, such as inception for 3 or fashion-cnn-64 for 1"
-            )
+        check_channels(self.detector, channels)
 
     def card(self, resolution: int) -> ReferenceCard:
         """The reference card at one resolution; measures the real images if it does not exist yet."""
