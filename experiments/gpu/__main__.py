@@ -52,6 +52,8 @@ def parts_of(out: Path, guided_diffusion: Path | None, quick: bool) -> dict[str,
     if quick:
         tests, bench = ["tests/gpu/test_equal_numbers.py", "-k", "detector"], [*bench, "--quick", "true"]
         data, plan = "fashion_wide", Path("experiments/gpu/quick.yaml")
+    runs = Path("runs/study/quick" if quick else "runs/study")
+    results = (runs if quick else STUDY) / "results" / f"{data}-0.json"
     measured = ["[recipes]"] if quick else ["[recipes,network,sampling]"]
     again = [*bench, "--parts", "[recipes]", "--compile", "true", "--out", str(out / "bench-compiled")]
     return {
@@ -59,15 +61,14 @@ def parts_of(out: Path, guided_diffusion: Path | None, quick: bool) -> dict[str,
         "speed": Part([[*bench, "--parts", *measured, "--out", str(out / "bench"), *peer]], 5 if quick else 30, 200),
         "training": Part(
             [[PYTHON, str(STUDY), data, "0", "--plan", str(plan), "--jobs", "1" if quick else "5"]],
-            5 if quick else 90, 1800, lambda out: pack(data, out),
+            5 if quick else 90, 1800, lambda out: pack(results, runs / data / "0", out),
         ),
         "compiled": Part([again], 5 if quick else 60, 600),
     }  # fmt: skip
 
 
-def pack(data: str, out: Path) -> None:
+def pack(results: Path, run: Path, out: Path) -> None:
     """The study's figures, its logs, and the samples of each arm as a tar."""
-    results, run = STUDY / "results" / f"{data}-0.json", Path("runs/study", data, "0")
     if results.is_file():
         shutil.copy(results, out / "study.json")
     for name, folder in {"logs": run / "logs", **{f"samples-{f.name}": f for f in run.glob("samples/*")}}.items():

@@ -3,7 +3,7 @@
 study.yaml lists what is trained and measured for one data set and one training seed; --plan names another such list,
 such as wide/study.yaml, which is for a GPU. Every task is a few commands, printed as they start; their output is in
 runs/study/DATA/SEED/logs. A task takes one core, --jobs sets how many run at a time, and other seeds may run beside.
-A measurement leaves its figures in experiments/study/results/DATA-SEED.json, that of a plan from elsewhere in
+A measurement leaves its figures in experiments/study/results/DATA-SEED.json, that of another plan in
 runs/study/PLAN/results. It is not repeated, nor is a training that no missing measurement needs. Other finished tasks
 are kept beside the logs, and a stopped command resumes: the same call continues a stopped study.
 
@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 from jsonargparse.typing import PositiveInt
-from plan import CDM, HERE, Task, read_plan, tasks_of
+from plan import BEST, CDM, HERE, Task, read_plan, tasks_of
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
@@ -49,7 +49,7 @@ class Study:
 
     def stop(self) -> None:
         """End the commands that run; a training saves itself first."""
-        for process in self.processes:
+        for process in list(self.processes):  # an ended one is taken out meanwhile
             process.terminate()
 
     def finished(self, name: str) -> bool:
@@ -121,7 +121,7 @@ class Study:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
         with log.open("ab") as file:
             for command in self.tasks[name].commands:
-                command = [re.sub(r"{best of (\S+)}", lambda m: str(self.best_level(m[1])), part) for part in command]
+                command = [BEST.sub(lambda m: str(self.best_level(m[1])), part) for part in command]
                 print(f"{name}: {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
                 if command[0] == CDM:
                     command = [sys.executable, "-m", "cdm_lightning", *command[1:]]
@@ -185,7 +185,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not HERE.is_dir():
         parser.error(f"{HERE} is missing: call it from the folder of the project")
-    ours = arguments.plan.resolve().is_relative_to(HERE.resolve())
+    ours = arguments.plan.resolve().is_relative_to(HERE.resolve()) and arguments.plan.name == "study.yaml"
     folder = Path("runs/study") / ("" if ours else arguments.plan.stem)
     try:
         only = re.compile(arguments.only)

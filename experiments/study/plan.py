@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cdm_lightning.sampling.sample import sample
 HERE = Path("experiments/study")  # the commands are for the project's root
 CDM = "cdm"  # run as a module, so that the checkout need not be installed
 SAMPLED = {"n": 2000, "repeats": 3, "truncated": False, "precision": "bf16-mixed", "block_size": 200}
+BEST = re.compile(r"{best of ([^}]+)}")  # in levels of samples: the one above 0 with the least distance in a search
 PARTS = ("data", "levels", "recipe", "sampled", "trainings", "searches", "samples")
 
 
@@ -73,15 +74,16 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int, folder: Path) -> dict[s
         given = {"bundle": bundle, "out": out, **shared, **sampled, **without(options, "stages", "base")}
         commands, found = [make, [CDM, "search", *flags(given)]], {"search": out}
         if options.get("base"):  # the low-resolution samples by themselves
-            folders = [out / "low_res" / f"{needs[0]}-seed{number}" for number in range(given["repeats"])]
+            seeds = range(given.get("seed", 0), given.get("seed", 0) + given["repeats"])
+            drawn = [out / "low_res" / f"base16-seed{number}" for number in seeds]
             found["base"] = run / "evaluations" / f"low_res-{name}"
-            commands.append(evaluated(folders, "reference16", found["base"]))
+            commands.append(evaluated(drawn, "reference16", found["base"]))
             needs = [*needs, "reference16"]
         tasks[f"search {name}"] = Task(commands, ["detector", *needs], found)
     for name, options in plan.get("samples", {}).items():
         bundle = run / "bundles" / name
         make, needs = bundled(run, options["stages"], bundle)
-        needs += [f"search {found}" for found in re.findall(r"{best of (\S+)}", options.get("levels", ""))]
+        needs += [f"search {found}" for found in BEST.findall(options.get("levels", ""))]
         folders = {number: run / "samples" / f"{name}-{number}" for number in options["seeds"]}
         shown = {name: sampled[name] for name in ("precision", "block_size") if name in plan.get("sampled", {})}
         given = {"bundle": bundle, "precision": "bf16-mixed", **shown, **without(options, "stages", "seeds", "score")}
@@ -94,7 +96,7 @@ def tasks_of(plan: dict[str, Any], data: str, seed: int, folder: Path) -> dict[s
         if options.get("score"):
             out = run / "cas" / name
             command = [CDM, "cas", f"--config={HERE / 'cas.yaml'}"]
-            command += flags({"samples": folders[0], "shards": about["root"], "out": out})
+            command += flags({"samples": folders[options["seeds"][0]], "shards": about["root"], "out": out})
             tasks[f"cas {name}"] = Task([command], [f"samples {name}"], {"cas": out})
     return tasks
 
@@ -128,47 +130,66 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def mistakes(plan: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a list: names and keys that mean nothing, and recipes that are missing."""
+    """What is wrong with a list: names and keys that mean nothing, values of another kind, recipes that are missing."""
     yield from unknown("the plan", plan, PARTS)
     for part in ("data", "trainings", "searches", "samples"):
         entries = plan.get(part, {})
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             yield f"{part} must be a mapping of names to mappings"
-            return
     for part in ("data", "trainings"):
         if not plan.get(part):
             yield f"{part} is missing"
     for name, about in plan["data"].items():
         yield from unknown(f"data {name}", about, ("root", "channels", "detector", "inception"), 3)
-    trainings = plan["trainings"]
-    if "recipe" in plan and not Path(plan["recipe"]).is_file():
-        yield f"recipe {plan['recipe']} is missing"
+        if not isinstance(about["detector"], str):
+            yield f"data {name}: detector must be a name or a path, not {about['detector']}"
+    trainings, searches, samples = plan["trainings"], plan.get("searches", {}), plan.get("samples", {})
     for name, options in trainings.items():
         recipe = HERE / f"{options.get('recipe')}.yaml"
         if not recipe.is_file():
             yield f"training {name}: recipe {recipe} is missing"
         before = [name]
-        while "after" in trainings.get(before[-1], {}):
-            before.append(trainings[before[-1]]["after"])
+        while "after" in trainings[before[-1]]:
+            before.append(str(trainings[before[-1]]["after"]))
             if before[-1] not in trainings or before[-1] in before[:-1]:
                 yield f"training {name}: after must name another training, without a circle, and gives {before[-1]}"
-                return
-    own = {"searches": (search, ("stages", "base")), "samples": (sample, ("stages", "seeds", "score", "count"))}
-    for part, (command, keys) in own.items():
-        options = inspect.signature(command).parameters
-        for name, entry in plan.get(part, {}).items():
-            required = 1 if part == "searches" else 2
-            known = [*keys, *(option for option in options if option not in (*keys, "bundle", "out"))]
-            yield from unknown(f"{part} {name}", entry, known, required)
-            for stage in entry["stages"]:
-                if str(stage).partition("@")[0] not in trainings:
-                    yield f"{part} {name}: stage {stage} is none of the trainings {', '.join(trainings)}"
-            levels = entry.get("levels", "" if part == "samples" else [])
-            if part == "samples" and not isinstance(levels, str):
-                yield f'{part} {name}: levels must be text, such as "{levels}" in quotes'
-            for found in re.findall(r"{best of (.+?)}", str(levels)):
-                if found not in plan.get("searches", {}):
-                    yield f"{part} {name}: {found} is none of the searches"
+    if "recipe" in plan and not Path(str(plan["recipe"])).is_file():
+        yield f"recipe {plan['recipe']} is missing"
+    if not isinstance(sampled := plan.get("sampled", {}), dict):
+        yield f"sampled must be a mapping of options of `cdm search`, not {sampled}"
+    yield from unknown("sampled", sampled, options_of(search))
+    for name, entry in {**searches, **samples}.items():
+        stages = entry.get("stages")
+        if not isinstance(stages, list) or not stages:
+            yield f"{name}: stages must be a list of trainings, such as [base16, sr32], not {stages}"
+        for stage in stages:
+            if str(stage).partition("@")[0] not in trainings:
+                yield f"{name}: stage {stage} is none of the trainings {', '.join(trainings)}"
+    for name, entry in searches.items():
+        yield from unknown(f"search {name}", entry, ["stages", "base", *options_of(search)], 1)
+        if BEST.search(str(entry.get("levels"))):
+            yield f"search {name}: {{best of ...}} is for the levels of samples"
+        if entry.get("base") and not entry["stages"][0].startswith("base16"):
+            yield f"search {name}: base: true measures samples of 16x16, of a training whose name begins with base16"
+        if not isinstance({**SAMPLED, **sampled, **entry}["repeats"], int):
+            yield f"search {name}: repeats must be a whole number, not {entry['repeats']}"
+    for name, entry in samples.items():
+        yield from unknown(f"samples {name}", entry, ["stages", "seeds", "score", *options_of(sample)], 2)
+        if name in searches:
+            yield f"samples {name}: a search has that name, and they would share a bundle"
+        if not isinstance(entry["seeds"], list) or not entry["seeds"]:
+            yield f"samples {name}: seeds must be a list such as [0, 1, 2], not {entry['seeds']}"
+        if not isinstance(levels := entry.get("levels", ""), str):
+            yield f'samples {name}: levels must be text, such as "{levels}" in quotes'
+        for found in BEST.findall(levels):
+            if found not in searches:
+                yield f"samples {name}: {found} is none of the searches"
+
+
+def options_of(command: Callable[..., Any]) -> list[str]:
+    """The options of a command but for those that the runner gives."""
+    given = ("bundle", "out", "stages")
+    return [option for option in inspect.signature(command).parameters if option not in given]
 
 
 def unknown(where: str, entry: dict[str, Any], known: Sequence[str], required: int = 0) -> Iterator[str]:

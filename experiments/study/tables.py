@@ -15,7 +15,6 @@ from typing import Any
 RESULTS = Path("experiments/study/results")
 NAMES = {"fashion": "Fashion-MNIST", "cifar": "CIFAR-10"}
 REAL = "real low-res"
-BASES = {"base16@160": "1/8", "base16@320": "1/4", "base16@640": "1/2", "base16": "all"}  # shares of its steps
 ARMS = {  # names of searches -> of arms; behind the whole base, and behind an eighth of its steps
     "none": "no augmentation",
     "blur": "blur",
@@ -34,7 +33,7 @@ DECIDING = {  # names of samples -> of arms
     "one_model": "one model at 32x32",
     "none": "no augmentation",
     "zero": "Gaussian, amortised, s = 0",
-    "best": "Gaussian, s = 1001 alone",
+    "best": "Gaussian, at the best s > 0",
 }
 Found = dict[str, Any]  # the figures of one data set and training seed, by task
 
@@ -91,7 +90,7 @@ def over_seeds(seeds: list[Found], cell: Any) -> str:
 def growth(seeds: list[Found]) -> Iterator[str]:
     """The best s against the base's own distance."""
     lines = []
-    for search, share in BASES.items():
+    for search, share in bases(seeds).items():
 
         def base(found: Found, search: str = search) -> str | None:
             figures = found.get(f"search {search}", {}).get("base", {}).get("figures")
@@ -110,6 +109,12 @@ def growth(seeds: list[Found]) -> Iterator[str]:
     yield from table(["steps of the base", "base at 16x16", "sr32 at s = 0", "best s", "sr32 at best s", "gain"], lines)
 
 
+def bases(seeds: list[Found]) -> dict[str, str]:
+    """The searches behind bases of growing training, and the shares of its steps: 640 in the wide study, else 1,280."""
+    whole = 640 if any("@80" in key for found in seeds for key in found) else 1280
+    return {**{f"base16@{whole // part}": f"1/{part}" for part in (8, 4, 2)}, "base16": "all"}
+
+
 def others(seeds: list[Found]) -> list[str]:
     """The searches that have no place in the study's list: those of a plan of one's own."""
     names = [key.removeprefix("search ") for found in seeds for key in found if key.startswith("search ")]
@@ -120,7 +125,7 @@ def arms(seeds: list[Found]) -> Iterator[str]:
     """Every arm behind the whole base and behind an eighth of it, at s = 0 and at the best s above."""
     lines = []
     for search, name in {**ARMS, **{n: n for n in others(seeds)}}.items():
-        weak = "base16@160" if search == "base16" else f"{search}@160"
+        weak = f"{search}@{next(iter(bases(seeds))).partition('@')[2]}"
         real = over_seeds(seeds, lambda f, n=search: at(points(f, n, True), 0) or at_level(best(points(f, n, True))))
         zero = [over_seeds(seeds, lambda f, n=n: at(points(f, n), 0)) for n in (search, weak)]
         above = [over_seeds(seeds, lambda f, n=n: at_level(best(points(f, n), 0))) for n in (search, weak)]
@@ -134,10 +139,10 @@ def arms(seeds: list[Found]) -> Iterator[str]:
 
 def curve(seeds: list[Found]) -> Iterator[str]:
     """FID(s) of the amortised stage, on generated input of every base and on real input."""
-    columns = [("base16", True), *((search, False) for search in BASES)]
+    columns = [("base16", True), *((search, False) for search in bases(seeds))]
     levels = sorted({p.s for found in seeds for column in columns for p in points(found, *column)})
     lines = [[str(s), *(over_seeds(seeds, lambda f, c=c, s=s: at(points(f, *c), s)) for c in columns)] for s in levels]
-    yield from table(["s", "real input", *(f"base after {share}" for share in BASES.values())], lines)
+    yield from table(["s", "real input", *(f"base after {share}" for share in bases(seeds).values())], lines)
 
 
 def steps(seeds: list[Found]) -> Iterator[str]:
@@ -151,7 +156,7 @@ def steps(seeds: list[Found]) -> Iterator[str]:
 
 
 def deciding(seeds: list[Found]) -> Iterator[str]:
-    """The deciding arms by distance, by the canonical Inception, and by CAS; 10,000 samples each."""
+    """The deciding arms by distance, by the canonical Inception, and by CAS."""
     lines = []
     for arm, name in DECIDING.items():
 
@@ -178,7 +183,7 @@ def draw(data: dict[str, list[Found]], path: Path) -> None:
         shades = {"real input": ("base16", True, "#777777")}
         blues = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
         shades |= {
-            f"base after {s} of its steps": (n, False, c) for (n, s), c in zip(BASES.items(), blues, strict=True)
+            f"base after {s} of its steps": (n, False, c) for (n, s), c in zip(bases(seeds).items(), blues, strict=True)
         }
         shades |= {n: (n, False, f"C{i}") for i, n in enumerate(others(seeds))}
         for label, (search, real, colour) in shades.items():
@@ -205,7 +210,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of figures")
     arguments = parser.parse_args()
     data: dict[str, list[Found]] = {name: [] for name in NAMES}
-    for path in sorted(arguments.results.glob("*-*.json")):
+    for path in sorted(arguments.results.glob("*-[0-9]*.json"), key=lambda path: int(path.stem.rpartition("-")[2])):
         data.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))
     data = {name: seeds for name, seeds in data.items() if seeds}
     if not data:

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_one_sentence_before_the_training(toy, tmp_path):
         (base, {"level": 4}, "bundle None and level 4 are not for base8, a base stage"),
         (base, {"n": 5}, "the samples hold 5 of the 10 classes"),
         (base, {"n": 1}, "n 1 is too small"),
-        (upsampler, {"level": 21}, "level 21 of stage sr16 lies outside 0 <= s <= 20"),
+        (upsampler, {"level": 21}, "level 21 of stage sr16 lies outside 0 <= s <= 19"),
         (upsampler, {"n": 300}, "n = 300 asks for 30 real images of class"),
         (upsampler, {"bundle": tmp_path / "other"}, f"bundle {tmp_path}/other does not fit: the clocks disagree"),
         (upsampler, {"bundle": tmp_path / "named"}, "calls class 0 'T-shirt', and bundle", "named 'a'"),
