@@ -1,6 +1,5 @@
 """`python experiments/gpu`: its clock, and its parts at reduced size on a CPU."""
 
-import json
 import os
 import runpy
 import shutil
@@ -13,6 +12,7 @@ import time
 import pytest
 import torch
 from commands import ENVIRONMENT, ROOT
+from jsonargparse import auto_cli
 
 COMMAND = [sys.executable, "experiments/gpu"]
 
@@ -72,24 +72,35 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2 and done.stderr.startswith("make gpu needs a GPU") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_benchmark_understands_what_it_is_asked(runner, quick, tmp_path):
+    bench = runpy.run_path(str(ROOT / "experiments/bench"))["bench"]
+    parts = runner["parts_of"](tmp_path, tmp_path, quick)
+    for name in ("speed", "compiled"):
+        (command,) = parts[name].commands
+        assert command[1] == "experiments/bench"
+        with pytest.raises(SystemExit) as stop:
+            auto_cli(bench, args=[*command[2:], "--print_config"], as_positional=False)
+        assert stop.value.code == 0
+
+
 def test_its_reduced_form_runs(tmp_path):
     """In a copy, as the study writes its figures beside its plan: a test, a recipe and an arm of each command.
 
-    But for the last part, which is `speed` compiled, and takes minutes of compiling.
+    But for `speed`, which is the benchmark that has tests of its own, and `compiled`, which takes minutes.
     """
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     for name in ("cdm_lightning", "data", "tests", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
-    words = ["--quick", "true", "--out", "out", "--parts", "[correctness,speed,training]"]
+    words = ["--quick", "true", "--out", "out", "--parts", "[correctness,training]"]
     done = subprocess.run(
         [*COMMAND, *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     out = tmp_path / "out"
     logs = "\n".join(path.read_text()[-3000:] for path in out.glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    assert done.stdout.count(" | ok |") == 3
+    assert done.stdout.count(" | ok |") == 2
     assert "\npassed " in (out / "correctness.log").read_text()
-    assert json.loads((out / "bench/results.json").read_text())["recipes"]["base8"].keys() == {"None"}
     assert "reference deciding_one_model" in (out / "study.json").read_text()
     with tarfile.open(out / "samples-deciding_one_model-0.tar") as tar:
         assert {f"deciding_one_model-0/{name}manifest.json" for name in ("", "train/32/")} <= set(tar.getnames())
