@@ -185,6 +185,8 @@ def changed(part, name, **entry):
         (changed("data", "shipped", detector=5), "detector must be a name or a path, not 5"),
         ({**PLAN, "sampled": {"leves": [1]}}, "sampled: leves is none of shards,"),
         ({**PLAN, "sampled": None}, "sampled must be a mapping"),
+        ({**changed("searches", "more", stages=["base16"]), "sampled": {"repeats": None}}, "whole number, not None"),
+        (changed("searches", "drawn", stages=[], base=True), "drawn: stages must be a list of trainings"),
         (changed("samples", "drawn", levels=[0]), "levels must be text"),
         (changed("samples", "drawn", levels="[{best of it}]"), "it is none of the searches"),
         ({**PLAN, "recipe": "nope.yaml"}, "recipe nope.yaml is missing"),

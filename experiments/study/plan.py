@@ -130,7 +130,10 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def mistakes(plan: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a list: names and keys that mean nothing, values of another kind, recipes that are missing."""
+    """What is wrong with a list: names and keys that mean nothing, values of another kind, recipes that are missing.
+
+    The caller stops at the first mistake: what is checked later may rely on what was checked before.
+    """
     yield from unknown("the plan", plan, PARTS)
     for part in ("data", "trainings", "searches", "samples"):
         entries = plan.get(part, {})
@@ -158,7 +161,7 @@ def mistakes(plan: dict[str, Any]) -> Iterator[str]:
     if not isinstance(sampled := plan.get("sampled", {}), dict):
         yield f"sampled must be a mapping of options of `cdm search`, not {sampled}"
     yield from unknown("sampled", sampled, options_of(search))
-    for name, entry in {**searches, **samples}.items():
+    for name, entry in [*searches.items(), *samples.items()]:
         stages = entry.get("stages")
         if not isinstance(stages, list) or not stages:
             yield f"{name}: stages must be a list of trainings, such as [base16, sr32], not {stages}"
@@ -171,8 +174,8 @@ def mistakes(plan: dict[str, Any]) -> Iterator[str]:
             yield f"search {name}: {{best of ...}} is for the levels of samples"
         if entry.get("base") and not entry["stages"][0].startswith("base16"):
             yield f"search {name}: base: true measures samples of 16x16, of a training whose name begins with base16"
-        if not isinstance({**SAMPLED, **sampled, **entry}["repeats"], int):
-            yield f"search {name}: repeats must be a whole number, not {entry['repeats']}"
+        if not isinstance(repeats := {**SAMPLED, **sampled, **entry}["repeats"], int):
+            yield f"search {name}: repeats must be a whole number, not {repeats}"
     for name, entry in samples.items():
         yield from unknown(f"samples {name}", entry, ["stages", "seeds", "score", *options_of(sample)], 2)
         if name in searches:
