@@ -185,11 +185,11 @@ def ended(process: subprocess.Popen, seconds: float = 120) -> str:
     ],
 )
 def test_a_signal_to_the_first_process_ends_sampling_at_once_in_all(bundle, tmp_path, devices, number, code):
-    options = {"count": 40, "block_size": 2}
+    options = {"count": 16, "block_size": 2}
     out = tmp_path / "s"
     with Command(tmp_path, bundle, SLOWLY.format(3), devices, out=out, **options) as command:
         process = command.start()
-        wait_for(process, lambda: list(out.rglob("*.tar")))  # a minute and more from its end
+        wait_for(process, lambda: list(out.rglob("*.tar")))  # twenty seconds and more from its end
         os.kill(process.pid, getattr(signal, f"SIG{number}"))
         errors = ended(process)
     assert process.returncode == code and "Traceback" not in errors

@@ -152,7 +152,7 @@ def test_a_run_whose_time_is_used_up_says_so(capsys, tmp_path):
 def test_the_table_of_figures_stands_below_the_bar_of_a_terminal(command, tmp_path):
     main(options(tmp_path, 1, SR16))
     with terminal() as parts:
-        main([command, *options(tmp_path, 1, SR16)[1:]])
+        main([command, *options(tmp_path, 1, SR16)[1:], "--trainer.limit_test_batches=2"])
     lines = "".join(parts).split("\r\n")
     [table] = [line for line in lines if "\u250f" in line]  # the upper edge
     assert table.split("\r")[-1].startswith("\u250f"), table
