@@ -1,4 +1,7 @@
-"""A trained cascade: its sampler, truncated or not (cascade.py), and the folder that stores it (bundle.py)."""
+"""A trained cascade: its sampler, truncated or not (cascade.py), and the folder that stores it (bundle.py).
+
+metadata.py reads the bundle.json of that folder, and hub.py makes it a repository of the hub.
+"""
 
 from typing import TYPE_CHECKING, Any
 

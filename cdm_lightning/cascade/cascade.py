@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from cdm_lightning.cascade.bundle import bundle_file, origin, read_bundle, write_bundle
+from cdm_lightning.cascade.bundle import read_bundle, write_bundle
 from cdm_lightning.cascade.hub import download, own_card, upload
+from cdm_lightning.cascade.metadata import bundle_file, origin
 from cdm_lightning.diffusion import Sampler
 from cdm_lightning.foundation.class_names import check_same_classes, class_number
 from cdm_lightning.foundation.errors import InputError

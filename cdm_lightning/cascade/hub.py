@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cdm_lightning.cascade.metadata import origin
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 
@@ -54,8 +55,6 @@ def card(metadata: dict[str, Any]) -> str:
         loader=PackageLoader("cdm_lightning.cascade", "."), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,  # Markdown; the hub escapes it
     )  # fmt: skip
-    from cdm_lightning.cascade.bundle import origin
-
     stages = []
     for entry in metadata["stages"]:
         arguments, trained = entry["arguments"], entry.get("trained", {})

@@ -30,7 +30,8 @@ def bundle(
     """
     from cdm_lightning.cascade.bundle import write_bundle
     from cdm_lightning.cascade.cascade import CascadeModule, check_stages
-    from cdm_lightning.stages.loading import load_stage, newest_checkpoint
+    from cdm_lightning.stages.checkpoints import newest_checkpoint
+    from cdm_lightning.stages.loading import load_stage
 
     stages = []
     for path in map(Path, checkpoints):

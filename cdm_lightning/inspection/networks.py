@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cdm_lightning.cascade.bundle import bundle_file, digest, origin, read_bundle, read_bundle_metadata
+from cdm_lightning.cascade.bundle import read_bundle
+from cdm_lightning.cascade.metadata import bundle_file, digest, origin, read_bundle_metadata
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.inspection.findings import Findings, about_classes, settings, size_of, written
-from cdm_lightning.stages.loading import load_safely, newest_checkpoint
+from cdm_lightning.stages.checkpoints import load_safely, newest_checkpoint
 
 STAGE = ("resolution", "image_channels", "channels", "channel_mult", "num_res_blocks", "attention_resolutions")
 DIFFUSION = ("schedule", "prediction", "variance", "augmentation", "timesteps", "lr", "seed")

@@ -12,7 +12,7 @@ import numpy as np
 
 from cdm_lightning.data.preparation.tasks import PROGRESS
 from cdm_lightning.data.shards import Folder, Manifest, RemoteFolder, Shard, open_images, read_manifest
-from cdm_lightning.data.shards.cache import MAX_RESOLUTION, local_file
+from cdm_lightning.data.shards.folders import MAX_RESOLUTION, local_file
 from cdm_lightning.foundation.addresses import NoSuchFile
 from cdm_lightning.foundation.class_names import NO_CLASSES
 from cdm_lightning.foundation.errors import InputError

@@ -70,7 +70,7 @@ def sample(
     if (count is None) == (per_class is None):
         raise InputError("give one of count and per_class: how many images to draw")
     from cdm_lightning.cascade import CascadeModule
-    from cdm_lightning.cascade.bundle import read_bundle_metadata
+    from cdm_lightning.cascade.metadata import read_bundle_metadata
     from cdm_lightning.sampling.draw_blocks import draw
 
     check_output_folder(out)

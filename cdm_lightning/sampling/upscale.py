@@ -75,7 +75,7 @@ def upscale(
         accelerator: cpu, gpu or auto.
     """
     from cdm_lightning.cascade import CascadeModule
-    from cdm_lightning.cascade.bundle import read_bundle_metadata
+    from cdm_lightning.cascade.metadata import read_bundle_metadata
     from cdm_lightning.sampling.draw_blocks import draw
     from cdm_lightning.sampling.shared_work import join_processes, make_trainer
 

@@ -1,7 +1,7 @@
 """Stages, the models of a cascade: base and super-resolution stages, and their conditioning augmentation.
 
-loading.py reads and writes their checkpoints, warm_start.py begins a training from another stage's weights, and adm.py
-makes stages of ADM's published networks (`cdm import`, import_stage.py).
+checkpoints.py reads and writes the files, loading.py makes a stage of one, warm_start.py begins a training from another
+stage's weights, and adm.py makes stages of ADM's published networks (`cdm import`, import_stage.py).
 """
 
 from importlib import import_module

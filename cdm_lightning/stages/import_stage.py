@@ -27,7 +27,8 @@ def import_adm(file: Path, out: Path, preset: str | None = None, flags: str | No
 
     from cdm_lightning.foundation.errors import InputError
     from cdm_lightning.stages.adm import PRESETS, adm_name, is_true, read_flags, stage_arguments, stage_weights
-    from cdm_lightning.stages.loading import load_safely, stage_class, validated_arguments, write_checkpoint
+    from cdm_lightning.stages.checkpoints import load_safely, write_checkpoint
+    from cdm_lightning.stages.loading import stage_class, validated_arguments
 
     if (preset is None) == (flags is None):
         raise InputError("the file does not say which network it is: give one of --preset and --flags")

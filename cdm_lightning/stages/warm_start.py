@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import read_table
-from cdm_lightning.stages.loading import load_safely, newest_checkpoint
+from cdm_lightning.stages.checkpoints import load_safely, newest_checkpoint
 
 # Arguments that decide on the function, and that the shapes of the weights do not show.
 OF_THE_FUNCTION = (

@@ -2,7 +2,7 @@
 
 `cdm fit` is lightning_cli.py, and what it looks at before anything is opened is fit_checks.py. Stopping and resuming
 are resume.py (`Checkpoint`), on files that checkpoint_files.py writes whole or not at all; the newest checkpoint is
-found by stages/loading.py. averaging.py holds the averaged weights, finite_steps.py the steps that are not finite,
+found by stages/checkpoints.py. averaging.py holds the averaged weights, finite_steps.py the steps that are not finite,
 pictures.py and progress.py what a person sees.
 """
 

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cdm_lightning.foundation.errors import InputError
-from cdm_lightning.stages.loading import load_safely, write_checkpoint
+from cdm_lightning.stages.checkpoints import load_safely, write_checkpoint
 
 
 class CheckpointWriteError(InputError):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cdm_lightning.foundation.errors import InputError, TrainingFault
-from cdm_lightning.stages.loading import load_safely, newest_checkpoint
+from cdm_lightning.stages.checkpoints import load_safely, newest_checkpoint
 
 PINNED = "before_skipped_steps.ckpt"  # the checkpoint from before the skipped steps, kept until they are over
 

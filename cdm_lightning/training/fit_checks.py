@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
+from cdm_lightning.stages.checkpoints import check_checkpoint
 from cdm_lightning.stages.diffusion_stage import RESUMABLE_CHANGES, check_same_stage, kind_of
-from cdm_lightning.stages.loading import check_checkpoint
 
 STREAM = "the images are one endless sequence"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

@@ -33,7 +33,7 @@ from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.parser import Parser, nearest
 from cdm_lightning.stages import DiffusionStage, SuperResolutionStage
-from cdm_lightning.stages.loading import check_checkpoint, newest_checkpoint
+from cdm_lightning.stages.checkpoints import check_checkpoint, newest_checkpoint
 from cdm_lightning.training.averaging import EMA
 from cdm_lightning.training.checkpoint_files import AtomicCheckpointIO, Trainer
 from cdm_lightning.training.finite_steps import FiniteSteps

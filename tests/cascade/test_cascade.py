@@ -7,8 +7,9 @@ import torch
 from small_models import SMALL, randomise_weights, record_calls, smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.cascade.bundle import digest, origin, read_bundle, read_bundle_metadata, write_bundle
+from cdm_lightning.cascade.bundle import read_bundle, write_bundle
 from cdm_lightning.cascade.hub import HUB_FILES
+from cdm_lightning.cascade.metadata import digest, origin, read_bundle_metadata
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.images import quantize, to_uint8
 from cdm_lightning.stages import BaseStage, SuperResolutionStage

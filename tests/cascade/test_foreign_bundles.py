@@ -8,7 +8,8 @@ from small_models import smallest_stages
 from strangers import examples, mutated_bytes, mutated_json, tried
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.cascade.bundle import digest, origin, read_bundle, write_bundle
+from cdm_lightning.cascade.bundle import read_bundle, write_bundle
+from cdm_lightning.cascade.metadata import digest, origin
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 

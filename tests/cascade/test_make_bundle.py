@@ -5,8 +5,9 @@ import torch
 from small_models import randomise_weights, smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.cascade.bundle import read_bundle_metadata, write_bundle
+from cdm_lightning.cascade.bundle import write_bundle
 from cdm_lightning.cascade.make_bundle import bundle
+from cdm_lightning.cascade.metadata import read_bundle_metadata
 from cdm_lightning.foundation.errors import InputError
 
 NAMES = list("abcdefghij")

@@ -9,7 +9,8 @@ from small_models import smallest_stages
 
 from cdm_lightning import CascadeModule
 from cdm_lightning.cascade import hub
-from cdm_lightning.cascade.bundle import read_bundle_metadata, write_bundle
+from cdm_lightning.cascade.bundle import write_bundle
+from cdm_lightning.cascade.metadata import read_bundle_metadata
 
 SHA256 = "0123456789abcdef" * 4
 FIGURE = {"name": "distance", "value": 1.5, "spread": None, "n_reference": 9, "against": "val"}

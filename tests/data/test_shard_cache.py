@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from cdm_lightning.data.shards import Manifest, find_folder, read_manifest, shards_root, write_manifest, write_packed
 from cdm_lightning.data.shards import cache as cache_module
-from cdm_lightning.data.shards.cache import ShardCache, fetching_ahead, local_file
+from cdm_lightning.data.shards.cache import ShardCache
+from cdm_lightning.data.shards.folders import fetching_ahead, local_file
 from cdm_lightning.data.stream import ShardStream
 from cdm_lightning.foundation import addresses
 from cdm_lightning.foundation.addresses import NoAnswer

@@ -21,7 +21,8 @@ from cdm_lightning.evaluation.metrics.distance import Moments
 from cdm_lightning.evaluation.metrics.features import feature_file, finished
 from cdm_lightning.evaluation.references.cards import Facts, ReferenceCard, check_card, read_card
 from cdm_lightning.evaluation.samples import check_counts
-from cdm_lightning.stages.loading import check_checkpoint, load_stage
+from cdm_lightning.stages.checkpoints import check_checkpoint
+from cdm_lightning.stages.loading import load_stage
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 

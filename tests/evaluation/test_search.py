@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from small_models import smallest_stages
 
 from cdm_lightning.cascade import CascadeModule
-from cdm_lightning.cascade.bundle import read_bundle, read_bundle_metadata, write_bundle
+from cdm_lightning.cascade.bundle import read_bundle, write_bundle
+from cdm_lightning.cascade.metadata import read_bundle_metadata
 from cdm_lightning.data.shards import read_manifest
 from cdm_lightning.evaluation.detectors import SmallCNN, features_of, load_detector
 from cdm_lightning.evaluation.metrics.distance import Moments, frechet_distance

@@ -8,7 +8,7 @@ import pytest
 from refusals import sentence_of_error
 
 from cdm_lightning.foundation.files import begin_folder, check_output_folder, write_atomically
-from cdm_lightning.stages.loading import write_checkpoint
+from cdm_lightning.stages.checkpoints import write_checkpoint
 
 
 @dataclass

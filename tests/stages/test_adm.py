@@ -246,7 +246,7 @@ def test_a_cut_file_is_refused(tmp_path, capsys):
 
 def test_a_training_cannot_resume_from_an_import(tmp_path):
     imported(tmp_path, random_state(IMAGE), IMAGE)
-    from cdm_lightning.stages.loading import check_checkpoint
+    from cdm_lightning.stages.checkpoints import check_checkpoint
 
     sentence_of_error(lambda: check_checkpoint(tmp_path / "adm.ckpt"), "init_from")
 

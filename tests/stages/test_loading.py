@@ -8,8 +8,9 @@ from small_models import SMALLEST, smallest_stages
 
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.stages import BaseStage
+from cdm_lightning.stages.checkpoints import check_checkpoint, newest_checkpoint
 from cdm_lightning.stages.diffusion_stage import RESUMABLE_CHANGES, check_same_stage
-from cdm_lightning.stages.loading import build_stage, check_checkpoint, load_stage, newest_checkpoint
+from cdm_lightning.stages.loading import build_stage, load_stage
 
 WHOLE = {"state_dict": {}, "optimizer_states": []}
 

@@ -10,7 +10,8 @@ from small_models import SMALLEST, randomise_weights, smallest_stages
 from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import read_bundle, write_bundle
 from cdm_lightning.stages import BaseStage, SuperResolutionStage
-from cdm_lightning.stages.loading import load_stage, write_checkpoint
+from cdm_lightning.stages.checkpoints import write_checkpoint
+from cdm_lightning.stages.loading import load_stage
 
 GAUSSIAN = {"augmentation": "gaussian", "low_res_timesteps": 20, "low_res_schedule": "cosine"}
 LINEAR = {"augmentation": "gaussian", "low_res_timesteps": 99, "low_res_schedule": "linear"}

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from cdm_lightning.__main__ import main
 from cdm_lightning.cascade.bundle import read_bundle
 from cdm_lightning.data.stream import leave_signals_to_the_parent
-from cdm_lightning.stages.loading import newest_checkpoint
+from cdm_lightning.stages.checkpoints import newest_checkpoint
 from cdm_lightning.training.resume import run_id
 
 SETTINGS = {  # everything that a state must be saved for: averages, accumulation, dropout, workers, a falling rate

@@ -13,7 +13,7 @@ from refusals import sentence_of_error, sentence_of_refusal
 
 from cdm_lightning.__main__ import main
 from cdm_lightning.data import ShardDataModule
-from cdm_lightning.stages.loading import newest_checkpoint
+from cdm_lightning.stages.checkpoints import newest_checkpoint
 from cdm_lightning.training import Checkpoint
 from cdm_lightning.training.fit_checks import check_folder
 from cdm_lightning.training.lightning_cli import name_run_folder

@@ -14,20 +14,15 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cdm_lightning.foundation.addresses import NoSuchFile, address_of, read_address, several_tries
+from cdm_lightning.data.shards.manifest import Manifest, Shard
+from cdm_lightning.foundation.addresses import several_tries
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import cache_folder
 
-if TYPE_CHECKING:
-    from cdm_lightning.data.shards.manifest import Manifest, Shard
-
 CHUNK = 1 << 20  # bytes that are asked for at once
-MAX_RESOLUTION = 4096  # that is looked for at an address, where folders cannot be listed
 CACHED = re.compile(r"[0-9a-f]{64}(\.partial)?")  # names of our files in the cache
 
 
@@ -200,98 +195,3 @@ def remove_if_free(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-class RemoteFolder:
-    """A folder of shards at an address, or a folder above it, in place of the Path of a local one.
-
-    The shards are read through the cache.
-    """
-
-    def __init__(self, address: str, cache: ShardCache) -> None:
-        self.address, self.cache = address.rstrip("/"), cache
-
-    def __str__(self) -> str:
-        return self.address
-
-    def __truediv__(self, name: str) -> RemoteFolder:
-        return RemoteFolder(f"{self.address}/{name}", self.cache)
-
-    @property
-    def name(self) -> str:
-        return self.address.rpartition("/")[2]
-
-    @cached_property
-    def manifest(self) -> bytes:
-        """The bytes of manifest.json. Raises NoSuchFile or NoAnswer."""
-        return read_address(f"{self.address}/manifest.json")
-
-    def find(self, split: str, resolution: int) -> RemoteFolder:
-        """The folder of `split` at `resolution`, or else at the smallest power of two times it."""
-        sizes = [resolution, *(resolution << n for n in range(1, 13) if resolution << n <= MAX_RESOLUTION)]
-        for size in sizes:
-            folder = self / split / str(size)
-            try:
-                assert folder.manifest is not None
-                return folder
-            except NoSuchFile as error:
-                reason = str(error)
-        raise InputError(
-            f"{self / split} has no shards for resolution {resolution}: at {', '.join(map(str, sizes))} there is no "
-            f"manifest.json (of the last, {reason}); shards are expected in <root>/<split>/<resolution>"
-        )
-
-
-Folder = Path | RemoteFolder
-Window = tuple[int, "list[Shard]", Any]  # first place, shards, order
-
-
-def shards_root(root: str | Path, cache: Path | None = None, cache_gb: float = 50) -> Folder:
-    """The root of folders of shards that a path or an address names. cache, cache_gb: see `ShardDataModule`."""
-    if (address := address_of(root)) is None:
-        return Path(root)
-    if "?" in address or "#" in address:
-        raise InputError(
-            f"{address} is no address of a folder: names of files are put behind it, so it takes no ? or #"
-        )
-    return RemoteFolder(address, ShardCache(cache, int(cache_gb * 1e9)))
-
-
-@contextmanager
-def local_file(folder: Folder, shard: Shard) -> Iterator[Path]:
-    """The path of a shard of a folder, which stays there within the context as far as the cache is concerned."""
-    if isinstance(folder, RemoteFolder):
-        with folder.cache.local(str(folder / shard.name), shard) as path:
-            yield path
-    else:
-        yield folder / shard.name
-
-
-def fetching_ahead(folder: Folder, windows: Iterator[Window]) -> Iterator[Window]:
-    """The windows; while one is read, a thread fetches the shards of the next one.
-
-    An error of the thread is left to whoever reads the shard.
-    """
-    if not isinstance(folder, RemoteFolder):
-        yield from windows
-        return
-    wanted: SimpleQueue[Shard | None] = SimpleQueue()
-    stop = threading.Event()
-
-    def work() -> None:
-        while (shard := wanted.get()) is not None:
-            with suppress(InputError), folder.cache.local(str(folder / shard.name), shard, stop):
-                pass
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        window = next(windows, None)
-        while window is not None:
-            following = next(windows, None)
-            for shard in [*window[1], *(following[1] if following else [])]:  # this one first: the reader needs it
-                wanted.put(shard)
-            yield window
-            window = following
-    finally:
-        stop.set()
-        wanted.put(None)

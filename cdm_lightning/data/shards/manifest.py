@@ -8,15 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from cdm_lightning.data.shards.cache import Folder, RemoteFolder
-from cdm_lightning.foundation.addresses import address_of
-from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 
 MAX_IMAGES = 10_000_000  # in one shard
@@ -89,46 +85,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / "manifest.json", (json.dumps(fields, indent=1) + "\n").encode())
 
 
-def read_manifest(folder: Folder, check_files: bool = True) -> Manifest:
-    """Read manifest.json. Refuses a folder that is missing or unfinished.
-
-    check_files: also refuse a folder with a missing shard, or one whose size is not that in the manifest. The shards at
-    an address are checked when they are fetched.
-    """
-    remote = isinstance(folder, RemoteFolder)
-    if isinstance(folder, RemoteFolder):
-        data = folder.manifest
-    else:
-        refuse_address(folder := Path(folder))
-        if not (folder / "manifest.json").is_file():
-            raise InputError(
-                f"{folder} holds no manifest.json, which `cdm prepare` writes last: it is no finished folder"
-            )
-        data = (folder / "manifest.json").read_bytes()
-    path = folder / "manifest.json"
-    try:
-        fields = json.loads(data)
-        manifest = Manifest(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
-        check_types(manifest)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path} is not a manifest of shards: {type(error).__name__}: {error}") from error
-    if not manifest.count:
-        raise InputError(f"{folder} holds no images: its manifest lists {len(manifest.shards)} shards and 0 images")
-    for shard in manifest.shards:
-        if Path(shard.name).name != shard.name:
-            raise InputError(f"{path} lists a shard {shard.name!r}: it must be the name of a file in its own folder")
-        if remote and not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it names the file in the cache
-            raise InputError(f"{path} lists {shard.name} with the SHA-256 {shard.sha256!r}, which is none")
-        if remote or not check_files:
-            continue
-        file = Path(str(folder)) / shard.name
-        if not file.is_file():
-            raise InputError(f"{file} is missing: the manifest lists it with {shard.count} images")
-        if (size := file.stat().st_size) != shard.bytes:
-            raise InputError(f"{file} has {size} bytes where its manifest says {shard.bytes}: it was cut or changed")
-    return manifest
-
-
 def shards_digest(shards: Sequence[Shard]) -> str:
     """One SHA-256 over the hashes of all shards: it is equal for folders with equal shards."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
@@ -168,44 +124,3 @@ def check_types(manifest: Manifest) -> None:
         raise ValueError(f"extra is {manifest.extra!r}, not a table")
     if len(manifest.counts) != len(manifest.classes):
         raise ValueError(f"{len(manifest.counts)} counts are given for {len(manifest.classes)} classes")
-
-
-def refuse_address(folder: Path) -> None:
-    """Refuse an address where shards are read from a disk alone."""
-    if address := address_of(folder):
-        raise InputError(
-            f"{address} is an address, and only data.root and data.val_root of cdm fit, validate and test may be one: "
-            "copy the folder to a disk, and give its path"
-        )
-
-
-@overload
-def find_folder(root: Path, split: str, resolution: int) -> Path: ...
-@overload
-def find_folder(root: Folder, split: str, resolution: int) -> Folder: ...
-def find_folder(root: Folder, split: str, resolution: int) -> Folder:
-    """The folder of `split` at `resolution`, or else at the smallest larger resolution that halving reduces to it."""
-    if resolution < 1:
-        raise InputError(f"resolution {resolution} is less than 1")
-    if isinstance(root, RemoteFolder):
-        return root.find(split, resolution)
-    refuse_address(root)
-    folder = Path(root) / split
-    inside = folder.iterdir() if folder.is_dir() else ()
-    stored = sorted(int(f.name) for f in inside if f.is_dir() and f.name.isdecimal())
-    for place in (folder, Path(root)):
-        if not stored and (tar := next(place.glob("*.tar*"), None)):
-            raise InputError(
-                f"{place} holds {tar.name}, and shards are expected in <root>/<split>/<resolution>: make them by "
-                f"`cdm prepare webdataset --source {place} --split {split} --out OUT`"
-            )
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist: shards are expected in <root>/<split>/<resolution>")
-    for larger in stored:
-        ratio = larger // resolution
-        if ratio and larger == ratio * resolution and not ratio & (ratio - 1):
-            return Path(root) / split / str(larger)
-    raise InputError(
-        f"{Path(root) / split} has no shards for resolution {resolution}: stored are {stored}, "
-        "and only a stored resolution that is this one times a power of two can serve"
-    )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdm_lightning.data.shards.cache import Folder, local_file
+from cdm_lightning.data.shards.folders import Folder, local_file
 from cdm_lightning.data.shards.manifest import Manifest, Shard
 from cdm_lightning.data.shards.packed import PackedShard
 from cdm_lightning.data.shards.tar import read_shard

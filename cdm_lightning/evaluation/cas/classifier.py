@@ -20,7 +20,7 @@ from cdm_lightning.evaluation.cas.protocol import Architecture, Crop, LearningRa
 from cdm_lightning.foundation.errors import InputError
 from cdm_lightning.foundation.files import write_atomically
 from cdm_lightning.foundation.randomness import KeyedStreams
-from cdm_lightning.stages.loading import newest_checkpoint
+from cdm_lightning.stages.checkpoints import newest_checkpoint
 from cdm_lightning.training import Checkpoint
 from cdm_lightning.training.progress import Progress
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.cascade.bundle import bundle_file, read_bundle_metadata
 from cdm_lightning.cascade.hub import write_hub_files
+from cdm_lightning.cascade.metadata import bundle_file, read_bundle_metadata
 from cdm_lightning.evaluation.report.figure_tables import format_number
 from cdm_lightning.evaluation.report.page import Block, Drawing, Section, write_page
 from cdm_lightning.evaluation.report.pictures import level_slider, stages_grid
