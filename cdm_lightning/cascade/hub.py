@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def upload(folder: Path, repo: str, private: bool = False, token: str | None = N
         if own_card(folder) is None and api.file_exists(repo, "README.md"):
             there = Path(api.hf_hub_download(repo, "README.md"))
             left = [] if own_card(there.parent) is None else ["README.md"]
+            if left:
+                print(f"{repo}: its README.md is a person's and stays; it may tell of another cascade", file=sys.stderr)
         return str(
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a cascade", ignore_patterns=left)
         )

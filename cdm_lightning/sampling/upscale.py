@@ -152,7 +152,8 @@ def reduced_pictures(images: Sequence[Path], cascade: Any, low_resolution: int |
             told = f"{picture.file} is no picture that can be read: {getattr(error, 'strerror', None) or error}"
             if picture.listed:
                 raise InputError(told) from error
-            print(f"left out: {told}", file=sys.stderr)
+            if first_process():
+                print(f"left out: {told}", file=sys.stderr)
             continue
         reached = [size for size in possible if size <= min(image.size)] or possible[:1]
         sizes = reached if low_resolution is None else [low_resolution]
@@ -162,7 +163,7 @@ def reduced_pictures(images: Sequence[Path], cascade: Any, low_resolution: int |
     if not files:
         where = ", ".join(map(str, images)) or "images []"
         raise InputError(f"{where} holds no picture that can be read: give files, or a folder that holds some")
-    if small:
+    if small and first_process():
         told = f"{len(small)} of {len(files)} pictures are smaller than {least}x{least}, at which all are taken up"
         print(f"{told}, and are enlarged to it first: the first is {small[0]}", file=sys.stderr)
     common = min(max(sizes) for sizes in reduced)

@@ -82,7 +82,7 @@ def test_figures_stay_beside_the_levels_that_they_were_measured_at(tmp_path, fol
 
 
 @pytest.mark.parametrize("text", [b"Mine.\n", b"\xff not UTF-8\n"])
-def test_what_a_person_wrote_goes_where_the_cascade_goes(tmp_path, folder, monkeypatch, text):
+def test_what_a_person_wrote_goes_where_the_cascade_goes(tmp_path, folder, monkeypatch, text, capsys):
     hub_files = tmp_path / "hub"  # a folder for each repository
 
     class Api:
@@ -112,7 +112,9 @@ def test_what_a_person_wrote_goes_where_the_cascade_goes(tmp_path, folder, monke
         (hub_files / "user/ours/README.md").write_bytes(hub.MARK.encode())  # an older card
     (hub_files / "user/ours/README.md").write_text("Changed on the hub.\n")
     (hub_files / "user/ours/bundle.json").unlink()
+    assert capsys.readouterr().err == ""
     CascadeModule.from_pretrained(folder).push_to_hub("user/ours")
+    assert capsys.readouterr().err.startswith("user/ours: its README.md is a person's and stays")
     assert there("user/ours") == b"Changed on the hub.\n" and (hub_files / "user/ours/bundle.json").is_file()
     (folder / "README.md").write_bytes(text)
     for number, source in enumerate((folder, folder / "bundle.json")):
