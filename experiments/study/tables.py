@@ -23,6 +23,8 @@ ARMS = {  # names of searches -> of arms; behind the whole base, and behind an e
     "tuned": "no augmentation, then amortised for a tenth of the steps",
     "tuned_half": "no augmentation, then amortised for half of the steps",
     "to_2000": "Gaussian, amortised up to s = 2000",
+    "none_long": "no augmentation, three times the steps",
+    "long": "Gaussian, amortised, three times the steps",
     "at_1001": "Gaussian, s = 1001 alone",
     "at_2001": "Gaussian, s = 2001 alone",
     "at_3001": "Gaussian, s = 3001 alone",
