@@ -85,7 +85,7 @@ COMMANDS = {
         "evaluation.evaluate:evaluate",
     ),
     "search": Command(
-        "Measure FID(s) of every super-resolution stage, on generated and on real low-resolution images, and choose s.",
+        "Measure each super-resolution stage over s, on generated and on real low-resolution images, and choose s.",
         "evaluation.search.search:search",
     ),
     "detector": Command(

@@ -204,6 +204,8 @@ def main() -> None:
     measurements = [name for name, task in tasks.items() if task.found and only.search(name)]
     if not measurements:
         sys.exit(f"--only {arguments.only} matches no measurement")
+    if known := sum(map(study.finished, measurements)):
+        print(f"{known} of {len(measurements)} measurements are in {results} already, and are made again without it")
     run.mkdir(parents=True, exist_ok=True)
     with (run / "lock").open("w") as lock:
         try:

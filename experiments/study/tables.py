@@ -20,8 +20,8 @@ ARMS = {  # names of searches -> of arms; behind the whole base, and behind an e
     "blur": "blur",
     "base16": "Gaussian, amortised",
     "truncated": "Gaussian, amortised, truncated",
-    "tuned": "no augmentation, then amortised for a tenth of the steps",
-    "tuned_half": "no augmentation, then amortised for half of the steps",
+    "tuned": "no augmentation, then amortised for 200 steps",
+    "tuned_half": "no augmentation, then amortised for 1,000 steps",
     "to_2000": "Gaussian, amortised up to s = 2000",
     "none_long": "no augmentation, three times the steps",
     "long": "Gaussian, amortised, three times the steps",
@@ -35,7 +35,7 @@ DECIDING = {  # names of samples -> of arms
     "one_model": "one model at 32x32",
     "none": "no augmentation",
     "zero": "Gaussian, amortised, s = 0",
-    "best": "Gaussian, at the best s > 0",
+    "best": "Gaussian, s = 1001 alone (in the wide study: amortised, its best s > 0)",
 }
 Found = dict[str, Any]  # the figures of one data set and training seed, by task
 
@@ -90,7 +90,7 @@ def over_seeds(seeds: list[Found], cell: Any) -> str:
 
 
 def growth(seeds: list[Found]) -> Iterator[str]:
-    """The best s against the base's own distance."""
+    """The best s of the amortised stage against the base's own distance; gain: what that s takes from s = 0."""
     lines = []
     for search, share in bases(seeds).items():
 
@@ -124,7 +124,7 @@ def others(seeds: list[Found]) -> list[str]:
 
 
 def arms(seeds: list[Found]) -> Iterator[str]:
-    """Every arm behind the whole base and behind an eighth of it, at s = 0 and at the best s above."""
+    """Every last stage, behind the whole base and behind the weak one (an eighth of its steps)."""
     lines = []
     for search, name in {**ARMS, **{n: n for n in others(seeds)}}.items():
         weak = f"{search}@{next(iter(bases(seeds))).partition('@')[2]}"
@@ -135,12 +135,12 @@ def arms(seeds: list[Found]) -> Iterator[str]:
     single = over_seeds(seeds, lambda f: (e := f.get("reference one_model")) and number(
         e["evaluate"]["figures"][0]["value"], e["evaluate"]["figures"][0]["spread"]))  # fmt: skip
     lines.append(["one model at 32x32", "–", single, "–", "–", "–"])
-    heads = ["arm", "real input, least s", "s = 0", "best s > 0", "weak base, s = 0", "weak base, best s > 0"]
+    heads = ["arm", "real input, its lowest s", "s = 0", "best s > 0", "weak base, s = 0", "weak base, best s > 0"]
     yield from table(heads, lines)
 
 
 def curve(seeds: list[Found]) -> Iterator[str]:
-    """FID(s) of the amortised stage, on generated input of every base and on real input."""
+    """FD(s) of the amortised stage, on generated input of every base and on real input."""
     columns = [("base16", True), *((search, False) for search in bases(seeds))]
     levels = sorted({p.s for found in seeds for column in columns for p in points(found, *column)})
     lines = [[str(s), *(over_seeds(seeds, lambda f, c=c, s=s: at(points(f, *c), s)) for c in columns)] for s in levels]
@@ -148,7 +148,7 @@ def curve(seeds: list[Found]) -> Iterator[str]:
 
 
 def steps(seeds: list[Found]) -> Iterator[str]:
-    """The last stage's sampler and number of steps."""
+    """Sampler and number of steps of the amortised stage, behind the whole base and at its best s."""
     rows = [[Point(row) for row in f.get("search steps", {}).get("search", {}).get("rows", []) if row["compared"]]
             for f in seeds]  # fmt: skip
     counts = sorted({p.steps for own in rows for p in own})
@@ -158,7 +158,7 @@ def steps(seeds: list[Found]) -> Iterator[str]:
 
 
 def deciding(seeds: list[Found]) -> Iterator[str]:
-    """The deciding arms by distance, by the canonical Inception, and by CAS."""
+    """One model and three cascades by more images: FD, FID and KID by the canonical Inception, and CAS."""
     lines = []
     for arm, name in DECIDING.items():
 
@@ -173,11 +173,14 @@ def deciding(seeds: list[Found]) -> Iterator[str]:
         distances = [("reference", 0, 1), ("inception", 0, 1), ("inception", 1, 1000)]
         cells = [over_seeds(seeds, lambda f, d=d: figure(f, *d)) for d in distances]
         lines.append([name, *cells, over_seeds(seeds, top1)])
-    yield from table(["arm", "FD", "FID", "1000 KID", "CAS top-1, % (of the control)"], lines)
+    lines = [["arm", "FD", "FID", "1000 KID", "CAS top-1, % (of the control)"], *lines]
+    measured = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"–"}]
+    heads, *lines = map(list, zip(*measured, strict=True))
+    yield from table(heads, lines)
 
 
 def draw(data: dict[str, list[Found]], path: Path) -> None:
-    """FID(s): a panel a data set, a line a base and one for real input, thick for the first seed; others after."""
+    """FD(s): a panel a data set, a line a base and one for real input, thick for the first seed; others after."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(5.2 * len(data), 4.2), layout="constrained")

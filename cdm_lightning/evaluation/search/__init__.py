@@ -1,1 +1,1 @@
-"""`cdm search`: FID(s) of trained stages on generated and on real input, and the choice of the level s."""
+"""`cdm search`: the distance over s of trained stages on generated and on real input, and the choice of the level s."""

@@ -39,7 +39,7 @@ def search(
     devices: PositiveInt = 1,
     accelerator: Accelerator = "auto",
 ) -> dict[str, Any]:
-    """Measure FID(s) of every super-resolution stage, on generated and on real low-resolution images, and choose s.
+    """Measure each super-resolution stage over s, on generated and on real low-resolution images, and choose s.
 
     Where there is no s to choose, as with blur, this measures the gap between generated and real input alone. Without
     truncation, all levels s use one stored set of low-resolution samples. At the chosen s, the last stage is
