@@ -35,7 +35,7 @@ DECIDING = {  # names of samples -> of arms
     "one_model": "one model at 32x32",
     "none": "no augmentation",
     "zero": "Gaussian, amortised, s = 0",
-    "best": "Gaussian, s = 1001 alone (in the wide study: amortised, its best s > 0)",
+    "best": "Gaussian, s > 0 (s = 1001 alone, wide: amortised)",
 }
 Found = dict[str, Any]  # the figures of one data set and training seed, by task
 
@@ -135,7 +135,7 @@ def arms(seeds: list[Found]) -> Iterator[str]:
     single = over_seeds(seeds, lambda f: (e := f.get("reference one_model")) and number(
         e["evaluate"]["figures"][0]["value"], e["evaluate"]["figures"][0]["spread"]))  # fmt: skip
     lines.append(["one model at 32x32", "–", single, "–", "–", "–"])
-    heads = ["arm", "real input, its lowest s", "s = 0", "best s > 0", "weak base, s = 0", "weak base, best s > 0"]
+    heads = ["arm", "real input, lowest s", "s = 0", "best s > 0", "weak base, s = 0", "weak base, best s > 0"]
     yield from table(heads, lines)
 
 
@@ -158,7 +158,7 @@ def steps(seeds: list[Found]) -> Iterator[str]:
 
 
 def deciding(seeds: list[Found]) -> Iterator[str]:
-    """One model and three cascades by more images: FD, FID and KID by the canonical Inception, and CAS."""
+    """One model and three cascades by one larger draw: FD, FID and KID by the canonical Inception, and CAS."""
     lines = []
     for arm, name in DECIDING.items():
 
