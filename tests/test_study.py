@@ -93,7 +93,9 @@ def test_a_stopped_study_runs_what_is_missing(runner, tmp_path, capsys):
     broken.unlink()
     assert run() == ([], "bx")
     (tmp_path / "run" / "done" / "a").unlink()  # on another machine: the figures are known, so nothing is wanted
+    capsys.readouterr()
     assert run() == ([], "")
+    assert f"2 of 2 measurements are in {tmp_path / 'results.json'} already" in capsys.readouterr().out
     assert run(y=task("Y", "c", found=tmp_path / "y.results" / "results.json")) == ([], "Y")  # its command has changed
     failed, ran = run(c=task("C"))  # begun by another command: it would resume what that left
     assert (failed, ran) == (["c"], "") and "c was begun by other commands or recipes" in capsys.readouterr().err

@@ -88,6 +88,9 @@ class Study:
     def measure(self, measurements: list[str], jobs: int = 1) -> list[str]:
         """Run what the measurements need, `jobs` tasks at a time; returns the tasks that failed. What needs them is
         left out."""
+        if known := sum(map(self.finished, measurements)):
+            told = f"{known} of {len(measurements)} measurements are in {self.results}"
+            print(f"{told} already; move it away to make them again", flush=True)
         left, failed = self.wanted(measurements), []
         running: dict[Future[None], str] = {}
         with ThreadPoolExecutor(jobs) as pool:
@@ -204,8 +207,6 @@ def main() -> None:
     measurements = [name for name, task in tasks.items() if task.found and only.search(name)]
     if not measurements:
         sys.exit(f"--only {arguments.only} matches no measurement")
-    if known := sum(map(study.finished, measurements)):
-        print(f"{known} of {len(measurements)} measurements are in {results} already, and are made again without it")
     run.mkdir(parents=True, exist_ok=True)
     with (run / "lock").open("w") as lock:
         try:

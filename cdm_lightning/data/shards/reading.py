@@ -31,7 +31,10 @@ class Images(NamedTuple):
 
 
 class OpenedImages:
-    """The images at a list of places, whose shards are opened and checked. `item` is an index into that list."""
+    """The images at a list of places, whose shards are opened and checked: PackedImages or PngImages.
+
+    `item` is an index into that list.
+    """
 
     def __init__(self, manifest: Manifest, report: Report | None) -> None:
         self.manifest, self.report = manifest, report
