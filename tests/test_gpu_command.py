@@ -102,5 +102,5 @@ def test_its_reduced_form_runs(tmp_path):
     assert done.stdout.count(" | ok |") == 2
     assert "\npassed " in (out / "correctness.log").read_text()
     assert "reference deciding_one_model" in (out / "study.json").read_text()
-    with tarfile.open(out / "samples-deciding_one_model-0.tar") as tar:
+    with tarfile.open(out / "samples-deciding_one_model-0.tar.gz") as tar:
         assert {f"deciding_one_model-0/{name}manifest.json" for name in ("", "train/32/")} <= set(tar.getnames())

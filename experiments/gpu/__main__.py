@@ -60,7 +60,7 @@ def parts_of(out: Path, guided_diffusion: Path | None, quick: bool) -> dict[str,
         "correctness": Part([[*PYTEST, *tests]], 5 if quick else 40, 130),
         "speed": Part([[*bench, "--parts", *measured, "--out", str(out / "bench"), *peer]], 5 if quick else 30, 200),
         "training": Part(
-            [[PYTHON, str(STUDY), data, "0", "--plan", str(plan), "--jobs", "1" if quick else "5"]],
+            [[PYTHON, str(STUDY), data, "0", "--plan", str(plan), "--jobs", "1" if quick else "8"]],
             5 if quick else 90, 1800, lambda out: pack(results, runs / data / "0", out),
         ),
         "compiled": Part([again], 5 if quick else 60, 600),
@@ -68,12 +68,13 @@ def parts_of(out: Path, guided_diffusion: Path | None, quick: bool) -> dict[str,
 
 
 def pack(results: Path, run: Path, out: Path) -> None:
-    """The study's figures, its logs, and the samples of each arm as a tar."""
+    """The study's figures, its logs, and the samples of each deciding arm as a tar."""
     if results.is_file():
         shutil.copy(results, out / "study.json")
-    for name, folder in {"logs": run / "logs", **{f"samples-{f.name}": f for f in run.glob("samples/*")}}.items():
+    samples = {f"samples-{folder.name}": folder for folder in run.glob("samples/deciding_*")}
+    for name, folder in {"logs": run / "logs", **samples}.items():
         if folder.is_dir():
-            with tarfile.open(out / f"{name}.tar", "w") as tar:
+            with tarfile.open(out / f"{name}.tar.gz", "w:gz") as tar:
                 tar.add(folder, folder.name)
 
 

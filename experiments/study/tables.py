@@ -35,7 +35,8 @@ DECIDING = {  # names of samples -> of arms
     "one_model": "one model at 32x32",
     "none": "no augmentation",
     "zero": "Gaussian, amortised, s = 0",
-    "best": "Gaussian, s > 0 (s = 1001 alone, wide: amortised)",
+    "at_1001": "Gaussian, s = 1001 alone",
+    "best": "Gaussian, amortised, best s > 0",
 }
 Found = dict[str, Any]  # the figures of one data set and training seed, by task
 
@@ -112,8 +113,9 @@ def growth(seeds: list[Found]) -> Iterator[str]:
 
 
 def bases(seeds: list[Found]) -> dict[str, str]:
-    """The searches behind bases of growing training, and the shares of its steps: 640 in the wide study, else 1,280."""
-    whole = 640 if any("@80" in key for found in seeds for key in found) else 1280
+    """The searches behind bases of growing training, the first of an eighth of its steps, and their shares of them."""
+    begun = [int(step) for found in seeds for key in found if (step := key.partition("search base16@")[2])]
+    whole = 8 * min(begun, default=160)
     return {**{f"base16@{whole // part}": f"1/{part}" for part in (8, 4, 2)}, "base16": "all"}
 
 
