@@ -1,14 +1,17 @@
 """The benchmark at reduced size: that it runs, and that its figures are those of what it says it measures."""
 
+import gc
 import importlib.util
 import json
 import os
 import runpy
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import ROOT
 
 BENCH = ROOT / "experiments" / "bench"
@@ -78,6 +81,35 @@ def test_preparing_is_measured_on_several_cores(tmp_path):
         (tmp_path / f"raw/a/{number}.jpg").write_bytes(bench.photograph(np.random.default_rng(number)))
     rates = bench.on_all_cores(tmp_path / "raw", tmp_path / "out", 6, 1, resolutions=[32], packed=32)
     assert all(rate > 0 for rate in rates)
+
+
+def test_networks_too_large_together_are_measured_apart(monkeypatch, capsys):
+    """As on a GPU: one exists at a time, and one that does not fit by itself leaves the figures of the others."""
+    spec = importlib.util.spec_from_file_location("bench_network", BENCH / "network.py")
+    bench = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_network", bench)  # where its dataclasses are looked up
+    spec.loader.exec_module(bench)
+    alive = weakref.WeakSet()
+
+    def alone(build, fits=True):
+        def builder(*arguments):
+            gc.collect()
+            assert not alive
+            if not fits:
+                raise torch.OutOfMemoryError("too large")
+            contestant = build(*arguments)
+            alive.add(contestant.network)
+            return contestant
+
+        return builder
+
+    ours, size, saved = bench.ours, bench.Size(16, 32, 1, 2), []
+    monkeypatch.setattr(bench, "ours", alone(ours))
+    monkeypatch.setattr(bench, "diffusers", alone(bench.diffusers, fits=False))
+    monkeypatch.setattr(bench, "guided_diffusion", alone(lambda size, device, _: ours(size, device)))
+    found = bench.compare(size, torch.device("cpu"), True, Path("x"), False, 2, saved.append, apart=True)
+    assert found["contestants"].keys() == found["kept"].keys() == {"ours", "guided-diffusion"}
+    assert len(saved) == 4 and "diffusers, batch 2: too large" in capsys.readouterr().out
 
 
 def test_no_checkout_is_one_sentence(tmp_path, run, capsys):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from cdm_lightning.planning.devices import measure_rates
 from cdm_lightning.planning.flops import forward_flops
 
 CLASSES = 10
+Seconds = dict[str, dict[str, list[float]]]  # by network and by what is timed, one a round
 AUTOCAST = {"cuda": torch.bfloat16, "cpu": None}  # of each kind of device; None: float32
 
 
@@ -82,6 +84,13 @@ def ours(size: Size, device: torch.device) -> Contestant:
             torch._foreach_lerp_(averaged, weights, 1e-4)
 
     return Contestant(network, network, update)
+
+
+def compiled(size: Size, device: torch.device) -> Contestant:
+    """Ours, with its network compiled."""
+    contestant = ours(size, device)
+    contestant.network.compile(mode="default")
+    return contestant
 
 
 def diffusers(size: Size, device: torch.device) -> Contestant:
@@ -176,7 +185,9 @@ def run(
                 found[name] = part
                 save(found)
 
-            save_so_far(compare(size, device, quick, guided, compile, rounds_of_size, save_so_far))
+            save_so_far(
+                compare(size, device, quick, guided, compile, rounds_of_size, save_so_far, apart=device.type == "cuda")
+            )
             found[name]["profile"] = profile(size, device, 1 if quick else 5)
         except torch.OutOfMemoryError as error:
             print(f"{name}, batch {size.batch}: {error}", flush=True)
@@ -192,36 +203,49 @@ def compare(
     compile: bool,
     rounds: int,
     save: Callable[[dict[str, Any]], None],
+    apart: bool = False,
 ) -> dict[str, Any]:
     """Measure all networks in turn, in rounds. Reports medians, and ratios to ours within each round.
 
-    save: called with what is found so far after each round.
+    apart: measure them one after another instead, ours first, since together they may not fit into a GPU's memory. Of
+    the others, one that does not fit by itself is left out. save: called with what is found so far after each round.
     """
-    gc.collect()
-    contestants = {"ours": ours(size, device), "diffusers": diffusers(size, device)}
+    builders: dict[str, Callable[[], Contestant]] = {"ours": partial(ours, size, device)}
+    builders["diffusers"] = partial(diffusers, size, device)
     if compile:
-        contestants["ours, compiled"] = ours(size, device)
-        contestants["ours, compiled"].network.compile(mode="default")
+        builders["ours, compiled"] = partial(compiled, size, device)
     if guided is not None:
-        contestants["guided-diffusion"] = guided_diffusion(size, device, guided)
-    for contestant in contestants.values():
-        fill_zero_layers(contestant.network)
-    network = contestants["ours"].network
-    assert isinstance(network, UNet)
-    flops = forward_flops(network)
+        builders["guided-diffusion"] = partial(guided_diffusion, size, device, guided)
     precision, dtype = "bf16" if device.type == "cuda" else "fp32", AUTOCAST[device.type]
     rates = measure_rates(device, dtype or torch.float32, 0.1 if quick else 1.0)
-    kept = {name: saved_bytes(c, inputs(size, device), dtype) / size.batch for name, c in contestants.items()}
-    part = {
-        "size": vars(size), "flops": flops, "precision": precision,
-        "parameters": {name: sum(p.numel() for p in c.network.parameters()) for name, c in contestants.items()},
-        "matmul": rates.matmul, "convolution": rates.convolution,
-        "kept": kept,
+    part: dict[str, Any] = {
+        "size": vars(size), "precision": precision, "matmul": rates.matmul, "convolution": rates.convolution,
+        "parameters": {}, "kept": {},
     }  # fmt: skip
-    for times in time_contestants(contestants, inputs(size, device), dtype, rounds, device):
-        own = {name: figures(times, name, flops * size.batch) for name in contestants}
-        part = {**part, "rounds": len(times["ours"]["step"]), "contestants": own}
-        save(part)
+    times: Seconds = {}
+
+    def measure(names: list[str]) -> None:
+        contestants = {name: builders[name]() for name in names}
+        for name, contestant in contestants.items():
+            fill_zero_layers(contestant.network)
+            part["parameters"][name] = sum(p.numel() for p in contestant.network.parameters())
+            part["kept"][name] = saved_bytes(contestant, inputs(size, device), dtype) / size.batch
+        if isinstance(network := contestants[names[0]].network, UNet):
+            part["flops"] = forward_flops(network)
+        for own in time_contestants(contestants, inputs(size, device), dtype, rounds, device):
+            times.update(own)
+            part["rounds"] = len(own[names[0]]["step"])
+            part["contestants"] = {name: figures(times, name, part["flops"] * size.batch) for name in times}
+            save(part)
+
+    for names in [[name] for name in builders] if apart else [list(builders)]:
+        gc.collect()
+        try:
+            measure(names)
+        except torch.OutOfMemoryError as error:
+            if "ours" in names:
+                raise
+            print(f"{names[0]}, batch {size.batch}: {error}", flush=True)
     return part
 
 
@@ -242,12 +266,12 @@ def inputs(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
 
 def time_contestants(
     contestants: dict[str, Contestant], data: tuple[torch.Tensor, ...], dtype: Any, rounds: int, device: torch.device
-) -> Iterator[dict[str, dict[str, list[float]]]]:
+) -> Iterator[Seconds]:
     """Seconds of `forward`, `gradients` (forward and backward) and `step` (with the update), per network and round.
 
     Yields all seconds so far after each round.
     """
-    times: dict[str, dict[str, list[float]]] = {n: {"forward": [], "gradients": [], "step": []} for n in contestants}
+    times: Seconds = {n: {"forward": [], "gradients": [], "step": []} for n in contestants}
     order = list(contestants.items())
     for number in range(rounds + 1):
         order = order[1:] + order[:1]
@@ -289,12 +313,12 @@ def stopwatch(device: torch.device) -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
-def figures(times: dict[str, dict[str, list[float]]], name: str, flops: float) -> dict[str, Any]:
-    """Median seconds, FLOP/s (a step counts as 3 forward passes), and how many times longer than ours it takes."""
+def figures(times: Seconds, name: str, flops: float) -> dict[str, Any]:
+    """Median seconds, FLOP/s (a step counts as 3 forward passes), and how many times longer than ours it takes in the rounds so far."""
     own = {}
     for what, seconds in times[name].items():
         rate = flops * (1 if what == "forward" else 3) / median(seconds)
-        ratio = median(theirs / mine for theirs, mine in zip(seconds, times["ours"][what], strict=True))
+        ratio = median(theirs / mine for theirs, mine in zip(seconds, times["ours"][what], strict=False))
         own[what] = {"seconds": median(seconds), "flops": rate, "ours_faster": ratio}
     return own
 
