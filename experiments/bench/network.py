@@ -314,7 +314,7 @@ def stopwatch(device: torch.device) -> Iterator[list[float]]:
 
 
 def figures(times: Seconds, name: str, flops: float) -> dict[str, Any]:
-    """Median seconds, FLOP/s (a step counts as 3 forward passes), and how many times longer than ours it takes in the rounds so far."""
+    """Median seconds, FLOP/s (a step counts as 3 forward passes), how many times longer than ours in rounds so far."""
     own = {}
     for what, seconds in times[name].items():
         rate = flops * (1 if what == "forward" else 3) / median(seconds)

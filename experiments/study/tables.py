@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path("experiments/study/results")
-NAMES = {"fashion": "Fashion-MNIST", "cifar": "CIFAR-10"}
+NAMES = {"fashion": "Fashion-MNIST", "cifar": "CIFAR-10", "cifar_wide": "CIFAR-10, wide networks"}
 REAL = "real low-res"
 ARMS = {  # names of searches -> of arms; behind the whole base, and behind an eighth of its steps
     "none": "no augmentation",
@@ -24,7 +24,6 @@ ARMS = {  # names of searches -> of arms; behind the whole base, and behind an e
     "tuned_half": "no augmentation, then amortised for 1,000 steps",
     "to_2000": "Gaussian, amortised up to s = 2000",
     "none_long": "no augmentation, twice the steps",
-    "long": "Gaussian, amortised, twice the steps",
     "at_1001": "Gaussian, s = 1001 alone",
     "at_2001": "Gaussian, s = 2001 alone",
     "at_3001": "Gaussian, s = 3001 alone",
