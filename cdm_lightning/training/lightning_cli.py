@@ -93,6 +93,17 @@ class LightningParser(Parser, LightningArgumentParser):
         stage = {**signature(DiffusionStage).parameters, **signature(SuperResolutionStage).parameters}
         return [*super().names(), *(f"model.{name}" for name in stage if "--model" in self._option_string_actions)]
 
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Read a configuration. A seed of model or data is refused: Lightning would drop it for seed_everything."""
+        settings = super().parse_path(path, *args, **kwargs)
+        read = yaml.safe_load(Path(path).read_text("utf-8-sig"))
+        for name in ("model", "data"):
+            given = read.get(name)
+            given = {**given, **(given.get("init_args") or {})} if isinstance(given, dict) else {}
+            if "seed" in given:
+                raise InputError(f"{path}: {name}.seed has no effect: give seed_everything for model and data")
+        return settings
+
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """Add an argument. The seed is a number: every draw is keyed by it."""
         if names[0] == "--seed_everything":
