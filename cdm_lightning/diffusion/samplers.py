@@ -28,13 +28,16 @@ def make_scheduler(sampler: str, settings: dict[str, Any], prediction: str, clip
         return DDPMScheduler(**settings, timestep_spacing="linspace")  # used for its time grid only
     if sampler == "ddim":
         return DDIMScheduler(**settings, clip_sample=clip, timestep_spacing="trailing")
-    return DPMSolverMultistepScheduler(
+    scheduler = DPMSolverMultistepScheduler(
         **settings,
         timestep_spacing="linspace",
         thresholding=clip,  # with sample_max_value 1 dynamic thresholding is a clamp to [-1, 1]
         sample_max_value=1.0,
         lambda_min_clipped=-5.1,  # the cosine schedule ends far below this log-SNR, where x_t is pure noise
     )
+    # Without the sort of every image's pixels, which took up to 6 % of the time of a small cascade.
+    scheduler._threshold_sample = lambda image: image.clamp(-1, 1)  # type: ignore[attr-defined]
+    return scheduler
 
 
 def check_ddim_grid(timesteps: int, steps: int, stop_at: int) -> None:

@@ -168,6 +168,22 @@ def test_ode_samplers_follow_their_recursion(sampler, steps, schedule):
     assert_law(run(diffusion), mean, std, slack=1e-3)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_dpm_solver_clips_as_diffusers_does_and_sorts_nothing(clip, monkeypatch):
+    ours = Diffusion(1000, "cosine", "fixed_small", sampler="dpm++", sampling_steps=10, clip=clip).sampling_grid()[0]
+    theirs = type(ours).from_config(ours.config)
+    theirs.set_timesteps(10)
+    g = torch.Generator().manual_seed(0)
+    x, outputs = torch.randn(4, 3, 8, 8, generator=g), 3 * torch.randn(10, 4, 3, 8, 8, generator=g)
+    images = [x, x]
+    for t, output in zip(theirs.timesteps, outputs, strict=True):
+        images[0] = theirs.step(output, t, images[0]).prev_sample
+    monkeypatch.delattr(torch, "quantile")
+    for t, output in zip(theirs.timesteps, outputs, strict=True):
+        images[1] = ours.step(output, t, images[1]).prev_sample
+    assert torch.equal(*images) and (images[0].abs().max() <= 1) == clip
+
+
 @pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "ddim", "dpm++"])
 def test_more_steps_approach_the_data(kind):
     sampler = kind if kind in ("ddim", "dpm++") else "ddpm"
