@@ -99,7 +99,7 @@ def estimate(
         "memory_checkpointing": (memory if checkpointing else other).total,
     }
     figures |= (
-        assumed_speed(sheet, figures, utilisation, measured)
+        speed_on_paper(sheet, figures, utilisation, measured)
         if sheet
         else measured_speed(here, recipe, figures, utilisation)
     )
@@ -136,12 +136,14 @@ class MicroBatchSearch:
         return self.share if whole and self.fits(self.share, checkpointing) else fitting
 
 
-def assumed_speed(sheet: DataSheet, figures: dict[str, Any], utilisation: float, measured: bool) -> dict[str, Any]:
-    """The assumed speed of a device that is not at hand: `utilisation` of its data sheet's rate."""
+def speed_on_paper(sheet: DataSheet, figures: dict[str, Any], utilisation: float, measured: bool) -> dict[str, Any]:
+    """The speed of a device that is not at hand: `utilisation`, measured or assumed, of its data sheet's rate."""
     rate = sheet.rate(figures["precision"])
-    basis = "measured as experiments/gpu/shares.yaml says" if measured else "nothing was measured"
+    told, basis = "assumed", "nothing was measured"
+    if measured:
+        told, basis = "expected", "which was measured, as experiments/gpu/shares.yaml says"
     return {
-        "speed": f"assumed: {utilisation:.0%} of {rate / 1e12:.1f} TFLOP/s ({sheet.source}), {basis}",
+        "speed": f"{told}: {utilisation:.0%} of {rate / 1e12:.1f} TFLOP/s ({sheet.source}), {basis}",
         "images_a_second_a_device": utilisation * rate / figures["training_flops"],
     }
 
