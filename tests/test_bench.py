@@ -91,14 +91,18 @@ def test_networks_too_large_together_are_measured_apart(monkeypatch, capsys):
     spec.loader.exec_module(bench)
     alive = weakref.WeakSet()
 
+    def out_of_memory():
+        raise torch.OutOfMemoryError("too large")
+
     def alone(build, fits=True):
         def builder(*arguments):
             gc.collect()
             assert not alive
-            if not fits:
-                raise torch.OutOfMemoryError("too large")
             contestant = build(*arguments)
             alive.add(contestant.network)
+            if not fits:  # in its third round
+                updates = iter([contestant.update, contestant.update])
+                contestant.update = lambda: next(updates, out_of_memory)()
             return contestant
 
         return builder
@@ -108,8 +112,9 @@ def test_networks_too_large_together_are_measured_apart(monkeypatch, capsys):
     monkeypatch.setattr(bench, "diffusers", alone(bench.diffusers, fits=False))
     monkeypatch.setattr(bench, "guided_diffusion", alone(lambda size, device, _: ours(size, device)))
     found = bench.compare(size, torch.device("cpu"), True, Path("x"), False, 2, saved.append, apart=True)
-    assert found["contestants"].keys() == found["kept"].keys() == {"ours", "guided-diffusion"}
-    assert len(saved) == 4 and "diffusers, batch 2: too large" in capsys.readouterr().out
+    for part in ("contestants", "kept", "parameters"):
+        assert found[part].keys() == {"ours", "guided-diffusion"}
+    assert found["rounds"] == 2 and len(saved) == 5 and "diffusers, batch 2: too large" in capsys.readouterr().out
 
 
 def test_no_checkout_is_one_sentence(tmp_path, run, capsys):

@@ -84,6 +84,7 @@ def test_of_missing_options(capsys):
         ("model:\n  init_args:\n    channel_mult: 3\n", "not '3', as in channel_mult: [1, 2, 3, 4]"),
         ("model:\n  init_args:\n    lrr: 3\n", "given.yaml: model.lrr is no option: the nearest is model.lr"),
         ("model:\n  init_args:\n    seed: 3\n", "given.yaml: model.seed has no effect: give seed_everything for model"),
+        ("model.init_args.seed: 3\n", "given.yaml: model.seed has no effect: give seed_everything for model and data"),
         ("data:\n  seed: 3\n", "given.yaml: data.seed has no effect: give seed_everything for model and data"),
         ("model:\n  class_path: cdm_lightning.stage.BaseStage\n", "the nearest is cdm_lightning.stages.BaseStage"),
         ("model:\n  class_path: cdm_lightnin.BaseStage\n", "cannot be imported (No module named 'cdm_lightnin')"),

@@ -141,7 +141,7 @@ def speed_on_paper(sheet: DataSheet, figures: dict[str, Any], utilisation: float
     rate = sheet.rate(figures["precision"])
     told, basis = "assumed", "nothing was measured"
     if measured:
-        told, basis = "expected", "which was measured, as experiments/gpu/shares.yaml says"
+        told, basis = "expected", "as with the micro-batch in experiments/gpu/shares.yaml; smaller ones reach less"
     return {
         "speed": f"{told}: {utilisation:.0%} of {rate / 1e12:.1f} TFLOP/s ({sheet.source}), {basis}",
         "images_a_second_a_device": utilisation * rate / figures["training_flops"],

@@ -100,7 +100,7 @@ class LightningParser(Parser, LightningArgumentParser):
         for name in ("model", "data"):
             given = read.get(name)
             given = {**given, **(given.get("init_args") or {})} if isinstance(given, dict) else {}
-            if "seed" in given:
+            if "seed" in given or {f"{name}.seed", f"{name}.init_args.seed"} & read.keys():
                 raise InputError(f"{path}: {name}.seed has no effect: give seed_everything for model and data")
         return settings
 

@@ -207,8 +207,9 @@ def compare(
 ) -> dict[str, Any]:
     """Measure all networks in turn, in rounds. Reports medians, and ratios to ours within each round.
 
-    apart: measure them one after another instead, ours first, since together they may not fit into a GPU's memory. Of
-    the others, one that does not fit by itself is left out. save: called with what is found so far after each round.
+    apart: measure them one after another instead, ours first, since together they may not fit into a GPU's memory; a
+    ratio is then of rounds some minutes apart. Of the others, one that does not fit by itself is left out. save: called
+    with what is found so far after each round.
     """
     builders: dict[str, Callable[[], Contestant]] = {"ours": partial(ours, size, device)}
     builders["diffusers"] = partial(diffusers, size, device)
@@ -234,7 +235,7 @@ def compare(
             part["flops"] = forward_flops(network)
         for own in time_contestants(contestants, inputs(size, device), dtype, rounds, device):
             times.update(own)
-            part["rounds"] = len(own[names[0]]["step"])
+            part["rounds"] = len(times["ours"]["step"])
             part["contestants"] = {name: figures(times, name, part["flops"] * size.batch) for name in times}
             save(part)
 
@@ -246,6 +247,9 @@ def compare(
             if "ours" in names:
                 raise
             print(f"{names[0]}, batch {size.batch}: {error}", flush=True)
+            for kept in (times, part["parameters"], part["kept"], part["contestants"]):
+                kept.pop(names[0], None)
+    gc.collect()
     return part
 
 

@@ -250,7 +250,11 @@ def test_a_share_that_a_recipe_reached_on_a_device_is_taken_there(tmp_path, caps
     fewer = "--arguments=--model.num_res_blocks=1 --model.channel_mult=[1] --model.channels=32"
     small = ["sr256", "--micro_batch", "8", fewer]
     for precision, share, basis in (
-        ("bf16-mixed", table["H100"]["imagenet/sr256"], "was measured, as experiments/gpu/shares.yaml says"),
+        (
+            "bf16-mixed",
+            table["H100"]["imagenet/sr256"],
+            "as with the micro-batch in experiments/gpu/shares.yaml",
+        ),
         ("32-true", 0.4, "nothing was measured"),
     ):
         found = plan(tmp_path, *small, "--device", "H100", "--precision", precision)
