@@ -6,6 +6,7 @@ This ancestral step takes its noise as an argument, from the images' own streams
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +36,9 @@ def make_scheduler(sampler: str, settings: dict[str, Any], prediction: str, clip
         sample_max_value=1.0,
         lambda_min_clipped=-5.1,  # the cosine schedule ends far below this log-SNR, where x_t is pure noise
     )
-    # Without the sort of every image's pixels, which took up to 6 % of the time of a small cascade.
-    scheduler._threshold_sample = clip_image  # type: ignore[attr-defined]
+    # The same clamp without a sort of every image's pixels, which took 1 to 6 % of the shipped cascade's time.
+    scheduler._threshold_sample = partial(torch.clamp, min=-1, max=1)  # type: ignore[attr-defined]  # untyped there
     return scheduler
-
-
-def clip_image(image: torch.Tensor) -> torch.Tensor:
-    return image.clamp(-1, 1)
 
 
 def check_ddim_grid(timesteps: int, steps: int, stop_at: int) -> None:

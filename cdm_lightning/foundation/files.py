@@ -91,7 +91,7 @@ def begin_folder(out: Path, settings: Any, begun: bool, name: str = "manifest.js
 
     begun: whether the folder holds results already; while it does not, other settings replace earlier ones.
     """
-    path, table = Path(out) / name, asdict(settings) if is_dataclass(settings) else settings  # type: ignore[arg-type]
+    path, table = Path(out) / name, asdict(settings) if is_dataclass(settings) else settings  # type: ignore[arg-type]  # no class
     if not begun or not path.is_file():  # several processes may do this at once; they write the same bytes
         write_atomically(path, (json.dumps(table, indent=1) + "\n").encode())
     check_settings(path, table)

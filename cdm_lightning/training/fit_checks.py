@@ -103,7 +103,8 @@ def finished(trainer: L.Trainer, model: L.LightningModule, path: Path) -> str | 
     step, end, epochs = checkpoint["global_step"], trainer.max_steps, trainer.max_epochs
     if isinstance(model, DiffusionStage):
         check_same_stage(kind_of(model), model.name, dict(model.hparams), checkpoint)
-    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
     if "averaging_state" in checkpoint and not averages:
         raise InputError(f"{path} holds averaged weights, and the configuration has no EMA among its callbacks")
     if -1 < end < step:

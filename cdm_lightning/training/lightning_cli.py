@@ -96,11 +96,9 @@ class LightningParser(Parser, LightningArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Read a configuration. A seed of model or data is refused: Lightning would drop it for seed_everything."""
         settings = super().parse_path(path, *args, **kwargs)
-        read = yaml.safe_load(Path(path).read_text("utf-8-sig"))
-        for name in ("model", "data"):
-            given = read.get(name)
-            given = {**given, **(given.get("init_args") or {})} if isinstance(given, dict) else {}
-            if "seed" in given or {f"{name}.seed", f"{name}.init_args.seed"} & read.keys():
+        for key in ("model.seed", "model.init_args.seed", "data.seed"):
+            if key in settings:
+                name = key.partition(".")[0]
                 raise InputError(f"{path}: {name}.seed has no effect: give seed_everything for model and data")
         return settings
 

@@ -146,7 +146,7 @@ class Progress(ProgressBarCallback):
             self.bar.update()
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = count_batch
-    on_train_end = on_test_epoch_end = on_predict_end = on_exception = close_bar  # type: ignore[assignment]
+    on_train_end = on_test_epoch_end = on_predict_end = on_exception = close_bar  # type: ignore[assignment]  # one for all
 
 
 class RunSummary(Callback):

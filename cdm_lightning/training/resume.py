@@ -108,7 +108,7 @@ class Checkpoint(ModelCheckpoint):
         self.after_step = {"counts": [(each, each.state_dict()) for each in counts]}
         if hasattr(pl_module, "meter"):
             self.after_step["sums"] = dict(pl_module.meter.sums)  # its tensors are replaced, never changed
-        if (left_out := getattr(trainer.datamodule, "unsummed", None)) is not None:  # type: ignore[attr-defined]
+        if (left_out := getattr(trainer.datamodule, "unsummed", None)) is not None:  # type: ignore[attr-defined]  # untyped
             self.after_step["unsummed"] = left_out.clone()
 
     def undo_batches(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -119,7 +119,7 @@ class Checkpoint(ModelCheckpoint):
         if "sums" in self.after_step:
             pl_module.meter.sums = self.after_step["sums"]
         if "unsummed" in self.after_step:
-            trainer.datamodule.unsummed.copy_(self.after_step["unsummed"])  # type: ignore[attr-defined]
+            trainer.datamodule.unsummed.copy_(self.after_step["unsummed"])  # type: ignore[attr-defined]  # untyped there
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stopping.pending = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ class Images(NamedTuple):
     intact: np.ndarray
 
 
-class OpenedImages:
+class OpenedImages(ABC):
     """The images at a list of places, whose shards are opened and checked: PackedImages or PngImages.
 
     `item` is an index into that list.
@@ -39,26 +40,27 @@ class OpenedImages:
     def __init__(self, manifest: Manifest, report: Report | None) -> None:
         self.manifest, self.report = manifest, report
 
+    @abstractmethod
     def key(self, item: int) -> str:
         """The key of an image. Its shard must not be damaged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, item: int) -> int:
         """The label of an image. Its shard must not be damaged. Raises InputError if the manifest has no such class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, item: int) -> tuple[np.ndarray, int]:
         """uint8 image (H, W, C) as stored, and its label. Raises InputError if the image is damaged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost(self, item: int) -> bool:
         """Whether the shard of an image is damaged; it has been reported then."""
-        raise NotImplementedError
 
     def png(self, item: int) -> bytes:
         """An image as PNG. Raises InputError if it is damaged."""
         return encode_png(self.load(item)[0])
 
+    @abstractmethod
     def close(self) -> None:
         """Close the files and free the memory."""
 

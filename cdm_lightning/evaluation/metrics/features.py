@@ -141,7 +141,7 @@ class FeatureExtractor(L.LightningModule):
         self.bar: Any = None
 
     def on_predict_start(self) -> None:
-        total = sum(self.sizes[n] for n in self.trainer.datamodule.todo)  # type: ignore[attr-defined]
+        total = sum(self.sizes[n] for n in self.trainer.datamodule.todo)  # type: ignore[attr-defined]  # untyped there
         self.bar = ProgressBar(
             total=total, desc=f"{self.detector.name}", unit="image", disable=not self.trainer.is_global_zero
         )

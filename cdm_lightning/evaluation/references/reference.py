@@ -124,6 +124,7 @@ def summarize(
     counts = torch.zeros(len(manifest.classes), dtype=torch.int64)
 
     def feature_batches() -> Iterator[torch.Tensor]:
+        """The features by shard; counts their labels and keeps the first ones on the way."""
         wanted = min(keep, n)
         for features, label in ProgressBar(
             read_features(work, manifest), "moments", len(manifest.shards), unit="shard"
